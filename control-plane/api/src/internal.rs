@@ -1,0 +1,59 @@
+//! Between the control plane and the other services: JSON over HTTP below `/internal/v1`, with a token of scope `Service`.
+//!
+//! - `POST /internal/v1/generations` ([`TakeGeneration`] → [`GenerationTaken`]): a pageserver at its start.
+//! - `GET /internal/v1/endpoints/{endpoint}/roles/{role}` (→ [`RoleAuth`]): a proxy checking a login. 404 when there is none.
+//! - `POST /internal/v1/endpoints/{endpoint}/wake` (→ [`Wake`]): a proxy after a good login.
+//!
+//! Errors are [`ApiError`] with the fitting HTTP status.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use types::{BranchRef, EndpointId, Generation, NodeId};
+
+/// A pageserver asks for the number under which it will write.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TakeGeneration {
+    /// Which pageserver.
+    pub pageserver: NodeId,
+}
+
+/// Larger than any generation handed out before, durably so.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct GenerationTaken {
+    /// The number.
+    pub generation: Generation,
+}
+
+/// What a proxy needs to check a login without waking anything.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct RoleAuth {
+    /// The endpoint's branch.
+    pub branch: BranchRef,
+    /// `SCRAM-SHA-256$…`; `None`: the role exists but may not log in. Never logged.
+    pub scram_verifier: Option<String>,
+    /// False when the endpoint was disabled by its owner.
+    pub enabled: bool,
+}
+
+/// Where an awake endpoint takes connections.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Wake {
+    /// The endpoint.
+    pub endpoint: EndpointId,
+    /// Postgres's Unix socket: connect and say who you are, it trusts.
+    pub postgres_socket: PathBuf,
+    /// True when this call started the compute, false when it was awake.
+    pub cold: bool,
+}
+
+/// An error, as in Neon's API: `{"code": "...", "message": "..."}`.
+#[derive(Debug, Clone, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct ApiError {
+    /// Short and stable; empty when the HTTP status says it all.
+    #[serde(default)]
+    pub code: String,
+    /// For people: what happened and what to do.
+    pub message: String,
+}
