@@ -17,6 +17,8 @@ pub struct ComputeSpec {
     pub branch: BranchRef,
     /// The endpoint it is started for.
     pub endpoint: EndpointId,
+    /// Where the branch left its ancestor: its WAL begins here when no safekeeper has any of it yet.
+    pub branch_start_lsn: Lsn,
     /// Made by the agent, owned by Postgres's user, removed at a clean stop. Holds `pgdata/`, `agent.sock` and Postgres's
     /// own socket. Its path must leave room for `/.s.PGSQL.5432` in the 107 bytes of a Unix socket address.
     pub compute_dir: PathBuf,
