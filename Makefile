@@ -1,0 +1,36 @@
+# The commands of this repository. Each installs what it needs (see scripts/setup.sh) and asks nothing.
+#
+#   make demo                    the whole life of a database, explained step by step
+#   make demo OBJECT_STORE=s3    the same, against an S3-compatible server that it starts itself
+#   make test                    units, simulation, end-to-end against real PostgreSQL and a real S3-compatible server
+#   make bench [NAME=wake]       every benchmark, or one
+#   make lint                    formatting and lints
+
+OBJECT_STORE ?= local
+NAME ?=
+SETUP := $(if $(filter s3,$(OBJECT_STORE)),s3,)
+
+.PHONY: demo test bench lint build release
+
+build:
+	@scripts/setup.sh
+	cargo build --workspace --locked
+
+release:
+	@scripts/setup.sh $(SETUP)
+	cargo build --release --locked -p dormouse -p dormouse-tests -p dormouse-bench
+
+demo: release
+	target/release/demo --object-store $(OBJECT_STORE)
+
+test:
+	@scripts/setup.sh s3
+	cargo build --workspace --locked
+	cargo test --workspace --locked --no-fail-fast
+
+bench: release
+	target/release/bench $(if $(NAME),--name $(NAME),)
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Installs what building and testing Dormouse needs and is not there yet (Debian 12, Rust already installed):
+#   scripts/setup.sh            PostgreSQL 15 and a C compiler
+#   scripts/setup.sh s3         also an S3-compatible server for the tests (moto, in a virtual environment of its own)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi
+}
+
+missing=()
+[ -x "${PG_BIN_DIR:-/usr/lib/postgresql/15/bin}/postgres" ] || missing+=(postgresql-15 postgresql-client-15)
+command -v cc >/dev/null || missing+=(gcc libc6-dev)
+command -v cmake >/dev/null || missing+=(cmake)
+if [ "${1:-}" = s3 ]; then
+    command -v python3 >/dev/null || missing+=(python3)
+    python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
+fi
+
+if [ ${#missing[@]} -gt 0 ]; then
+    if ! command -v apt-get >/dev/null; then
+        say "please install: ${missing[*]} (this script only knows Debian's apt-get)"
+        exit 1
+    fi
+    say "installing ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    as_root apt-get update -qq
+    if [[ " ${missing[*]} " == *" postgresql-15 "* ]]; then
+        # Debian starts a server on port 5432 when it installs PostgreSQL; Dormouse needs the programs only.
+        as_root apt-get install -y -qq --no-install-recommends postgresql-common >/dev/null
+        if [ ! -e /usr/lib/postgresql ] && [ -f /etc/postgresql-common/createcluster.conf ]; then
+            as_root sed -i 's/^#\?create_main_cluster *=.*/create_main_cluster = false/' /etc/postgresql-common/createcluster.conf
+        fi
+    fi
+    as_root apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+fi
+
+if [ "${1:-}" = s3 ] && [ ! -x target/tools/moto/bin/moto_server ]; then
+    say "installing moto (an S3-compatible server) into target/tools/moto"
+    mkdir -p target/tools
+    python3 -m venv target/tools/moto
+    target/tools/moto/bin/pip install --quiet --disable-pip-version-check 'moto[server]==5.2.5'
+fi
