@@ -1,1 +1,22 @@
-//! Placeholder.
+//! What the end-to-end tests, the demo and the benchmarks share: a whole Dormouse of real processes, and real clients.
+
+pub mod api;
+pub mod cluster;
+pub mod processes;
+pub mod s3;
+pub mod sql;
+
+pub use api::{Api, Project};
+pub use cluster::{Cluster, ClusterOptions};
+
+use std::path::PathBuf;
+
+/// Directory of PostgreSQL's programs: `PG_BIN_DIR`, else where Debian puts version 15.
+pub fn pg_bin_dir() -> PathBuf {
+    std::env::var_os("PG_BIN_DIR").map_or_else(|| PathBuf::from("/usr/lib/postgresql/15/bin"), PathBuf::from)
+}
+
+/// The repository's root.
+pub fn repository() -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+}

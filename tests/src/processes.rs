@@ -1,0 +1,65 @@
+//! Looking at, and ending, processes that a test has started.
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Context, bail};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+/// A process as `/proc` shows it.
+#[derive(Debug, Clone)]
+pub struct Process {
+    /// Its id.
+    pub pid: i32,
+    /// Its parent's id.
+    pub parent: i32,
+    /// Its arguments, joined by spaces.
+    pub command: String,
+}
+
+/// All processes that can be seen.
+pub fn all() -> Vec<Process> {
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    entries.flatten().filter_map(|entry| read(entry.path())).collect()
+}
+
+fn read(path: PathBuf) -> Option<Process> {
+    let pid: i32 = path.file_name()?.to_str()?.parse().ok()?;
+    let command = std::fs::read(path.join("cmdline")).ok()?;
+    let stat = std::fs::read_to_string(path.join("stat")).ok()?;
+    // The second field is the program's name in parentheses and may hold anything.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    let parent = fields.nth(1)?.parse().ok()?;
+    let command = String::from_utf8_lossy(&command).replace('\0', " ").trim().to_owned();
+    Some(Process { pid, parent, command })
+}
+
+/// The processes below `ancestor`, at any depth, and those in the compute directories below `runtime_dir`.
+pub fn postgres_below(runtime_dir: &std::path::Path) -> Vec<Process> {
+    let prefix = runtime_dir.to_string_lossy().into_owned();
+    all().into_iter().filter(|p| p.command.contains("postgres") && p.command.contains(&prefix)).collect()
+}
+
+/// Children of `parent` whose command line contains `text`.
+pub fn children_with(parent: u32, text: &str) -> Vec<Process> {
+    all().into_iter().filter(|p| p.parent == parent as i32 && p.command.contains(text)).collect()
+}
+
+/// SIGKILL, at once.
+pub fn kill_hard(pid: i32) -> anyhow::Result<()> {
+    kill(Pid::from_raw(pid), Signal::SIGKILL).with_context(|| format!("kill -9 {pid}"))
+}
+
+/// Waits until `condition` holds, looking every 20 ms.
+pub async fn wait_until(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) -> anyhow::Result<()> {
+    let deadline = std::time::Instant::now() + limit;
+    while !condition() {
+        if std::time::Instant::now() > deadline {
+            bail!("waited {limit:?} in vain for {what}");
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
