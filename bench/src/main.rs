@@ -1,0 +1,67 @@
+//! `make bench`: every benchmark, each beside its peer in the same run. The last line of each is `key=value` figures.
+
+mod bare;
+mod branch;
+mod wake;
+
+use std::{process::ExitCode, time::Duration};
+
+use clap::{Parser, ValueEnum};
+
+/// Benchmarks of Dormouse. These machines are noisy: trust ratios, not single times.
+#[derive(Parser)]
+struct Arguments {
+    /// Run only this one.
+    #[arg(long, value_enum)]
+    name: Option<Name>,
+    /// Wakes, or branches, to time.
+    #[arg(long, default_value_t = 30)]
+    rounds: usize,
+    /// pgbench scale of the large database of `branch`: 67 is 1 GB.
+    #[arg(long, default_value_t = 67)]
+    large_scale: u32,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Name {
+    /// A sleeping endpoint's first row, beside a stock server's start.
+    Wake,
+    /// A branch of a large database, beside one of a small database.
+    Branch,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    for name in [Name::Wake, Name::Branch] {
+        if arguments.name.is_some_and(|only| only != name) {
+            continue;
+        }
+        let outcome = match name {
+            Name::Wake => wake::run(arguments.rounds).await,
+            Name::Branch => branch::run(arguments.rounds, arguments.large_scale).await,
+        };
+        if let Err(error) = outcome {
+            eprintln!("bench failed: {error:#}");
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+/// Times of one thing, done again and again.
+#[derive(Default)]
+struct Samples(Vec<Duration>);
+
+impl Samples {
+    fn add(&mut self, took: Duration) {
+        self.0.push(took);
+        self.0.sort();
+    }
+
+    /// The nearest-rank percentile in milliseconds; 0 when there are none.
+    fn percentile_ms(&self, percent: usize) -> f64 {
+        let rank = (self.0.len() * percent).div_ceil(100).saturating_sub(1);
+        self.0.get(rank).map_or(0.0, |took| took.as_secs_f64() * 1000.0)
+    }
+}
