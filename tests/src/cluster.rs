@@ -42,6 +42,13 @@ const SERVICE_PORTS: u16 = 8;
 impl Cluster {
     /// Starts `dormouse up` and waits until its API answers.
     pub async fn start(options: ClusterOptions) -> anyhow::Result<Cluster> {
+        let mut cluster = Cluster::prepare(options)?;
+        cluster.up().await?;
+        Ok(cluster)
+    }
+
+    /// Chooses directories and ports; nothing runs before [`Cluster::up`].
+    pub fn prepare(options: ClusterOptions) -> anyhow::Result<Cluster> {
         let home = tempfile::Builder::new().prefix("dormouse-").tempdir().context("making a directory")?;
         // Unix socket paths are short: the runtime directory lives on tmpfs with a short name.
         let shm = Path::new("/dev/shm");
@@ -52,9 +59,7 @@ impl Cluster {
             std::fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
         }
         let (pg_port, api_port, base_port) = (free_port()?, free_port()?, free_port_range(SERVICE_PORTS)?);
-        let mut cluster = Cluster { up: None, options, home, runtime, pg_port, api_port, base_port };
-        cluster.up().await?;
-        Ok(cluster)
+        Ok(Cluster { up: None, options, home, runtime, pg_port, api_port, base_port })
     }
 
     /// `dormouse up` with this cluster's ports and directories, ready to be spawned.
@@ -135,6 +140,24 @@ impl Cluster {
         let process = found.first().with_context(|| format!("no process of {name} below {up}"))?;
         processes::kill_hard(process.pid)?;
         Ok(process.pid)
+    }
+
+    /// Kills every process of the installation with SIGKILL, computes too: what a power cut leaves.
+    pub async fn power_cut(&mut self) -> anyhow::Result<()> {
+        let Some(mut child) = self.up.take() else { return Ok(()) };
+        let home = self.home.path().to_string_lossy().into_owned();
+        let runtime = self.runtime.path().to_string_lossy().into_owned();
+        let up = child.id() as i32;
+        processes::kill_hard(up)?;
+        child.wait()?;
+        let ours = |p: &processes::Process| p.command.contains(&home) || p.command.contains(&runtime);
+        let services = |p: &processes::Process| p.parent == up || ours(p);
+        processes::wait_until("all processes to die", Duration::from_secs(20), || {
+            let left: Vec<_> = processes::all().into_iter().filter(services).collect();
+            left.iter().for_each(|p| drop(processes::kill_hard(p.pid)));
+            left.is_empty()
+        })
+        .await
     }
 
     /// Process id of `dormouse up`.

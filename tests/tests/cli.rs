@@ -1,0 +1,60 @@
+//! The command line, as a person at a terminal uses it.
+
+use anyhow::{Context, ensure};
+use e2e::{Cluster, ClusterOptions};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_command_line_does_the_daily_work() -> anyhow::Result<()> {
+    let mut cluster = Cluster::start(ClusterOptions::default()).await?;
+    let outcome = daily_work(&cluster).await;
+    outcome.map_err(|error| error.context(cluster.log()))?;
+    cluster.down().await
+}
+
+async fn daily_work(cluster: &Cluster) -> anyhow::Result<()> {
+    let made = json(cluster, &["projects", "create", "--name", "daily"]).await?;
+    let project = e2e::api::text(&made, "/project/id")?;
+    let listed = dormouse(cluster, &["projects", "list"]).await?;
+    assert!(listed.contains(&project) && listed.contains("daily"), "{listed}");
+
+    let uri = dormouse(cluster, &["connection-string", "main"]).await?;
+    assert!(uri.trim().starts_with("postgresql://"), "{uri}");
+    let answer = dormouse(cluster, &["psql", "main", "--", "-X", "-A", "-t", "-c", "create table t as select 7 a"]).await?;
+    assert!(answer.contains("SELECT 1"), "{answer}");
+
+    dormouse(cluster, &["branches", "create", "--name", "feature", "--parent", "main"]).await?;
+    let answer = dormouse(cluster, &["psql", "feature", "--", "-X", "-A", "-t", "-c", "select a from t"]).await?;
+    assert_eq!(answer.trim(), "7");
+    let branches = dormouse(cluster, &["branches", "list"]).await?;
+    assert!(branches.contains("feature") && branches.contains("main"), "{branches}");
+    let endpoints = dormouse(cluster, &["endpoints", "list"]).await?;
+    assert_eq!(endpoints.matches("ep-").count(), 2, "{endpoints}");
+
+    dormouse(cluster, &["branches", "delete", "feature"]).await?;
+    let branches = dormouse(cluster, &["branches", "list"]).await?;
+    assert!(!branches.contains("feature"), "{branches}");
+    let error = dormouse(cluster, &["branches", "delete", "feature"]).await.expect_err("it is gone");
+    assert!(error.to_string().contains("feature"), "{error}");
+    dormouse(cluster, &["projects", "delete", &project]).await?;
+    assert!(!dormouse(cluster, &["projects", "list"]).await?.contains(&project));
+    Ok(())
+}
+
+async fn json(cluster: &Cluster, arguments: &[&str]) -> anyhow::Result<serde_json::Value> {
+    let text = dormouse(cluster, &[&["--output", "json"], arguments].concat()).await?;
+    serde_json::from_str(&text).with_context(|| text.clone())
+}
+
+async fn dormouse(cluster: &Cluster, arguments: &[&str]) -> anyhow::Result<String> {
+    let output = tokio::process::Command::new(e2e::cluster::dormouse_binary())
+        .args(arguments)
+        .env("DORMOUSE_API_URL", cluster.api_url())
+        .env("DORMOUSE_DATA_DIR", cluster.data_dir())
+        .env("PG_BIN_DIR", e2e::pg_bin_dir())
+        .stdin(std::process::Stdio::null())
+        .output()
+        .await?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "dormouse {}: {said}", arguments.join(" "));
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
