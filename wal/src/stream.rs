@@ -1,0 +1,302 @@
+//! WAL bytes in, whole records out.
+
+use bytes::{Buf, Bytes, BytesMut};
+use types::{Lsn, WAL_SEGMENT_BYTES, XLOG_PAGE_BYTES};
+
+use crate::{
+    decode::decode_record,
+    record::DecodedRecord,
+    v15::{
+        rmgr,
+        wal::{
+            LongPageHeader, MAX_RECORD_BYTES, PageHeader, RECORD_HEADER_BYTES, RecordHeader, page_header_bytes,
+            record_crc, xlp,
+        },
+        xlog,
+    },
+};
+
+/// Finds the records in a run of WAL bytes. Pure: it is fed bytes and polled for records.
+///
+/// Contract: `new` with a position between two records, then `feed` bytes that continue at [`fed_until`](Self::fed_until),
+/// and poll until `None` before feeding more (what is fed and not yet polled is buffered). An error stays until
+/// [`rewind`](Self::rewind); `rewind` also serves a reader of a file that is still being written: it reads again from
+/// [`position`](Self::position).
+#[derive(Debug)]
+pub struct WalStreamDecoder {
+    /// End of the last whole record.
+    position: Lsn,
+    /// Start of the last whole record, which the next must name as its predecessor.
+    last_record: Option<Lsn>,
+    /// Bytes not yet looked at.
+    buffer: BytesMut,
+    /// Where `buffer` starts.
+    buffer_at: Lsn,
+    /// The next byte to look at, at or behind `buffer_at` (ahead of it by padding or by what a switch record skips).
+    cursor: Lsn,
+    partial: Option<Partial>,
+    failed: Option<WalDecodeError>,
+}
+
+/// Why no more records can be had from these bytes.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WalDecodeError {
+    /// Zeroes where a record (or the page that continues one) should start: nothing has been written there yet.
+    #[error("WAL ends at {at}")]
+    EndOfWal {
+        /// The place that holds zeroes.
+        at: Lsn,
+    },
+    /// The record at this place is damaged, or not wholly written yet.
+    #[error("WAL record at {at} has a wrong checksum")]
+    BadCrc {
+        /// Start of the record.
+        at: Lsn,
+    },
+    /// No WAL of this branch can look like this.
+    #[error("invalid WAL at {at}: {reason}")]
+    Invalid {
+        /// Start of the record or page.
+        at: Lsn,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+/// A record whose bytes are being collected.
+#[derive(Debug)]
+struct Partial {
+    start: Lsn,
+    total: usize,
+    bytes: Vec<u8>,
+    header_checked: bool,
+}
+
+/// How one step of the decoder ended.
+enum Step {
+    /// More can be done with what is buffered.
+    Again,
+    NeedBytes,
+    Record(DecodedRecord),
+}
+
+impl WalStreamDecoder {
+    /// A decoder that starts at `start`: the end of a whole record, or a place where a record may start (a branch's start).
+    pub fn new(start: Lsn) -> Self {
+        let start = start.align_up();
+        WalStreamDecoder {
+            position: start,
+            last_record: None,
+            buffer: BytesMut::new(),
+            buffer_at: start,
+            cursor: start,
+            partial: None,
+            failed: None,
+        }
+    }
+
+    /// Adds bytes, which must continue at [`fed_until`](Self::fed_until); if not, the next poll is an error.
+    pub fn feed(&mut self, at: Lsn, bytes: &[u8]) {
+        if at != self.fed_until() {
+            let reason = format!("bytes fed for {at} where {} was due", self.fed_until());
+            self.failed.get_or_insert(WalDecodeError::Invalid { at: self.position, reason });
+        }
+        if self.failed.is_some() {
+            return;
+        }
+        self.skip_to_cursor();
+        let gap = self.cursor.0 - self.buffer_at.0;
+        if gap > 0 {
+            // The buffer is empty here: the bytes up to the cursor are of no interest.
+            let skipped = gap.min(bytes.len() as u64);
+            self.buffer_at += skipped;
+            self.buffer.extend_from_slice(&bytes[skipped as usize..]);
+        } else {
+            self.buffer.extend_from_slice(bytes);
+        }
+    }
+
+    /// The next whole record. `None`: more bytes are needed. An error is final until [`rewind`](Self::rewind).
+    pub fn poll_record(&mut self) -> Result<Option<DecodedRecord>, WalDecodeError> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        loop {
+            self.skip_to_cursor();
+            match self.step() {
+                Ok(Step::Again) => {}
+                Ok(Step::NeedBytes) => return Ok(None),
+                Ok(Step::Record(record)) => return Ok(Some(record)),
+                Err(error) => {
+                    self.buffer_at = self.fed_until();
+                    self.buffer.clear();
+                    self.failed = Some(error.clone());
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    /// End of the last whole record (`EndRecPtr`), or the start when there was none. After a segment switch it may be
+    /// ahead of [`fed_until`](Self::fed_until): the rest of the segment holds no records.
+    pub fn position(&self) -> Lsn {
+        self.position
+    }
+
+    /// Where the next bytes to feed start.
+    pub fn fed_until(&self) -> Lsn {
+        self.buffer_at + self.buffer.len() as u64
+    }
+
+    /// Start of the last whole record: what a record written at [`position`](Self::position) names as its predecessor.
+    /// `None` when there was none yet.
+    pub fn last_record_start(&self) -> Option<Lsn> {
+        self.last_record
+    }
+
+    /// Forgets an error and all bytes fed behind [`position`](Self::position); feeding goes on from there.
+    pub fn rewind(&mut self) {
+        self.buffer.clear();
+        self.buffer_at = self.position;
+        self.cursor = self.position;
+        self.partial = None;
+        self.failed = None;
+    }
+
+    /// Drops buffered bytes that lie before the cursor.
+    fn skip_to_cursor(&mut self) {
+        let skip = (self.cursor.0 - self.buffer_at.0).min(self.buffer.len() as u64);
+        self.buffer.advance(skip as usize);
+        self.buffer_at += skip;
+    }
+
+    fn step(&mut self) -> Result<Step, WalDecodeError> {
+        if self.buffer.is_empty() {
+            return Ok(Step::NeedBytes);
+        }
+        if self.cursor.page_offset() == 0 {
+            return self.page_header();
+        }
+        let Some(partial) = &mut self.partial else { return self.begin_record() };
+        let on_page = (XLOG_PAGE_BYTES - self.cursor.page_offset()) as usize;
+        let taken = on_page.min(partial.total - partial.bytes.len()).min(self.buffer.len());
+        partial.bytes.extend_from_slice(&self.buffer[..taken]);
+        self.cursor += taken as u64;
+        if !partial.header_checked && partial.bytes.len() >= RECORD_HEADER_BYTES {
+            check_record_header(partial, self.last_record)?;
+            partial.header_checked = true;
+        }
+        if partial.bytes.len() < partial.total { Ok(Step::Again) } else { self.finish_record() }
+    }
+
+    /// Passes the header of the page at the cursor, between records or inside one.
+    fn page_header(&mut self) -> Result<Step, WalDecodeError> {
+        let at = self.cursor;
+        let length = page_header_bytes(at);
+        if self.buffer.len() < length {
+            return Ok(Step::NeedBytes);
+        }
+        let bytes = &self.buffer[..length];
+        if bytes.iter().all(|byte| *byte == 0) {
+            return Err(WalDecodeError::EndOfWal { at });
+        }
+        let invalid = |reason: String| WalDecodeError::Invalid { at, reason };
+        let header = check_page_header(at, bytes).map_err(invalid)?;
+        let continues = header.xlp_info & xlp::FIRST_IS_CONTRECORD != 0;
+        if header.xlp_info & xlp::FIRST_IS_OVERWRITE_CONTRECORD != 0 {
+            // A recovery gave up the record that was begun before this page.
+            self.partial = None;
+        } else if let Some(partial) = &self.partial {
+            let left = partial.total - partial.bytes.len();
+            if !continues || header.xlp_rem_len as usize != left {
+                let remaining = header.xlp_rem_len;
+                return Err(invalid(format!("the page continues {remaining} bytes of a record that lacks {left}")));
+            }
+        }
+        if self.partial.is_none() && continues {
+            return Err(invalid("the page starts inside a record".to_owned()));
+        }
+        self.cursor += length as u64;
+        Ok(Step::Again)
+    }
+
+    fn begin_record(&mut self) -> Result<Step, WalDecodeError> {
+        let at = self.cursor;
+        // Records start on multiples of 8, so that the length is never split between pages.
+        let Some(total) = self.buffer.first_chunk().map(|length| u32::from_le_bytes(*length)) else {
+            return Ok(Step::NeedBytes);
+        };
+        if total == 0 {
+            return Err(WalDecodeError::EndOfWal { at });
+        }
+        let total = total as usize;
+        if !(RECORD_HEADER_BYTES..=MAX_RECORD_BYTES).contains(&total) {
+            return Err(WalDecodeError::Invalid { at, reason: format!("record length {total}") });
+        }
+        // A length is believed only as far as its bytes have come.
+        let capacity = total.min(4 * XLOG_PAGE_BYTES as usize);
+        let bytes = Vec::with_capacity(capacity);
+        self.partial = Some(Partial { start: at, total, bytes, header_checked: false });
+        Ok(Step::Again)
+    }
+
+    fn finish_record(&mut self) -> Result<Step, WalDecodeError> {
+        let Some(partial) = self.partial.take() else { return Ok(Step::Again) };
+        let at = partial.start;
+        let raw = Bytes::from(partial.bytes);
+        let header = RecordHeader::from_prefix(&raw);
+        if header.is_none_or(|header| header.xl_crc != record_crc(&raw)) {
+            return Err(WalDecodeError::BadCrc { at });
+        }
+        let mut end = self.cursor.align_up();
+        let switches =
+            header.is_some_and(|header| header.xl_rmid == rmgr::XLOG.0 && header.xl_info & 0xF0 == xlog::SWITCH);
+        if switches && end.segment_offset() != 0 {
+            end = end.segment_start() + WAL_SEGMENT_BYTES;
+        }
+        let record = decode_record(at, end, raw).map_err(|reason| WalDecodeError::Invalid { at, reason })?;
+        self.cursor = end;
+        self.position = end;
+        self.last_record = Some(at);
+        Ok(Step::Record(record))
+    }
+}
+
+/// `XLogReaderValidatePageHeader`, for segments of 16 MiB.
+fn check_page_header(at: Lsn, bytes: &[u8]) -> Result<PageHeader, String> {
+    let header = PageHeader::from_prefix(bytes).ok_or("page header cut short")?;
+    if header.xlp_magic != xlp::MAGIC {
+        return Err(format!("WAL page magic {:04X}, not {:04X} of PostgreSQL 15", { header.xlp_magic }, xlp::MAGIC));
+    }
+    if header.xlp_info & !xlp::ALL_FLAGS != 0 {
+        return Err(format!("WAL page flags {:#06x}", { header.xlp_info }));
+    }
+    if header.xlp_pageaddr != at.0 {
+        return Err(format!("WAL page says it is {}", Lsn(header.xlp_pageaddr)));
+    }
+    let is_long = header.xlp_info & xlp::LONG_HEADER != 0;
+    if is_long != (at.segment_offset() == 0) {
+        return Err("long WAL page header elsewhere than at a segment's start, or missing there".to_owned());
+    }
+    if is_long {
+        let long = LongPageHeader::from_prefix(bytes).ok_or("long page header cut short")?;
+        if u64::from(long.xlp_seg_size) != WAL_SEGMENT_BYTES || u64::from(long.xlp_xlog_blcksz) != XLOG_PAGE_BYTES {
+            return Err("WAL segment or page of another size".to_owned());
+        }
+    }
+    Ok(header)
+}
+
+/// `ValidXLogRecordHeader`.
+fn check_record_header(partial: &Partial, last_record: Option<Lsn>) -> Result<(), WalDecodeError> {
+    let at = partial.start;
+    let invalid = |reason: String| WalDecodeError::Invalid { at, reason };
+    let header =
+        RecordHeader::from_prefix(&partial.bytes).ok_or_else(|| invalid("record header cut short".to_owned()))?;
+    if !rmgr::is_valid(header.xl_rmid) {
+        return Err(invalid(format!("resource manager {}", header.xl_rmid)));
+    }
+    let prev = Lsn(header.xl_prev);
+    let good = last_record.map_or(prev < at, |last| prev == last);
+    if good { Ok(()) } else { Err(invalid(format!("the record before it is {last_record:?}, not {prev}"))) }
+}
