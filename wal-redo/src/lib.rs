@@ -5,8 +5,10 @@
 //! - `checkpoint`: the counters of the `CheckPoint` struct, kept up to date record by record.
 
 mod change;
+mod page;
 
 pub use change::{Change, SlruKind};
+pub use page::{RecordName, RedoError, redo_page, restore_image};
 
 /// Prefix of the logical messages in which the agent keeps files; the path follows it.
 pub const AUX_FILE_PREFIX: &str = "dormouse-file:";

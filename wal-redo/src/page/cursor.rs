@@ -1,0 +1,75 @@
+//! Bounds-checked reading of little-endian record data.
+
+use super::fault::Fault;
+
+/// Reads from the front of a record's bytes.
+#[derive(Clone)]
+pub(super) struct Cursor<'d> {
+    bytes: &'d [u8],
+    at: usize,
+}
+
+impl<'d> Cursor<'d> {
+    pub(super) fn new(bytes: &'d [u8]) -> Cursor<'d> {
+        Cursor { bytes, at: 0 }
+    }
+
+    pub(super) fn take(&mut self, count: usize) -> Result<&'d [u8], Fault> {
+        let taken = self.bytes.get(self.at..).and_then(|rest| rest.get(..count));
+        let taken = taken.ok_or("the record's data is shorter than its contents need")?;
+        self.at += count;
+        Ok(taken)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], Fault> {
+        let mut array = [0; N];
+        array.copy_from_slice(self.take(N)?);
+        Ok(array)
+    }
+
+    pub(super) fn u8(&mut self) -> Result<u8, Fault> {
+        Ok(self.array::<1>()?[0])
+    }
+
+    pub(super) fn u16(&mut self) -> Result<u16, Fault> {
+        Ok(u16::from_le_bytes(self.array()?))
+    }
+
+    pub(super) fn u32(&mut self) -> Result<u32, Fault> {
+        Ok(u32::from_le_bytes(self.array()?))
+    }
+
+    pub(super) fn u64(&mut self) -> Result<u64, Fault> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+
+    /// `count` numbers of 16 bits.
+    pub(super) fn u16s(&mut self, count: usize) -> Result<Vec<u16>, Fault> {
+        Ok(u16s(self.take(count * 2)?))
+    }
+
+    /// Skips to the next multiple of `alignment`, counted from the data's start (block data starts aligned to 8).
+    pub(super) fn align(&mut self, alignment: usize) {
+        self.at = self.at.next_multiple_of(alignment);
+    }
+
+    pub(super) fn skip(&mut self, count: usize) -> Result<(), Fault> {
+        self.take(count).map(|_| ())
+    }
+
+    /// All that is left.
+    pub(super) fn rest(&mut self) -> &'d [u8] {
+        let rest = self.bytes.get(self.at..).unwrap_or_default();
+        self.at = self.bytes.len();
+        rest
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.at >= self.bytes.len()
+    }
+}
+
+/// The bytes as numbers of 16 bits; an odd last byte is left out.
+pub(super) fn u16s(bytes: &[u8]) -> Vec<u16> {
+    bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]])).collect()
+}
