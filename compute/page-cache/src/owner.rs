@@ -1,18 +1,31 @@
 //! The agent's handle on the page cache.
 
-use std::{io, path::PathBuf};
-use types::{BlockNumber, Lsn, PAGE_BYTES, PageTag, RelTag};
+use std::{
+    ffi::CString,
+    io,
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+    sync::{Arc, atomic::Ordering::*},
+};
+
+use types::{BlockNumber, ForkNumber, Lsn, PAGE_BYTES, PageTag, RelTag};
+
+use crate::{
+    Page,
+    layout::{DEFAULT_MAX_RELS, Sizes},
+    shared::Shared,
+};
 
 /// Where the cache lives and how large it may grow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PageCacheConfig {
-    /// The index: a file on tmpfs.
+    /// The index: a file on tmpfs, all of it allocated at once. About 60 bytes for each page of both budgets, and 10 MB.
     pub shm_path: PathBuf,
-    /// The pages: a plain file of 8 KiB slots.
+    /// The pages: a plain file of 8 KiB slots that grows as needed, up to both budgets together.
     pub pages_path: PathBuf,
-    /// Bytes of pages that can be fetched again.
+    /// Budget in bytes for pages that can be fetched again.
     pub clean_bytes: u64,
-    /// Bytes of pages that must be kept.
+    /// Budget in bytes for pages that must be kept. When it is used up, statements that write fail with "disk full".
     pub kept_bytes: u64,
 }
 
@@ -21,39 +34,100 @@ pub struct PageCacheConfig {
 pub struct PageCacheStats {
     /// Bytes of pages that can be fetched again.
     pub clean_bytes: u64,
-    /// Bytes of pages that must be kept.
+    /// Bytes of pages that must be kept. Some of them may be free to go: they go when the budget is used up.
     pub kept_bytes: u64,
-    /// Relation forks known.
+    /// Entries in use of the table of relation forks.
     pub rels: u64,
 }
 
-/// A cheap clone handle.
-#[derive(Debug, Clone)]
-pub struct PageCache {}
+/// The agent's handle; clones are cheap and mean the same cache.
+#[derive(Clone)]
+pub struct PageCache {
+    shared: Arc<Shared>,
+}
 
 impl PageCache {
-    /// Creates both files anew.
-    pub fn create(_config: &PageCacheConfig) -> io::Result<PageCache> {
-        Err(io::Error::other("unfinished"))
+    /// Creates an empty cache, replacing both files. They are private to the user that the process runs as.
+    pub fn create(config: &PageCacheConfig) -> io::Result<PageCache> {
+        Self::create_with_max_rels(config, DEFAULT_MAX_RELS)
     }
-    /// Start LSN of the oldest transaction in progress, else the shipped end.
-    pub fn set_horizon(&self, _lsn: Lsn) {}
-    /// End of the WAL that a quorum holds (and so storage can describe pages at). Call before [`Self::set_horizon`].
-    pub fn set_shipped(&self, _lsn: Lsn) {}
-    /// Relations that have an init fork; before Postgres starts.
-    pub fn set_unlogged(&self, _rels: &[RelTag]) -> io::Result<()> {
+
+    /// As [`PageCache::create`], for a chosen number of relation forks known at once (default 131072).
+    pub fn create_with_max_rels(config: &PageCacheConfig, max_rels: u32) -> io::Result<PageCache> {
+        let sizes = Sizes::new(config.clean_bytes, config.kept_bytes, max_rels)?;
+        let shared = Shared::create(&c_path(&config.shm_path)?, &c_path(&config.pages_path)?, sizes)?;
+        Ok(PageCache { shared: Arc::new(shared) })
+    }
+
+    /// Publishes the start LSN of the first WAL record of the oldest transaction in progress, else the shipped end. Never
+    /// goes back. Call [`PageCache::set_shipped`] too: kept pages are let go only when both allow it.
+    pub fn set_horizon(&self, lsn: Lsn) {
+        self.shared.header().shipped.fetch_max(lsn.0, Release);
+        self.shared.header().horizon.fetch_max(lsn.0, Release);
+    }
+
+    /// Publishes the end of the WAL that a quorum holds: from now on [`ShimBackend::get_page`] answers with what WAL up to
+    /// here says, or later. Never goes back.
+    ///
+    /// [`ShimBackend::get_page`]: https://docs.rs/dormouse-shim-server
+    pub fn set_shipped(&self, lsn: Lsn) {
+        self.shared.header().shipped.fetch_max(lsn.0, Release);
+    }
+
+    /// What [`PageCache::set_shipped`] published last.
+    pub fn shipped(&self) -> Lsn {
+        Lsn(self.shared.shipped())
+    }
+
+    /// Names the relations that have an init fork (any fork of them will do), before Postgres starts: their main forks
+    /// start as their init forks, the others are absent.
+    pub fn set_unlogged(&self, rels: &[RelTag]) -> io::Result<()> {
+        for rel in rels {
+            for fork in [ForkNumber::Main, ForkNumber::Fsm, ForkNumber::Vm] {
+                self.shared.set_rel_unlogged(&rel.with_fork(fork), true)?;
+            }
+        }
         Ok(())
     }
-    /// Deposits a page as of the shipped LSN; before Postgres starts.
-    pub fn prefill_page(&self, _tag: PageTag, _page: &[u8; PAGE_BYTES]) -> io::Result<()> {
-        Ok(())
+
+    /// Deposits a page as of the shipped LSN; before Postgres starts. No room is no error.
+    pub fn prefill_page(&self, tag: PageTag, page: &[u8; PAGE_BYTES]) -> io::Result<()> {
+        Ok(self.shared.deposit(&tag, page, self.shared.shipped()).map(drop)?)
     }
-    /// Deposits a fork's size; before Postgres starts.
-    pub fn prefill_rel_size(&self, _rel: RelTag, _blocks: Option<BlockNumber>) -> io::Result<()> {
-        Ok(())
+
+    /// Deposits a fork's size (`None`: it does not exist); before Postgres starts.
+    pub fn prefill_rel_size(&self, rel: RelTag, blocks: Option<BlockNumber>) -> io::Result<()> {
+        Ok(self.shared.learn_rel(&rel, blocks)?)
     }
+
+    /// Deposits a page that was fetched when `as_of` was shipped; refused (without error) when Postgres knows better.
+    pub fn deposit(&self, tag: PageTag, page: &Page, as_of: Lsn) -> io::Result<bool> {
+        Ok(self.shared.deposit(&tag, page, as_of.0)?)
+    }
+
+    /// True when the page is cached.
+    pub fn contains(&self, tag: PageTag) -> io::Result<bool> {
+        Ok(self.shared.contains(&tag)?)
+    }
+
     /// What it holds.
     pub fn stats(&self) -> PageCacheStats {
-        PageCacheStats::default()
+        let header = self.shared.header();
+        let bytes = |pages: u32| u64::from(pages) * PAGE_BYTES as u64;
+        PageCacheStats {
+            clean_bytes: bytes(header.clean_count.load(Relaxed)),
+            kept_bytes: bytes(header.kept_count.load(Relaxed)),
+            rels: u64::from(header.fresh_rel.load(Relaxed)),
+        }
     }
+}
+
+impl std::fmt::Debug for PageCache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PageCache").field("stats", &self.stats()).finish()
+    }
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
 }

@@ -1,0 +1,383 @@
+//! Pages: looking them up, depositing clean ones, keeping written ones, making room.
+
+use std::sync::atomic::Ordering::*;
+
+use types::{BlockNumber, ForkNumber, PAGE_BYTES, PageTag, RelTag};
+
+use crate::{
+    Page,
+    layout::*,
+    page::Keep,
+    shared::Shared,
+    sys::{self, Errno},
+};
+
+/// How many kept pages one reclaim lets go, so that the next writers need not search.
+const RECLAIM_BATCH: u32 = 256;
+
+/// Tries to find a slot while others take them away.
+const SLOT_ATTEMPTS: u32 = 8;
+
+impl Shared {
+    /// Copies a cached page to `page`; false when it is not cached.
+    pub fn read(&self, tag: &PageTag, page: &mut Page) -> Result<bool, Errno> {
+        let bucket = self.bucket_of(hash_page(tag));
+        let _guard = self.lock_bucket(bucket)?;
+        let Some(slot) = self.find(bucket, tag) else { return Ok(false) };
+        self.slot(slot).referenced.store(1, Relaxed);
+        sys::read_exact_at(self.pages_fd, page, slot_offset(slot))?;
+        Ok(true)
+    }
+
+    /// True when the page is cached.
+    pub fn contains(&self, tag: &PageTag) -> Result<bool, Errno> {
+        let bucket = self.bucket_of(hash_page(tag));
+        let _guard = self.lock_bucket(bucket)?;
+        Ok(self.find(bucket, tag).is_some())
+    }
+
+    /// Deposits a page as storage describes it at `as_of` or later; an older version than one that Postgres wrote is
+    /// refused. Returns whether it was taken: no room is no error.
+    pub fn deposit(&self, tag: &PageTag, page: &Page, as_of: u64) -> Result<bool, Errno> {
+        if self.contains(tag)? {
+            return Ok(false);
+        }
+        let Some(fresh) = self.slot_for_clean()? else { return Ok(false) };
+        let stored = sys::write_all_at(self.pages_fd, page, slot_offset(fresh));
+        let bucket = self.bucket_of(hash_page(tag));
+        let guard = self.lock_bucket(bucket)?;
+        let newest_dropped = self.drop_mark(tag).load(Relaxed);
+        let good = stored.is_ok()
+            && newest_dropped <= as_of
+            && self.find(bucket, tag).is_none()
+            && self.rel_takes_deposit(tag, as_of)?;
+        if good {
+            self.link(bucket, fresh, tag, SlotState::Clean, Keep { lsn: 0, insert: 0, soft: false });
+            self.header().clean_count.fetch_add(1, Relaxed);
+            return Ok(true);
+        }
+        drop(guard);
+        self.free_slot(fresh)?;
+        Ok(false)
+    }
+
+    /// Stores a page that Postgres wrote. `ENOSPC` when the budget of kept pages is used up or the disk is full.
+    pub fn keep(&self, tag: &PageTag, page: &Page, keep: Keep) -> Result<(), Errno> {
+        if self.overwrite_kept(tag, page, keep)? {
+            return Ok(());
+        }
+        self.take_kept_credit()?;
+        let stored = self.keep_with_credit(tag, page, keep);
+        if !matches!(stored, Ok(true)) {
+            self.header().kept_count.fetch_sub(1, Relaxed);
+        }
+        stored.map(drop)
+    }
+
+    /// Stores a page unless one is cached; for the first pages of an unlogged relation.
+    pub fn keep_if_absent(&self, tag: &PageTag, page: &Page, keep: Keep) -> Result<(), Errno> {
+        if self.contains(tag)? { Ok(()) } else { self.keep(tag, page, keep) }
+    }
+
+    fn overwrite_kept(&self, tag: &PageTag, page: &Page, keep: Keep) -> Result<bool, Errno> {
+        let bucket = self.bucket_of(hash_page(tag));
+        let _guard = self.lock_bucket(bucket)?;
+        match self.find(bucket, tag) {
+            Some(slot) if self.slot(slot).state.load(Relaxed) != SlotState::Clean as u32 => {
+                sys::write_all_at(self.pages_fd, page, slot_offset(slot))?;
+                self.set_keep(slot, keep);
+                Ok(true)
+            }
+            Some(_) | None => Ok(false),
+        }
+    }
+
+    /// Returns whether the credit was used: not when somebody else has made the page a kept one meanwhile.
+    fn keep_with_credit(&self, tag: &PageTag, page: &Page, keep: Keep) -> Result<bool, Errno> {
+        let bucket = self.bucket_of(hash_page(tag));
+        if self.contains(tag)? {
+            let _guard = self.lock_bucket(bucket)?;
+            if let Some(slot) = self.find(bucket, tag) {
+                let was_clean = self.slot(slot).state.load(Relaxed) == SlotState::Clean as u32;
+                sys::write_all_at(self.pages_fd, page, slot_offset(slot))?;
+                self.set_keep(slot, keep);
+                if was_clean {
+                    self.header().clean_count.fetch_sub(1, Relaxed);
+                }
+                return Ok(was_clean);
+            }
+        }
+        let fresh = self.slot_for_kept()?;
+        if let Err(errno) = sys::write_all_at(self.pages_fd, page, slot_offset(fresh)) {
+            self.free_slot(fresh)?;
+            return Err(errno);
+        }
+        let guard = self.lock_bucket(bucket)?;
+        let Some(other) = self.find(bucket, tag) else {
+            self.link(bucket, fresh, tag, SlotState::Kept, keep);
+            self.set_keep(fresh, keep);
+            return Ok(true);
+        };
+        // A deposit slipped in; it is older than what we bring.
+        let was_clean = self.slot(other).state.load(Relaxed) == SlotState::Clean as u32;
+        self.unlink_slot(bucket, other);
+        self.link(bucket, fresh, tag, SlotState::Kept, keep);
+        self.set_keep(fresh, keep);
+        if was_clean {
+            self.header().clean_count.fetch_sub(1, Relaxed);
+        }
+        drop(guard);
+        self.free_slot(other)?;
+        Ok(was_clean)
+    }
+
+    /// Forgets a page, whatever it is.
+    pub fn discard(&self, tag: &PageTag) -> Result<(), Errno> {
+        let bucket = self.bucket_of(hash_page(tag));
+        let guard = self.lock_bucket(bucket)?;
+        let Some(slot) = self.find(bucket, tag) else { return Ok(()) };
+        let was_clean = self.slot(slot).state.load(Relaxed) == SlotState::Clean as u32;
+        self.unlink_slot(bucket, slot);
+        drop(guard);
+        let count = if was_clean { &self.header().clean_count } else { &self.header().kept_count };
+        count.fetch_sub(1, Relaxed);
+        // Room was made: a reclaim may be worth while again.
+        self.header().stuck_horizon.store(u64::MAX, Relaxed);
+        self.free_slot(slot)
+    }
+
+    /// Forgets the pages `from..to` of a fork.
+    pub fn discard_range(&self, rel: RelTag, from: BlockNumber, to: BlockNumber) -> Result<(), Errno> {
+        self.for_each_page_of(rel, from, to, |tag| self.discard(tag))
+    }
+
+    /// Keeps the pages of a fork for ever: it turned out to be unlogged.
+    pub fn pin_rel(&self, rel: RelTag, blocks: BlockNumber) -> Result<(), Errno> {
+        self.for_each_page_of(rel, 0, blocks, |tag| {
+            let bucket = self.bucket_of(hash_page(tag));
+            let _guard = self.lock_bucket(bucket)?;
+            if let Some(slot) = self.find(bucket, tag)
+                && self.slot(slot).state.load(Relaxed) != SlotState::Clean as u32
+            {
+                self.set_keep(slot, Keep::FOR_EVER);
+            }
+            Ok(())
+        })
+    }
+
+    /// Goes over blocks or over slots, whichever are fewer.
+    fn for_each_page_of(
+        &self,
+        rel: RelTag,
+        from: BlockNumber,
+        to: BlockNumber,
+        mut visit: impl FnMut(&PageTag) -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
+        let used = self.header().fresh_slot.load(Relaxed).min(self.sizes.slots());
+        if to.saturating_sub(from) <= used {
+            return (from..to).try_for_each(|block| visit(&PageTag { rel, block }));
+        }
+        for index in 0..used {
+            if let Some(tag) = self.peek(index)
+                && tag.rel == rel
+                && (from..to).contains(&tag.block)
+            {
+                visit(&tag)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The page in a slot, read without its lock: a hint.
+    fn peek(&self, index: u32) -> Option<PageTag> {
+        let slot = self.slot(index);
+        let fork = ForkNumber::try_from(slot.fork.load(Relaxed) as u8).ok()?;
+        let rel = RelTag { spc: slot.spc.load(Relaxed), db: slot.db.load(Relaxed), rel: slot.rel.load(Relaxed), fork };
+        (slot.state.load(Relaxed) != SlotState::Free as u32).then_some(PageTag { rel, block: slot.block.load(Relaxed) })
+    }
+
+    fn find(&self, bucket: u32, tag: &PageTag) -> Option<u32> {
+        let mut index = self.bucket(bucket).load(Relaxed);
+        while index != NONE {
+            if self.peek(index).as_ref() == Some(tag) {
+                return Some(index);
+            }
+            index = self.slot(index).next.load(Relaxed);
+        }
+        None
+    }
+
+    /// Puts a filled slot into its bucket; the bucket's lock is held.
+    fn link(&self, bucket: u32, index: u32, tag: &PageTag, state: SlotState, keep: Keep) {
+        let slot = self.slot(index);
+        slot.spc.store(tag.rel.spc, Relaxed);
+        slot.db.store(tag.rel.db, Relaxed);
+        slot.rel.store(tag.rel.rel, Relaxed);
+        slot.fork.store(tag.rel.fork as u32, Relaxed);
+        slot.block.store(tag.block, Relaxed);
+        slot.lsn.store(keep.lsn, Relaxed);
+        slot.insert.store(keep.insert, Relaxed);
+        slot.referenced.store(1, Relaxed);
+        slot.next.store(self.bucket(bucket).load(Relaxed), Relaxed);
+        slot.state.store(state as u32, Release);
+        self.bucket(bucket).store(index, Relaxed);
+    }
+
+    fn set_keep(&self, index: u32, keep: Keep) {
+        let slot = self.slot(index);
+        slot.lsn.store(keep.lsn, Relaxed);
+        slot.insert.store(keep.insert, Relaxed);
+        slot.referenced.store(1, Relaxed);
+        slot.state.store(if keep.soft { SlotState::Soft } else { SlotState::Kept } as u32, Relaxed);
+    }
+
+    /// Takes a slot out of its bucket, whose lock is held.
+    fn unlink_slot(&self, bucket: u32, index: u32) {
+        let next = self.slot(index).next.load(Relaxed);
+        let mut link = self.bucket(bucket);
+        while link.load(Relaxed) != index {
+            link = &self.slot(link.load(Relaxed)).next;
+        }
+        link.store(next, Relaxed);
+        self.slot(index).state.store(SlotState::Free as u32, Relaxed);
+    }
+
+    fn free_slot(&self, index: u32) -> Result<(), Errno> {
+        let _guard = self.lock_free()?;
+        let head = self.header().free_slot.swap(index, Relaxed);
+        self.slot(index).next.store(head, Relaxed);
+        Ok(())
+    }
+
+    /// A slot nobody uses, or `None` when all are taken.
+    fn unused_slot(&self) -> Result<Option<u32>, Errno> {
+        let _guard = self.lock_free()?;
+        let header = self.header();
+        let freed = header.free_slot.load(Relaxed);
+        if freed != NONE {
+            header.free_slot.store(self.slot(freed).next.load(Relaxed), Relaxed);
+            return Ok(Some(freed));
+        }
+        let fresh = header.fresh_slot.load(Relaxed);
+        if fresh == self.sizes.slots() {
+            return Ok(None);
+        }
+        header.fresh_slot.store(fresh + 1, Relaxed);
+        Ok(Some(fresh))
+    }
+
+    fn slot_for_clean(&self) -> Result<Option<u32>, Errno> {
+        if self.header().clean_count.load(Relaxed) < self.sizes.clean_limit
+            && let Some(slot) = self.unused_slot()?
+        {
+            return Ok(Some(slot));
+        }
+        self.evict_clean()
+    }
+
+    /// There is one: kept pages alone, within their budget, never fill all slots.
+    fn slot_for_kept(&self) -> Result<u32, Errno> {
+        for _ in 0..SLOT_ATTEMPTS {
+            if let Some(slot) = self.unused_slot()? {
+                return Ok(slot);
+            }
+            if let Some(slot) = self.evict_clean()? {
+                return Ok(slot);
+            }
+        }
+        Err(Errno(libc::ENOSPC))
+    }
+
+    /// Takes the slot of a clean page that was not used lately (CLOCK).
+    fn evict_clean(&self) -> Result<Option<u32>, Errno> {
+        let header = self.header();
+        let used = header.fresh_slot.load(Relaxed).min(self.sizes.slots());
+        for _ in 0..u64::from(used) * 2 {
+            let index = header.slot_clock.fetch_add(1, Relaxed) % used;
+            let slot = self.slot(index);
+            if slot.state.load(Relaxed) != SlotState::Clean as u32 || slot.referenced.swap(0, Relaxed) != 0 {
+                continue;
+            }
+            let Some(tag) = self.peek(index) else { continue };
+            let bucket = self.bucket_of(hash_page(&tag));
+            let _guard = self.lock_bucket(bucket)?;
+            if slot.state.load(Relaxed) == SlotState::Clean as u32 && self.peek(index) == Some(tag) {
+                self.drop_mark(&tag).fetch_max(slot.insert.load(Relaxed), Relaxed);
+                self.unlink_slot(bucket, index);
+                header.clean_count.fetch_sub(1, Relaxed);
+                return Ok(Some(index));
+            }
+        }
+        Ok(None)
+    }
+
+    /// One page more within the budget of kept pages.
+    fn take_kept_credit(&self) -> Result<(), Errno> {
+        let limit = self.sizes.kept_limit;
+        for _ in 0..SLOT_ATTEMPTS {
+            let more = |count: u32| (count < limit).then_some(count + 1);
+            if self.header().kept_count.fetch_update(Relaxed, Relaxed, more).is_ok() {
+                return Ok(());
+            }
+            if self.reclaim_kept()? == 0 {
+                break;
+            }
+        }
+        Err(Errno(libc::ENOSPC))
+    }
+
+    /// Turns kept pages that may go into clean ones. Returns how many.
+    fn reclaim_kept(&self) -> Result<u32, Errno> {
+        let header = self.header();
+        // Horizon first: a later shipped end can only be larger.
+        let horizon = header.horizon.load(Acquire);
+        let shipped = header.shipped.load(Acquire);
+        if header.stuck_horizon.load(Relaxed) == horizon && header.stuck_shipped.load(Relaxed) == shipped {
+            return Ok(0);
+        }
+        for soft_too in [false, true] {
+            let reclaimed = self.reclaim_pass(horizon, shipped, soft_too)?;
+            if reclaimed > 0 {
+                return Ok(reclaimed);
+            }
+        }
+        header.stuck_horizon.store(horizon, Relaxed);
+        header.stuck_shipped.store(shipped, Relaxed);
+        Ok(0)
+    }
+
+    fn reclaim_pass(&self, horizon: u64, shipped: u64, soft_too: bool) -> Result<u32, Errno> {
+        let header = self.header();
+        let used = header.fresh_slot.load(Relaxed).min(self.sizes.slots());
+        let mut reclaimed = 0;
+        let may_go = |index: u32| {
+            let slot = self.slot(index);
+            let state = slot.state.load(Relaxed);
+            (state == SlotState::Kept as u32 || soft_too && state == SlotState::Soft as u32)
+                && slot.lsn.load(Relaxed) <= horizon
+                && slot.insert.load(Relaxed) <= shipped
+        };
+        for _ in 0..used {
+            let index = header.kept_clock.fetch_add(1, Relaxed) % used;
+            if !may_go(index) {
+                continue;
+            }
+            let Some(tag) = self.peek(index) else { continue };
+            let _guard = self.lock_bucket(self.bucket_of(hash_page(&tag)))?;
+            if self.peek(index) == Some(tag) && may_go(index) {
+                self.slot(index).state.store(SlotState::Clean as u32, Relaxed);
+                header.clean_count.fetch_add(1, Relaxed);
+                header.kept_count.fetch_sub(1, Relaxed);
+                reclaimed += 1;
+            }
+            if reclaimed == RECLAIM_BATCH {
+                break;
+            }
+        }
+        Ok(reclaimed)
+    }
+}
+
+fn slot_offset(index: u32) -> u64 {
+    u64::from(index) * PAGE_BYTES as u64
+}

@@ -1,0 +1,146 @@
+//! The mapping of the shared index, and access to its parts.
+
+use std::{
+    ffi::CStr,
+    sync::atomic::{AtomicU32, AtomicU64, Ordering::*},
+};
+
+use types::PageTag;
+
+use crate::{
+    layout::*,
+    lock::{Guard, Lock},
+    sys::{self, Errno},
+};
+
+/// One process's view of the cache. In `postgres` it lives as long as the process and is inherited over forks.
+pub struct Shared {
+    base: *mut u8,
+    offsets: Offsets,
+    pub(crate) sizes: Sizes,
+    pub(crate) pages_fd: i32,
+    /// How long to wait for a lock; `None` in Postgres, where the holder is as mortal as the one who waits.
+    wait_limit_ms: Option<u32>,
+}
+
+// SAFETY: everything behind `base` is atomics and locks.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+/// How long the agent waits for a lock that a killed backend may never release.
+const AGENT_WAIT_MS: u32 = 2000;
+
+impl Shared {
+    /// Maps what the agent created. `EPROTO` when it is no index of this build.
+    pub fn open(index: &CStr, pages: &CStr) -> Result<Shared, Errno> {
+        let fd = sys::open(index, libc::O_RDWR, 0)?;
+        let mapped = Self::map_existing(fd);
+        sys::close(fd);
+        let (base, sizes) = mapped?;
+        let pages_fd = sys::open(pages, libc::O_RDWR, 0)?;
+        Ok(Shared { base, offsets: Offsets::new(&sizes), sizes, pages_fd, wait_limit_ms: None })
+    }
+
+    fn map_existing(fd: i32) -> Result<(*mut u8, Sizes), Errno> {
+        let head = sys::map(fd, size_of::<Header>())?;
+        // SAFETY: the mapping holds a header (a shorter file would fault; the agent makes none).
+        let header = unsafe { &*head.cast::<Header>() };
+        let known = header.magic.load(Acquire) == MAGIC;
+        let sizes = header.sizes;
+        sys::unmap(head, size_of::<Header>());
+        if !known {
+            return Err(Errno(libc::EPROTO));
+        }
+        Ok((sys::map(fd, Offsets::new(&sizes).total)?, sizes))
+    }
+
+    /// Creates an empty cache in two files, which are replaced.
+    pub fn create(index: &CStr, pages: &CStr, sizes: Sizes) -> Result<Shared, Errno> {
+        let flags = libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC;
+        let offsets = Offsets::new(&sizes);
+        let pages_fd = sys::open(pages, flags, 0o600)?;
+        let fd = sys::open(index, flags, 0o600)?;
+        let base = sys::allocate(fd, offsets.total as u64).and_then(|()| sys::map(fd, offsets.total));
+        sys::close(fd);
+        let shared = Shared { base: base?, offsets, sizes, pages_fd, wait_limit_ms: Some(AGENT_WAIT_MS) };
+        shared.initialise();
+        Ok(shared)
+    }
+
+    /// A fresh file is all zeroes, which is right for locks, counts and entries; chains end in [`NONE`].
+    fn initialise(&self) {
+        // SAFETY: nobody else has this mapping yet; the header lies at its start.
+        unsafe { (&raw mut (*self.base.cast::<Header>()).sizes).write(self.sizes) };
+        (0..self.offsets.n_buckets).for_each(|bucket| self.bucket(bucket).store(NONE, Relaxed));
+        (0..self.offsets.n_rel_buckets).for_each(|bucket| self.rel_bucket(bucket).store(NONE, Relaxed));
+        self.header().free_slot.store(NONE, Relaxed);
+        self.header().stuck_horizon.store(u64::MAX, Relaxed);
+        self.header().magic.store(MAGIC, Release);
+    }
+
+    /// What storage can describe pages at: WAL that a quorum holds.
+    pub fn shipped(&self) -> u64 {
+        self.header().shipped.load(Acquire)
+    }
+
+    pub(crate) fn header(&self) -> &Header {
+        // SAFETY: the mapping starts with a header.
+        unsafe { &*self.base.cast() }
+    }
+
+    /// The `index`-th `T` of the array at `start`, which has `count`.
+    fn item<T>(&self, start: usize, index: u32, count: u32) -> &T {
+        assert!(index < count, "index within the shared array");
+        // SAFETY: `Offsets` reserved `count` items of `T` at `start`, aligned to 64; all are atomics.
+        unsafe { &*self.base.add(start).cast::<T>().add(index as usize) }
+    }
+
+    pub(crate) fn slot(&self, index: u32) -> &Slot {
+        self.item(self.offsets.slots, index, self.sizes.slots())
+    }
+
+    pub(crate) fn rel(&self, index: u32) -> &Rel {
+        self.item(self.offsets.rels, index, self.sizes.rels)
+    }
+
+    pub(crate) fn bucket(&self, bucket: u32) -> &AtomicU32 {
+        self.item(self.offsets.buckets, bucket, self.offsets.n_buckets)
+    }
+
+    pub(crate) fn rel_bucket(&self, bucket: u32) -> &AtomicU32 {
+        self.item(self.offsets.rel_buckets, bucket, self.offsets.n_rel_buckets)
+    }
+
+    pub(crate) fn bucket_of(&self, hash: u64) -> u32 {
+        (hash >> 16) as u32 & (self.offsets.n_buckets - 1)
+    }
+
+    pub(crate) fn rel_bucket_of(&self, hash: u64) -> u32 {
+        (hash >> 16) as u32 & (self.offsets.n_rel_buckets - 1)
+    }
+
+    /// The newest WAL position that a dropped version of such a page may hold (pages share marks).
+    pub(crate) fn drop_mark(&self, tag: &PageTag) -> &AtomicU64 {
+        self.item(self.offsets.drop_marks, hash_page(tag) as u32 % DROP_MARKS, DROP_MARKS)
+    }
+
+    pub(crate) fn lock_bucket(&self, bucket: u32) -> Result<Guard<'_>, Errno> {
+        self.item::<Lock>(self.offsets.page_locks, bucket % PAGE_STRIPES, PAGE_STRIPES).lock(self.wait_limit_ms)
+    }
+
+    pub(crate) fn lock_rel_bucket(&self, bucket: u32) -> Result<Guard<'_>, Errno> {
+        self.item::<Lock>(self.offsets.rel_locks, bucket % REL_STRIPES, REL_STRIPES).lock(self.wait_limit_ms)
+    }
+
+    pub(crate) fn lock_free(&self) -> Result<Guard<'_>, Errno> {
+        self.header().free_lock.lock(self.wait_limit_ms)
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        sys::unmap(self.base, self.offsets.total);
+        sys::close(self.pages_fd);
+    }
+}

@@ -1,0 +1,97 @@
+//! System calls, made raw: inside `postgres` libc's own names lead into the shim.
+
+use std::ffi::CStr;
+
+/// An error number of the operating system (`EIO`, `ENOSPC`, ...).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Errno(pub i32);
+
+impl Errno {
+    /// The calling thread's `errno`.
+    pub fn last() -> Errno {
+        // SAFETY: libc's errno location is valid for the calling thread.
+        Errno(unsafe { *libc::__errno_location() })
+    }
+}
+
+impl From<Errno> for std::io::Error {
+    fn from(errno: Errno) -> std::io::Error {
+        std::io::Error::from_raw_os_error(errno.0)
+    }
+}
+
+fn check(result: libc::c_long) -> Result<usize, Errno> {
+    usize::try_from(result).map_err(|_| Errno::last())
+}
+
+/// Opens a file; always close-on-exec.
+pub fn open(path: &CStr, flags: i32, mode: u32) -> Result<i32, Errno> {
+    // SAFETY: the path is a C string that outlives the call.
+    let fd = unsafe { libc::syscall(libc::SYS_openat, libc::AT_FDCWD, path.as_ptr(), flags | libc::O_CLOEXEC, mode) };
+    check(fd).map(|fd| fd as i32)
+}
+
+/// Closes a descriptor of our own.
+pub fn close(fd: i32) {
+    // SAFETY: closing takes no pointers; the descriptor is ours.
+    unsafe { libc::syscall(libc::SYS_close, fd) };
+}
+
+/// Fills `buf` from `offset`; a file that ends earlier is `EIO`.
+pub fn read_exact_at(fd: i32, buf: &mut [u8], offset: u64) -> Result<(), Errno> {
+    let mut done = 0;
+    while done < buf.len() {
+        let rest = &mut buf[done..];
+        // SAFETY: pointer and length describe `rest`.
+        let got = unsafe {
+            libc::syscall(libc::SYS_pread64, fd, rest.as_mut_ptr(), rest.len(), (offset + done as u64) as libc::off_t)
+        };
+        match check(got) {
+            Ok(0) => return Err(Errno(libc::EIO)),
+            Ok(n) => done += n,
+            Err(Errno(libc::EINTR)) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
+}
+
+/// Writes all of `buf` at `offset`.
+pub fn write_all_at(fd: i32, buf: &[u8], offset: u64) -> Result<(), Errno> {
+    let mut done = 0;
+    while done < buf.len() {
+        let rest = &buf[done..];
+        // SAFETY: pointer and length describe `rest`.
+        let put = unsafe {
+            libc::syscall(libc::SYS_pwrite64, fd, rest.as_ptr(), rest.len(), (offset + done as u64) as libc::off_t)
+        };
+        match check(put) {
+            Ok(0) => return Err(Errno(libc::ENOSPC)),
+            Ok(n) => done += n,
+            Err(Errno(libc::EINTR)) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
+}
+
+/// Gives a file real storage for `len` bytes, so that touching its mapping can't fail.
+pub fn allocate(fd: i32, len: u64) -> Result<(), Errno> {
+    // SAFETY: no pointers.
+    check(unsafe { libc::syscall(libc::SYS_fallocate, fd, 0, 0 as libc::off_t, len as libc::off_t) }).map(drop)
+}
+
+/// Maps `len` bytes of a file shared and writable.
+pub fn map(fd: i32, len: usize) -> Result<*mut u8, Errno> {
+    // SAFETY: a fresh mapping at an address of the kernel's choice.
+    let base = unsafe {
+        libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, fd, 0)
+    };
+    if base == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(base.cast()) }
+}
+
+/// Ends a mapping made by [`map`].
+pub fn unmap(base: *mut u8, len: usize) {
+    // SAFETY: only called with what `map` returned, when nothing refers to it any more.
+    unsafe { libc::munmap(base.cast(), len) };
+}
