@@ -1,0 +1,240 @@
+//! The task that owns the proposer's state machine.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use safekeeper_protocol::{Action, Proposer, ProposerId, ProposerMessage, ProposerSettings};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinSet,
+    time::{Instant, MissedTickBehavior, interval, sleep_until},
+};
+use tracing::{info, warn};
+use types::{BranchRef, NodeId};
+
+use super::{
+    ElectError, Elected, Progress, ProposerConfig,
+    peer::{PeerEvent, PeerTask},
+};
+
+const BUFFER_BYTES: u64 = 64 * 1024 * 1024;
+const WINDOW_BYTES: u64 = 16 * 1024 * 1024;
+const HEARTBEAT: Duration = Duration::from_secs(1);
+const FINISH_LIMIT: Duration = Duration::from_secs(2);
+const WAITING_LOG_INTERVAL: Duration = Duration::from_secs(5);
+/// A split election is tried again after a random time up to this.
+const ELECTION_RETRY_MS: u64 = 50;
+
+/// What handles ask of the driver.
+pub(super) enum Command {
+    Append(Bytes),
+    Finish(oneshot::Sender<()>),
+}
+
+pub(super) struct Driver {
+    branch: BranchRef,
+    proposer: Proposer,
+    links: BTreeMap<NodeId, (u64, mpsc::UnboundedSender<ProposerMessage>)>,
+    progress: watch::Sender<Progress>,
+    /// Taken once the election is decided.
+    result: Option<oneshot::Sender<Result<Elected, ElectError>>>,
+    events: mpsc::UnboundedReceiver<PeerEvent>,
+    /// Ends the connections with the driver.
+    _peers: JoinSet<()>,
+    retry_at: Option<Instant>,
+    finishing: Option<(oneshot::Sender<()>, Instant)>,
+    over: bool,
+}
+
+impl Driver {
+    pub fn new(
+        config: ProposerConfig,
+        progress: watch::Sender<Progress>,
+        result: oneshot::Sender<Result<Elected, ElectError>>,
+    ) -> Driver {
+        let settings = ProposerSettings {
+            id: ProposerId(rand::random()),
+            members: config.safekeepers.iter().map(|(node, _)| *node).collect(),
+            branch_start_lsn: config.branch_start_lsn,
+            system_identifier: config.system_identifier,
+            buffer_bytes: BUFFER_BYTES,
+            window_bytes: WINDOW_BYTES,
+        };
+        let (event_sender, events) = mpsc::unbounded_channel();
+        let mut peers = JoinSet::new();
+        for (node, address) in config.safekeepers {
+            let task = PeerTask {
+                node,
+                address,
+                token: config.token.clone(),
+                branch: config.branch.clone(),
+                events: event_sender.clone(),
+            };
+            peers.spawn(task.run());
+        }
+        Driver {
+            branch: config.branch,
+            proposer: Proposer::new(settings),
+            links: BTreeMap::new(),
+            progress,
+            result: Some(result),
+            events,
+            _peers: peers,
+            retry_at: None,
+            finishing: None,
+            over: false,
+        }
+    }
+
+    /// Runs until all handles are gone, the proposer is finished or fenced, or the caller of `elect` has given up.
+    pub async fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>) {
+        let mut heartbeat = interval(HEARTBEAT);
+        heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut batch = Vec::new();
+        let mut last_logged = Instant::now();
+        while !self.over {
+            let timer = self.timer();
+            tokio::select! {
+                received = commands.recv_many(&mut batch, 256) => match received {
+                    0 => return,
+                    _ => self.take_commands(&mut batch),
+                },
+                Some(event) = self.events.recv() => self.take_event(event),
+                () = sleep_until(timer.unwrap_or_else(Instant::now)), if timer.is_some() => self.take_timer(),
+                _ = heartbeat.tick() => {
+                    let actions = self.proposer.heartbeat();
+                    self.perform(actions);
+                    if self.result.is_some() && last_logged.elapsed() >= WAITING_LOG_INTERVAL {
+                        last_logged = Instant::now();
+                        warn!(branch = %self.branch, connected = self.links.len(), "waiting for a majority of safekeepers");
+                    }
+                }
+            }
+            self.check_finished();
+            if self.result.as_ref().is_some_and(oneshot::Sender::is_closed) {
+                return;
+            }
+        }
+    }
+
+    fn timer(&self) -> Option<Instant> {
+        let finish_by = self.finishing.as_ref().map(|(_, deadline)| *deadline);
+        self.retry_at.into_iter().chain(finish_by).min()
+    }
+
+    fn take_timer(&mut self) {
+        if self.retry_at.is_some_and(|at| at <= Instant::now()) {
+            self.retry_at = None;
+            let actions = self.proposer.campaign();
+            self.perform(actions);
+        }
+    }
+
+    fn take_commands(&mut self, batch: &mut Vec<Command>) {
+        let mut pieces = Vec::with_capacity(batch.len());
+        for command in batch.drain(..) {
+            match command {
+                Command::Append(wal) => pieces.push(wal),
+                Command::Finish(reply) => self.finishing = Some((reply, Instant::now() + FINISH_LIMIT)),
+            }
+        }
+        let actions = self.proposer.append(pieces);
+        self.perform(actions);
+    }
+
+    fn take_event(&mut self, event: PeerEvent) {
+        let actions = match event {
+            PeerEvent::Connected { node, epoch, link } => {
+                self.links.insert(node, (epoch, link));
+                self.proposer.connected(node)
+            }
+            PeerEvent::Received { node, epoch, message } if self.is_current(node, epoch) => {
+                self.proposer.handle(node, message)
+            }
+            PeerEvent::Disconnected { node, epoch } if self.is_current(node, epoch) => {
+                self.links.remove(&node);
+                self.proposer.disconnected(node)
+            }
+            PeerEvent::Received { .. } | PeerEvent::Disconnected { .. } => return,
+            PeerEvent::Denied { reason } => {
+                if let Some(result) = self.result.take() {
+                    let _ = result.send(Err(ElectError::Denied(reason)));
+                    self.over = true;
+                }
+                return;
+            }
+        };
+        self.perform(actions);
+    }
+
+    fn is_current(&self, node: NodeId, epoch: u64) -> bool {
+        self.links.get(&node).is_some_and(|(current, _)| *current == epoch)
+    }
+
+    fn perform(&mut self, actions: Vec<Action>) {
+        let mut lost = Vec::new();
+        for action in actions {
+            match action {
+                Action::Send { to, message } => {
+                    if let Some((_, link)) = self.links.get(&to) {
+                        // A connection that has ended reports so itself.
+                        let _ = link.send(message);
+                    }
+                }
+                Action::Started { term, start_lsn } => {
+                    info!(branch = %self.branch, %term, lsn = %start_lsn, "term won");
+                    self.progress.send_modify(|p| p.commit_lsn = start_lsn);
+                    if let Some(result) = self.result.take() {
+                        let _ = result.send(Ok(Elected { term, start_lsn }));
+                    }
+                }
+                Action::Committed { lsn } => self.progress.send_modify(|p| p.commit_lsn = lsn),
+                Action::Fenced { reason } => self.end(ElectError::Fenced(reason)),
+                Action::BranchDeleted => self.end(ElectError::Deleted),
+                Action::RetryElection => {
+                    let pause = Duration::from_millis(rand::random_range(1..=ELECTION_RETRY_MS));
+                    self.retry_at.get_or_insert_with(|| Instant::now() + pause);
+                }
+                Action::Disconnect { to, reason } => {
+                    warn!(branch = %self.branch, safekeeper = %to, reason, "closing the connection to a safekeeper");
+                    // Dropping the link ends the connection's task, which connects again.
+                    self.links.remove(&to);
+                    lost.push(to);
+                }
+            }
+        }
+        for node in lost {
+            let actions = self.proposer.disconnected(node);
+            self.perform(actions);
+        }
+    }
+
+    fn end(&mut self, error: ElectError) {
+        warn!(branch = %self.branch, %error, "this proposer is over");
+        let reason: Arc<str> = match &error {
+            ElectError::Fenced(reason) => Arc::from(reason.as_str()),
+            ElectError::Config(_) | ElectError::Denied(_) | ElectError::Deleted => Arc::from(error.to_string()),
+        };
+        self.progress.send_modify(|p| p.fenced = Some(reason));
+        if let Some(result) = self.result.take() {
+            let _ = result.send(Err(error));
+        }
+        self.over = true;
+    }
+
+    fn check_finished(&mut self) {
+        let Some((_, deadline)) = &self.finishing else { return };
+        let told = self.proposer.all_connected_know_commit() && self.proposer.commit_lsn() == self.proposer.end_lsn();
+        if told || *deadline <= Instant::now() {
+            self.over = true;
+        }
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        if let Some((reply, _)) = self.finishing.take() {
+            let _ = reply.send(());
+        }
+    }
+}

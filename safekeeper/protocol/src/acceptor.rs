@@ -1,0 +1,372 @@
+//! A safekeeper's side of the consensus, for one branch.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use types::{Lsn, Term};
+
+use crate::{
+    history::TermHistory,
+    message::{
+        AcceptorMessage, Append, AppendReply, BranchStatus, Elected, Fetch, MAX_WAL_BYTES_PER_MESSAGE, ProposerId,
+        ProposerMessage, StreamStart, Vote, VoteReply, VoteTerm,
+    },
+};
+
+/// How far `flush_lsn` may run ahead of the persisted one: what a restart has to decode to find the log's end.
+const PERSIST_EVERY_BYTES: u64 = 16 * 1024 * 1024;
+
+/// Votes, keeps WAL and acknowledges it.
+///
+/// Contract: the driver performs the effects of one call in order before it makes the next call, each durable before the
+/// one behind it. If one fails, this value no longer describes the disk: drop it and recover from what is stored.
+/// [`Acceptor::end_batch`] must follow any number of messages before the driver goes idle; it holds the one flush that
+/// acknowledges all of them.
+#[derive(Debug, Clone)]
+pub struct Acceptor {
+    state: AcceptorState,
+    /// `state.flush_lsn` as last persisted.
+    persisted_flush_lsn: Lsn,
+    /// End of the bytes written, durable or not.
+    write_lsn: Lsn,
+    /// Last end of a whole record at or below `write_lsn`.
+    boundary: Lsn,
+    /// The proposer's commit position, perhaps beyond what is here.
+    leader_commit_lsn: Lsn,
+    /// True when bytes were written since the last flush.
+    unflushed: bool,
+    /// Who waits for an acknowledgement.
+    to_acknowledge: Vec<ConnectionId>,
+}
+
+/// A connection, numbered by the driver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnectionId(pub u64);
+
+/// What a safekeeper must remember of a branch besides its WAL.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AcceptorState {
+    /// Highest term voted in.
+    pub term: Term,
+    /// Who got the vote of `term`.
+    pub voted_for: Option<ProposerId>,
+    /// The log's terms; may name some that start beyond `flush_lsn`.
+    pub history: TermHistory,
+    /// The cluster's identifier, once a proposer has named it.
+    pub system_identifier: Option<u64>,
+    /// Start of the WAL that is kept.
+    pub log_start_lsn: Lsn,
+    /// End of the durable WAL, always the end of a whole record. In stored state: a lower bound; the log's true end is
+    /// found by decoding from here.
+    pub flush_lsn: Lsn,
+    /// Up to here a majority is known to hold the WAL; never beyond `flush_lsn`.
+    pub commit_lsn: Lsn,
+    /// Up to here the object store holds everything; may be beyond `flush_lsn`.
+    pub remote_consistent_lsn: Lsn,
+}
+
+/// What the driver must do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Effect {
+    /// Make this state durable.
+    Persist(Box<AcceptorState>),
+    /// Remove all WAL bytes from here on, durably.
+    TruncateWal { at: Lsn },
+    /// WAL below here may be removed; a file that also holds later bytes stays.
+    DropWalBelow { lsn: Lsn },
+    /// Write WAL; durable only after [`Effect::FlushWal`].
+    WriteWal { at: Lsn, wal: Bytes },
+    /// Make all written WAL durable.
+    FlushWal,
+    /// Read durable WAL and send it as [`crate::message::Fetched`].
+    SendWal { to: ConnectionId, fetch: Fetch },
+    /// Send a message.
+    Reply { to: ConnectionId, message: AcceptorMessage },
+}
+
+impl Acceptor {
+    /// A branch that this safekeeper knows nothing of (`AcceptorState::default()`), or one recovered from disk:
+    /// `state.flush_lsn` is then the log's true end, and no byte follows it.
+    pub fn new(state: AcceptorState) -> Acceptor {
+        let end = state.flush_lsn;
+        Acceptor {
+            persisted_flush_lsn: end,
+            write_lsn: end,
+            boundary: end,
+            leader_commit_lsn: state.commit_lsn,
+            unflushed: false,
+            to_acknowledge: Vec::new(),
+            state,
+        }
+    }
+
+    /// What is remembered now.
+    pub fn state(&self) -> &AcceptorState {
+        &self.state
+    }
+
+    /// The state in short.
+    pub fn status(&self) -> BranchStatus {
+        let s = &self.state;
+        BranchStatus {
+            term: s.term,
+            last_log_term: s.history.up_to(s.flush_lsn).last_term(),
+            flush_lsn: s.flush_lsn,
+            commit_lsn: s.commit_lsn,
+            remote_consistent_lsn: s.remote_consistent_lsn,
+            log_start_lsn: s.log_start_lsn,
+        }
+    }
+
+    /// Takes a proposer's message.
+    pub fn handle(&mut self, from: ConnectionId, message: ProposerMessage) -> Vec<Effect> {
+        match message {
+            ProposerMessage::Vote(vote) => self.handle_vote(from, vote),
+            ProposerMessage::Elected(elected) => self.handle_elected(from, elected),
+            ProposerMessage::Append(append) => self.handle_append(from, append),
+            ProposerMessage::Fetch(fetch) => self.handle_fetch(from, fetch),
+        }
+    }
+
+    /// Flushes and acknowledges all appends since the last call.
+    pub fn end_batch(&mut self) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        self.flush(&mut effects);
+        if self.state.flush_lsn.0 >= self.persisted_flush_lsn.0 + PERSIST_EVERY_BYTES {
+            self.persist(&mut effects);
+        }
+        for to in std::mem::take(&mut self.to_acknowledge) {
+            effects.push(Effect::Reply { to, message: AcceptorMessage::Append(self.append_reply()) });
+        }
+        effects
+    }
+
+    /// Notes that the object store holds everything up to `lsn`.
+    pub fn handle_report(&mut self, lsn: Lsn) {
+        self.state.remote_consistent_lsn = self.state.remote_consistent_lsn.max(lsn);
+    }
+
+    /// Drops WAL that the object store holds, in whole segments while the branch is in use (`idle` false), else all of it if
+    /// nothing else is left. Call between batches.
+    pub fn trim(&mut self, idle: bool) -> Vec<Effect> {
+        let s = &self.state;
+        let safe = s.remote_consistent_lsn.min(s.commit_lsn);
+        let all = idle && safe == s.flush_lsn && self.write_lsn == s.flush_lsn;
+        let keep_from = if all { safe } else { safe.segment_start() };
+        if keep_from <= s.log_start_lsn {
+            return Vec::new();
+        }
+        self.state.log_start_lsn = keep_from;
+        let mut effects = Vec::new();
+        self.persist(&mut effects);
+        effects.push(Effect::DropWalBelow { lsn: keep_from });
+        effects
+    }
+
+    /// The state as it should be stored before the branch is forgotten in memory, if that differs from what is stored.
+    pub fn persist_before_idle(&mut self, stored: &AcceptorState) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        if *stored != self.state && self.state.term != Term(0) {
+            self.persist(&mut effects);
+        }
+        effects
+    }
+
+    fn handle_vote(&mut self, from: ConnectionId, vote: Vote) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        if let (Some(known), Some(named)) = (self.state.system_identifier, vote.system_identifier)
+            && known != named
+        {
+            let reason = format!("the branch's WAL is of system {known}, the proposer's of system {named}");
+            return vec![self.refuse(from, reason)];
+        }
+        let granted = self.grants(&vote);
+        if let Some(term) = granted {
+            // The log must not change any more once its end has been told.
+            self.flush(&mut effects);
+            self.drop_partial_record(&mut effects);
+            if term != self.state.term || self.state.voted_for != Some(vote.proposer) {
+                self.state.term = term;
+                self.state.voted_for = Some(vote.proposer);
+                self.state.system_identifier = self.state.system_identifier.or(vote.system_identifier);
+                self.leader_commit_lsn = self.state.commit_lsn;
+                self.persist(&mut effects);
+            }
+        }
+        let s = &self.state;
+        let reply = VoteReply {
+            granted: granted.is_some(),
+            term: s.term,
+            history: s.history.up_to(s.flush_lsn),
+            flush_lsn: s.flush_lsn,
+            commit_lsn: s.commit_lsn,
+            log_start_lsn: s.log_start_lsn,
+            remote_consistent_lsn: s.remote_consistent_lsn,
+        };
+        effects.push(Effect::Reply { to: from, message: AcceptorMessage::Vote(reply) });
+        effects
+    }
+
+    /// The term in which the vote is granted: one proposer per term, terms grow.
+    fn grants(&self, vote: &Vote) -> Option<Term> {
+        let mine = self.state.voted_for == Some(vote.proposer);
+        match vote.term {
+            VoteTerm::Next => Some(Term(self.state.term.0 + 1)),
+            VoteTerm::Exactly { term, .. } if term > self.state.term => Some(term),
+            VoteTerm::Exactly { term, .. } if term == self.state.term => mine.then_some(term),
+            // The higher term was granted to this proposer alone, and it says that it never led it: no log has that term,
+            // and whoever wins a term in between needs a vote that is not given away here.
+            VoteTerm::Exactly { term, gives_back } => {
+                let unused = self.state.history.last_term() < term;
+                (mine && unused && gives_back == Some(self.state.term)).then_some(term)
+            }
+        }
+    }
+
+    fn handle_elected(&mut self, from: ConnectionId, elected: Elected) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        // Whoever got this safekeeper's vote: a term has one winner, and the log has not changed since the term began.
+        if elected.term != self.state.term {
+            return vec![self.refuse(from, format!("term {} is not the one of this safekeeper", elected.term))];
+        }
+        if let Err(error) = elected.history.check() {
+            return vec![Effect::Reply { to: from, message: AcceptorMessage::Failed { reason: error.to_string() } }];
+        }
+        if elected.history.last_term() != elected.term {
+            return vec![self.refuse(from, "the history does not end with the term".to_owned())];
+        }
+        let known = self.state.history.last_term() == elected.term;
+        match elected.start {
+            StreamStart::Continue(start) if !known => {
+                if start < self.state.commit_lsn || start > self.state.flush_lsn || !start.is_valid() {
+                    return vec![self.refuse(from, format!("can't continue the log at {start}"))];
+                }
+                self.truncate(start, &mut effects);
+                self.state.history = elected.history;
+                self.persist(&mut effects);
+            }
+            StreamStart::Restart(start) if !known || start > self.state.flush_lsn => {
+                if start < self.state.commit_lsn || !start.is_valid() {
+                    return vec![self.refuse(from, format!("can't restart the log at {start}"))];
+                }
+                self.restart(start, elected.history, &mut effects);
+            }
+            // Said again on another connection. The log is this term's already: nothing in it may go.
+            StreamStart::Continue(_) | StreamStart::Restart(_) => {
+                self.flush(&mut effects);
+                self.drop_partial_record(&mut effects);
+            }
+        }
+        effects.push(Effect::Reply { to: from, message: AcceptorMessage::Append(self.append_reply()) });
+        effects
+    }
+
+    fn handle_append(&mut self, from: ConnectionId, append: Append) -> Vec<Effect> {
+        let s = &self.state;
+        if append.term != s.term || s.history.last_term() != append.term {
+            return vec![self.refuse(from, format!("term {} does not lead here", append.term))];
+        }
+        let end = append.begin + append.wal.len() as u64;
+        let new_end = end.max(self.write_lsn);
+        if append.begin > self.write_lsn || append.boundary > new_end {
+            let reason = format!("WAL from {} does not follow on {}", append.begin, self.write_lsn);
+            return vec![Effect::Reply { to: from, message: AcceptorMessage::Failed { reason } }];
+        }
+        let mut effects = Vec::new();
+        if end > self.write_lsn {
+            // Within a term the same position always has the same bytes: what is here already is skipped.
+            let known = (self.write_lsn.0 - append.begin.0) as usize;
+            effects.push(Effect::WriteWal { at: self.write_lsn, wal: append.wal.slice(known..) });
+            self.write_lsn = end;
+            self.unflushed = true;
+        }
+        self.boundary = self.boundary.max(append.boundary);
+        self.leader_commit_lsn = self.leader_commit_lsn.max(append.commit_lsn);
+        self.state.remote_consistent_lsn = self.state.remote_consistent_lsn.max(append.remote_consistent_lsn);
+        if !self.to_acknowledge.contains(&from) {
+            self.to_acknowledge.push(from);
+        }
+        effects
+    }
+
+    fn handle_fetch(&mut self, from: ConnectionId, fetch: Fetch) -> Vec<Effect> {
+        let s = &self.state;
+        if fetch.term != s.term {
+            return vec![self.refuse(from, format!("term {} does not lead here", fetch.term))];
+        }
+        let Fetch { on_behalf_of, begin, .. } = fetch;
+        if begin < s.log_start_lsn {
+            let remote_consistent_lsn = s.remote_consistent_lsn;
+            let message = AcceptorMessage::FetchRefused { on_behalf_of, begin, remote_consistent_lsn };
+            return vec![Effect::Reply { to: from, message }];
+        }
+        let end = fetch.end.min(s.flush_lsn).min(begin + MAX_WAL_BYTES_PER_MESSAGE as u64);
+        if begin >= end {
+            let reason = format!("WAL from {begin} was asked for, it ends at {}", s.flush_lsn);
+            return vec![Effect::Reply { to: from, message: AcceptorMessage::Failed { reason } }];
+        }
+        vec![Effect::SendWal { to: from, fetch: Fetch { end, ..fetch } }]
+    }
+
+    fn refuse(&self, to: ConnectionId, reason: String) -> Effect {
+        Effect::Reply { to, message: AcceptorMessage::Refused { term: self.state.term, reason } }
+    }
+
+    fn append_reply(&self) -> AppendReply {
+        AppendReply {
+            term: self.state.term,
+            flush_lsn: self.state.flush_lsn,
+            received_lsn: self.write_lsn,
+            commit_lsn: self.state.commit_lsn,
+            remote_consistent_lsn: self.state.remote_consistent_lsn,
+        }
+    }
+
+    fn persist(&mut self, effects: &mut Vec<Effect>) {
+        self.persisted_flush_lsn = self.state.flush_lsn;
+        effects.push(Effect::Persist(Box::new(self.state.clone())));
+    }
+
+    fn flush(&mut self, effects: &mut Vec<Effect>) {
+        if std::mem::take(&mut self.unflushed) {
+            effects.push(Effect::FlushWal);
+        }
+        self.state.flush_lsn = self.boundary;
+        self.state.commit_lsn = self.state.commit_lsn.max(self.leader_commit_lsn.min(self.state.flush_lsn));
+    }
+
+    /// Removes bytes behind the last whole record, so that nothing but this term's WAL can ever be found there.
+    fn drop_partial_record(&mut self, effects: &mut Vec<Effect>) {
+        if self.write_lsn > self.state.flush_lsn {
+            self.write_lsn = self.state.flush_lsn;
+            effects.push(Effect::TruncateWal { at: self.write_lsn });
+        }
+    }
+
+    /// Shortens the log. The lower end is stored first: a crash in between leaves the old log under the old history.
+    fn truncate(&mut self, at: Lsn, effects: &mut Vec<Effect>) {
+        if at < self.write_lsn {
+            self.state.flush_lsn = at;
+            self.persist(effects);
+            effects.push(Effect::TruncateWal { at });
+            self.write_lsn = at;
+            self.boundary = at;
+        }
+    }
+
+    /// Starts the log anew at a committed position. What the log has from there on was never committed, and goes first;
+    /// then one write of the state moves it over, so that no crash shows a log that has forgotten something committed.
+    fn restart(&mut self, at: Lsn, history: TermHistory, effects: &mut Vec<Effect>) {
+        self.flush(effects);
+        self.drop_partial_record(effects);
+        self.truncate(at.min(self.write_lsn), effects);
+        self.write_lsn = at;
+        self.boundary = at;
+        self.state.flush_lsn = at;
+        self.state.commit_lsn = at;
+        self.state.log_start_lsn = at;
+        self.leader_commit_lsn = self.leader_commit_lsn.max(at);
+        self.state.history = history;
+        self.persist(effects);
+        effects.push(Effect::DropWalBelow { lsn: at });
+    }
+}

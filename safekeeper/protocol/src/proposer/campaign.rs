@@ -1,0 +1,153 @@
+//! Winning a term, and telling safekeepers of it.
+
+use types::{Lsn, NodeId, Term};
+
+use super::{Action, Leadership, Peer, Phase, Proposer, buffer::WalBuffer, streaming::Follower};
+use crate::message::{Elected, ProposerMessage, StreamStart, VoteReply, VoteTerm};
+
+impl Proposer {
+    /// Asks all connected safekeepers for a term above all that were seen.
+    pub fn campaign(&mut self) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let Phase::Campaign { candidate } = &mut self.phase else { return actions };
+        let seen = self.peers.values().filter_map(voted).map(|reply| reply.term).max();
+        let term = Term(seen.max(*candidate).unwrap_or_default().0 + 1);
+        *candidate = Some(term);
+        let connected: Vec<NodeId> =
+            self.peers.iter().filter(|(_, peer)| !matches!(peer, Peer::Away)).map(|(node, _)| *node).collect();
+        for node in connected {
+            self.ask(node, VoteTerm::Exactly { term, gives_back: None }, &mut actions);
+        }
+        actions
+    }
+
+    pub(super) fn handle_vote_reply(&mut self, from: NodeId, reply: VoteReply, actions: &mut Vec<Action>) {
+        self.horizon = self.horizon.max(reply.remote_consistent_lsn);
+        let (term, granted) = (reply.term, reply.granted);
+        self.peers.insert(from, Peer::Voted(Box::new(reply)));
+        match &self.phase {
+            Phase::Campaign { .. } => self.count_votes(actions),
+            Phase::Leader(leader) if term == leader.term => self.tell_elected(from, actions),
+            Phase::Leader(leader) if term < leader.term => {
+                self.ask(from, VoteTerm::Exactly { term: leader.term, gives_back: None }, actions);
+            }
+            Phase::Leader(leader) if granted => {
+                let vote = VoteTerm::Exactly { term: leader.term, gives_back: Some(term) };
+                self.ask(from, vote, actions);
+            }
+            Phase::Leader(leader) => {
+                let reason = format!("safekeeper {from} is in term {term}, this compute in {}", leader.term);
+                self.fence(reason, actions);
+            }
+            Phase::Over => {}
+        }
+    }
+
+    fn count_votes(&mut self, actions: &mut Vec<Action>) {
+        let Phase::Campaign { candidate } = self.phase else { return };
+        let replies: Vec<(NodeId, &VoteReply)> =
+            self.peers.iter().filter_map(|(node, peer)| voted(peer).map(|reply| (*node, reply))).collect();
+        let Some(highest) = replies.iter().map(|(_, reply)| reply.term).max() else { return };
+        let term = candidate.unwrap_or(highest).max(highest);
+        let granted = replies.iter().filter(|(_, reply)| reply.granted && reply.term == term).count();
+        if granted >= self.majority() {
+            return self.become_leader(term, actions);
+        }
+        let refused = replies.iter().any(|(_, reply)| !reply.granted && reply.term >= term);
+        if replies.len() < self.majority() {
+            return;
+        }
+        if refused {
+            return actions.push(Action::RetryElection);
+        }
+        // Safekeepers were in different terms: those below join the highest.
+        let below: Vec<NodeId> = replies.iter().filter(|(_, r)| r.term < term).map(|(node, _)| *node).collect();
+        self.phase = Phase::Campaign { candidate: Some(term) };
+        for node in below {
+            self.ask(node, VoteTerm::Exactly { term, gives_back: None }, actions);
+        }
+    }
+
+    fn become_leader(&mut self, term: Term, actions: &mut Vec<Action>) {
+        let granted = |peer: &Peer| voted(peer).is_some_and(|reply| reply.granted && reply.term == term);
+        let best = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| granted(peer))
+            .filter_map(|(node, peer)| voted(peer).map(|reply| (*node, reply)))
+            .max_by_key(|(_, reply)| self.log_rank(reply));
+        let Some((donor, reply)) = best else { return };
+        let start_lsn = if reply.flush_lsn.is_valid() { reply.flush_lsn } else { self.settings.branch_start_lsn };
+        let history = reply.history.clone().without_terms_below(self.horizon).with(term, start_lsn);
+        let wal = WalBuffer::starting_at(start_lsn);
+        self.phase = Phase::Leader(Leadership { term, start_lsn, history, donor, wal, started: false });
+        let voters: Vec<(NodeId, VoteReply)> =
+            self.peers.iter().filter_map(|(node, peer)| voted(peer).map(|reply| (*node, reply.clone()))).collect();
+        for (node, reply) in voters {
+            // Those in other terms are asked again, or show that there is a newer one.
+            self.handle_vote_reply(node, reply, actions);
+        }
+    }
+
+    /// What makes a log the newest: its last term first, then its length.
+    fn log_rank(&self, reply: &VoteReply) -> (Term, Lsn) {
+        #[cfg(test)]
+        if self.settings.fault == Some(super::Fault::LongestLogWins) {
+            return (Term(0), reply.flush_lsn);
+        }
+        (reply.history.last_term(), reply.flush_lsn)
+    }
+
+    pub(super) fn tell_elected(&mut self, node: NodeId, actions: &mut Vec<Action>) {
+        let (Phase::Leader(leader), Some(Peer::Voted(reply))) = (&self.phase, self.peers.get(&node)) else { return };
+        let common = leader.history.common_end(leader.wal.end(), &reply.history, reply.flush_lsn);
+        let have_from = self.have_wal_from(leader, node);
+        let start = match common {
+            Some(common) if reply.flush_lsn.is_valid() && common >= have_from => StreamStart::Continue(common),
+            Some(_) | None => StreamStart::Restart(self.restart_lsn()),
+        };
+        let log_start_lsn = reply.log_start_lsn;
+        self.follow(node, start, log_start_lsn, actions);
+    }
+
+    /// Tells a safekeeper from where it will be sent WAL, and starts to send it.
+    pub(super) fn follow(&mut self, node: NodeId, start: StreamStart, log_start_lsn: Lsn, actions: &mut Vec<Action>) {
+        let Phase::Leader(leader) = &self.phase else { return };
+        let (begin, log_start_lsn) = match start {
+            StreamStart::Continue(lsn) => (lsn, log_start_lsn),
+            StreamStart::Restart(lsn) => (lsn, lsn),
+        };
+        let elected = Elected { proposer: self.settings.id, term: leader.term, history: leader.history.clone(), start };
+        actions.push(Action::Send { to: node, message: ProposerMessage::Elected(elected) });
+        self.peers.insert(node, Peer::Following(Follower::new(begin, log_start_lsn)));
+        self.pump_all(actions);
+    }
+
+    /// From where on somebody but `node` itself has this log.
+    fn have_wal_from(&self, leader: &Leadership, node: NodeId) -> Lsn {
+        let of_peer = |(peer_node, peer): (&NodeId, &Peer)| match peer {
+            Peer::Following(follower) => Some(follower.log_start_lsn),
+            Peer::Voted(reply) if *peer_node == leader.donor && reply.flush_lsn.is_valid() => Some(reply.log_start_lsn),
+            Peer::Voted(_) | Peer::Asked | Peer::Away => None,
+        };
+        let others = self.peers.iter().filter(|(peer_node, _)| **peer_node != node).filter_map(of_peer).min();
+        others.map_or(leader.wal.start(), |lsn| lsn.min(leader.wal.start()))
+    }
+
+    /// Where a safekeeper that lacks WAL which only the object store has starts anew: committed, in the object store, and
+    /// not below what the others still hold.
+    pub(super) fn restart_lsn(&self) -> Lsn {
+        let committed = match &self.phase {
+            Phase::Leader(leader) => leader.start_lsn.max(self.commit_lsn),
+            Phase::Campaign { .. } | Phase::Over => self.commit_lsn,
+        };
+        self.horizon.min(committed).max(self.settings.branch_start_lsn)
+    }
+}
+
+fn voted(peer: &Peer) -> Option<&VoteReply> {
+    match peer {
+        Peer::Voted(reply) => Some(reply),
+        Peer::Away | Peer::Asked | Peer::Following(_) => None,
+    }
+}

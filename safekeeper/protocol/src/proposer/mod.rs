@@ -1,0 +1,237 @@
+//! A compute's side of the consensus: wins a term, brings safekeepers up to one log, learns what is committed.
+
+mod buffer;
+mod campaign;
+mod streaming;
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use types::{Lsn, NodeId, Term};
+
+use self::{buffer::WalBuffer, streaming::Follower};
+use crate::{
+    history::TermHistory,
+    message::{AcceptorMessage, ProposerId, ProposerMessage, Vote, VoteReply, VoteTerm},
+};
+
+/// The proposer of one branch, for one run of a compute.
+///
+/// Contract: the driver reports connections as they come and go, hands in what safekeepers send over the connection that
+/// is current, and performs actions in order. Messages to one safekeeper must arrive in order or not at all; a connection
+/// that lost one is over. While [`Proposer::is_leader`] is false, [`Proposer::append`] must not be called.
+#[derive(Debug, Clone)]
+pub struct Proposer {
+    settings: ProposerSettings,
+    phase: Phase,
+    peers: BTreeMap<NodeId, Peer>,
+    commit_lsn: Lsn,
+    /// The highest position that any safekeeper knows to be in the object store.
+    horizon: Lsn,
+}
+
+/// What a proposer is given.
+#[derive(Debug, Clone)]
+pub struct ProposerSettings {
+    /// Different for every run.
+    pub id: ProposerId,
+    /// All safekeepers of the branch; more than half of them make a majority.
+    pub members: Vec<NodeId>,
+    /// Where the log starts when no safekeeper has any of it.
+    pub branch_start_lsn: Lsn,
+    /// The cluster's identifier, when known.
+    pub system_identifier: Option<u64>,
+    /// Bytes of WAL kept in memory for safekeepers that lag; beyond, they get it from each other.
+    pub buffer_bytes: u64,
+    /// Bytes that may be on the way to one safekeeper.
+    pub window_bytes: u64,
+    /// Breaks the rules on purpose, to show that the simulation notices.
+    #[cfg(test)]
+    pub fault: Option<Fault>,
+}
+
+/// See [`ProposerSettings::fault`].
+#[cfg(test)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// One safekeeper is enough to commit.
+    CommitWithoutMajority,
+    /// WAL of earlier terms commits before the new term's history is on a majority.
+    CommitOldTermsByCounting,
+    /// Safekeepers are chosen for the log's end without regard to the terms in it.
+    LongestLogWins,
+}
+
+/// What the driver must do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Send a message over the current connection.
+    Send { to: NodeId, message: ProposerMessage },
+    /// The term is won and this position committed: WAL may be appended from here.
+    Started { term: Term, start_lsn: Lsn },
+    /// A majority holds WAL up to here.
+    Committed { lsn: Lsn },
+    /// Somebody else took the term or a newer one; nothing will ever be committed again.
+    Fenced { reason: String },
+    /// The election was split or lost: call [`Proposer::campaign`] after a short random while.
+    RetryElection,
+    /// The connection is of no use (the reason is for people); report it as lost, connect again later.
+    Disconnect { to: NodeId, reason: String },
+    /// The safekeepers have deleted the branch.
+    BranchDeleted,
+}
+
+#[derive(Debug, Clone)]
+enum Phase {
+    /// Asks for votes; `candidate` is `None` until safekeepers have named a term.
+    Campaign {
+        candidate: Option<Term>,
+    },
+    Leader(Leadership),
+    Over,
+}
+
+#[derive(Debug, Clone)]
+struct Leadership {
+    term: Term,
+    start_lsn: Lsn,
+    history: TermHistory,
+    donor: NodeId,
+    wal: WalBuffer,
+    started: bool,
+}
+
+#[derive(Debug, Clone)]
+enum Peer {
+    Away,
+    /// Asked for a vote.
+    Asked,
+    Voted(Box<VoteReply>),
+    Following(Follower),
+}
+
+impl Proposer {
+    /// Starts with no connection and no term.
+    pub fn new(settings: ProposerSettings) -> Proposer {
+        let peers = settings.members.iter().map(|node| (*node, Peer::Away)).collect();
+        let phase = Phase::Campaign { candidate: None };
+        Proposer { settings, phase, peers, commit_lsn: Lsn::INVALID, horizon: Lsn::INVALID }
+    }
+
+    /// True from [`Action::Started`] on, until fenced.
+    pub fn is_leader(&self) -> bool {
+        matches!(&self.phase, Phase::Leader(leader) if leader.started)
+    }
+
+    /// Up to here a majority holds the WAL; invalid before [`Action::Started`].
+    pub fn commit_lsn(&self) -> Lsn {
+        self.commit_lsn
+    }
+
+    /// End of the WAL appended.
+    pub fn end_lsn(&self) -> Lsn {
+        match &self.phase {
+            Phase::Leader(leader) => leader.wal.end(),
+            Phase::Campaign { .. } | Phase::Over => Lsn::INVALID,
+        }
+    }
+
+    /// True when every connected safekeeper is known to know `commit_lsn`.
+    pub fn all_connected_know_commit(&self) -> bool {
+        self.peers.values().all(|peer| match peer {
+            Peer::Following(follower) => follower.knows_commit(self.commit_lsn),
+            Peer::Asked | Peer::Voted(_) => false,
+            Peer::Away => true,
+        })
+    }
+
+    /// A connection to a safekeeper is there.
+    pub fn connected(&mut self, node: NodeId) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if matches!(self.phase, Phase::Over) || !self.peers.contains_key(&node) {
+            return actions;
+        }
+        let term = match &self.phase {
+            Phase::Leader(leader) => VoteTerm::Exactly { term: leader.term, gives_back: None },
+            Phase::Campaign { candidate: Some(term) } => VoteTerm::Exactly { term: *term, gives_back: None },
+            Phase::Campaign { candidate: None } | Phase::Over => VoteTerm::Next,
+        };
+        self.ask(node, term, &mut actions);
+        actions
+    }
+
+    /// The connection to a safekeeper is lost.
+    pub fn disconnected(&mut self, node: NodeId) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if let Some(peer) = self.peers.get_mut(&node) {
+            *peer = Peer::Away;
+        }
+        for peer in self.peers.values_mut() {
+            if let Peer::Following(follower) = peer {
+                follower.forget_fetch_from(node);
+            }
+        }
+        self.pump_all(&mut actions);
+        actions
+    }
+
+    /// Takes what a safekeeper sent over the current connection.
+    pub fn handle(&mut self, from: NodeId, message: AcceptorMessage) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if matches!(self.phase, Phase::Over) || matches!(self.peers.get(&from), None | Some(Peer::Away)) {
+            return actions;
+        }
+        match message {
+            AcceptorMessage::Vote(reply) => self.handle_vote_reply(from, reply, &mut actions),
+            AcceptorMessage::Append(reply) => self.handle_append_reply(from, reply, &mut actions),
+            AcceptorMessage::Fetched(fetched) => self.handle_fetched(from, fetched, &mut actions),
+            AcceptorMessage::FetchRefused { on_behalf_of, remote_consistent_lsn, .. } => {
+                self.handle_fetch_refused(from, on_behalf_of, remote_consistent_lsn, &mut actions);
+            }
+            AcceptorMessage::Refused { term, reason } => self.handle_refused(from, term, reason, &mut actions),
+            AcceptorMessage::Failed { reason } => actions.push(Action::Disconnect { to: from, reason }),
+            AcceptorMessage::Deleted => {
+                self.phase = Phase::Over;
+                actions.push(Action::BranchDeleted);
+            }
+        }
+        actions
+    }
+
+    /// Adds WAL at the log's end; each piece must end at the end of a whole record.
+    pub fn append(&mut self, pieces: impl IntoIterator<Item = Bytes>) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if let Phase::Leader(leader) = &mut self.phase {
+            pieces.into_iter().filter(|wal| !wal.is_empty()).for_each(|wal| leader.wal.push(wal));
+            self.pump_all(&mut actions);
+        }
+        actions
+    }
+
+    /// Says something to every follower, so that both ends notice a dead connection. Call about once a second.
+    pub fn heartbeat(&mut self) -> Vec<Action> {
+        let mut actions = Vec::new();
+        for peer in self.peers.values_mut() {
+            if let Peer::Following(follower) = peer {
+                follower.owe_heartbeat();
+            }
+        }
+        self.pump_all(&mut actions);
+        actions
+    }
+
+    fn majority(&self) -> usize {
+        self.settings.members.len() / 2 + 1
+    }
+
+    fn ask(&mut self, node: NodeId, term: VoteTerm, actions: &mut Vec<Action>) {
+        let vote = Vote { proposer: self.settings.id, term, system_identifier: self.settings.system_identifier };
+        self.peers.insert(node, Peer::Asked);
+        actions.push(Action::Send { to: node, message: ProposerMessage::Vote(vote) });
+    }
+
+    fn fence(&mut self, reason: String, actions: &mut Vec<Action>) {
+        self.phase = Phase::Over;
+        actions.push(Action::Fenced { reason });
+    }
+}

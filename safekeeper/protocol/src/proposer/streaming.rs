@@ -1,0 +1,268 @@
+//! Sending WAL to safekeepers and counting what they hold.
+
+use types::{Lsn, NodeId};
+
+use super::{Action, Leadership, Peer, Phase, Proposer};
+use crate::message::{Append, AppendReply, Fetch, Fetched, MAX_WAL_BYTES_PER_MESSAGE, ProposerMessage, StreamStart};
+
+/// A safekeeper that has been told of the term.
+#[derive(Debug, Clone)]
+pub(super) struct Follower {
+    /// It has confirmed the term's history.
+    accepted: bool,
+    sent_lsn: Lsn,
+    /// Last end of a record sent.
+    sent_boundary: Lsn,
+    received_lsn: Lsn,
+    flush_lsn: Lsn,
+    known_commit_lsn: Lsn,
+    sent_commit_lsn: Lsn,
+    owes_heartbeat: bool,
+    /// Start of what it holds, as far as known.
+    pub(super) log_start_lsn: Lsn,
+    /// Whom WAL at `sent_lsn` was asked from on its behalf.
+    fetching_from: Option<NodeId>,
+}
+
+impl Follower {
+    pub fn new(begin: Lsn, log_start_lsn: Lsn) -> Follower {
+        Follower {
+            accepted: false,
+            sent_lsn: begin,
+            sent_boundary: begin,
+            received_lsn: begin,
+            flush_lsn: begin,
+            known_commit_lsn: Lsn::INVALID,
+            sent_commit_lsn: Lsn::INVALID,
+            owes_heartbeat: false,
+            log_start_lsn,
+            fetching_from: None,
+        }
+    }
+
+    pub fn forget_fetch_from(&mut self, node: NodeId) {
+        if self.fetching_from == Some(node) {
+            self.fetching_from = None;
+        }
+    }
+
+    pub fn owe_heartbeat(&mut self) {
+        self.owes_heartbeat = true;
+    }
+
+    /// True when it has said that it knows as much of `commit_lsn` as it can.
+    pub fn knows_commit(&self, commit_lsn: Lsn) -> bool {
+        self.accepted && self.known_commit_lsn >= commit_lsn
+    }
+}
+
+impl Proposer {
+    pub(super) fn handle_append_reply(&mut self, from: NodeId, reply: AppendReply, actions: &mut Vec<Action>) {
+        let Phase::Leader(leader) = &self.phase else { return };
+        let Some(Peer::Following(follower)) = self.peers.get_mut(&from) else { return };
+        if reply.term != leader.term {
+            let reason = format!("safekeeper {from} went to term {}", reply.term);
+            return self.fence(reason, actions);
+        }
+        if reply.flush_lsn < follower.flush_lsn && !follower.accepted {
+            // Sent before it heard from where its log starts anew.
+            return;
+        }
+        if reply.flush_lsn > leader.wal.end() || reply.flush_lsn < follower.flush_lsn {
+            let reason = format!("it claims WAL to {}, which can't be", reply.flush_lsn);
+            return actions.push(Action::Disconnect { to: from, reason });
+        }
+        follower.accepted = true;
+        follower.flush_lsn = reply.flush_lsn;
+        follower.received_lsn = follower.received_lsn.max(reply.received_lsn);
+        follower.known_commit_lsn = reply.commit_lsn;
+        self.horizon = self.horizon.max(reply.remote_consistent_lsn);
+        self.advance_commit(actions);
+        self.trim_buffer();
+        self.pump_all(actions);
+    }
+
+    /// The commit rule: the highest position that a majority of all members hold under this term's history, but nothing
+    /// below the term's start. An earlier term's WAL on a majority could still lose to a log with a later term; once the
+    /// term's own first entry, its history, is there with it, it can't.
+    fn advance_commit(&mut self, actions: &mut Vec<Action>) {
+        let mut held: Vec<Lsn> = self.peers.values().map(held_in_this_term).collect();
+        held.sort_unstable_by(|a, b| b.cmp(a));
+        let commit = held.get(self.commit_quorum() - 1).copied().unwrap_or_default();
+        let lowest = self.lowest_commit();
+        let Phase::Leader(leader) = &mut self.phase else { return };
+        if commit < lowest || (commit <= self.commit_lsn && leader.started) {
+            return;
+        }
+        self.commit_lsn = commit;
+        if !std::mem::replace(&mut leader.started, true) {
+            actions.push(Action::Started { term: leader.term, start_lsn: leader.start_lsn });
+        }
+        actions.push(Action::Committed { lsn: commit });
+    }
+
+    /// How many safekeepers must hold WAL before it is committed.
+    fn commit_quorum(&self) -> usize {
+        #[cfg(test)]
+        if self.settings.fault == Some(super::Fault::CommitWithoutMajority) {
+            return 1;
+        }
+        self.majority()
+    }
+
+    /// The lowest position that this term may commit.
+    fn lowest_commit(&self) -> Lsn {
+        #[cfg(test)]
+        if self.settings.fault == Some(super::Fault::CommitOldTermsByCounting) {
+            return Lsn(1);
+        }
+        match &self.phase {
+            Phase::Leader(leader) => leader.start_lsn,
+            Phase::Campaign { .. } | Phase::Over => Lsn::MAX,
+        }
+    }
+
+    fn trim_buffer(&mut self) {
+        let Phase::Leader(leader) = &mut self.phase else { return };
+        let everyone_has = self.peers.values().map(held_in_this_term).min().unwrap_or_default();
+        let everyone_has = everyone_has.min(self.commit_lsn);
+        leader.wal.trim(everyone_has, self.commit_lsn, self.settings.buffer_bytes);
+    }
+
+    pub(super) fn pump_all(&mut self, actions: &mut Vec<Action>) {
+        let nodes: Vec<NodeId> = self.peers.keys().copied().collect();
+        for node in nodes {
+            self.pump(node, actions);
+        }
+    }
+
+    /// Sends one safekeeper what it lacks and there is room for.
+    fn pump(&mut self, node: NodeId, actions: &mut Vec<Action>) {
+        let donor = self.donor_for(node);
+        let Phase::Leader(leader) = &self.phase else { return };
+        let Some(Peer::Following(follower)) = self.peers.get_mut(&node) else { return };
+        while follower.sent_lsn < leader.wal.end()
+            && follower.sent_lsn.0 < follower.received_lsn.0 + self.settings.window_bytes
+        {
+            if follower.sent_lsn < leader.wal.start() {
+                if let (None, Some(donor)) = (follower.fetching_from, donor) {
+                    follower.fetching_from = Some(donor);
+                    let message = ProposerMessage::Fetch(fetch_for(node, follower, leader));
+                    actions.push(Action::Send { to: donor, message });
+                }
+                break;
+            }
+            let part = leader.wal.read(follower.sent_lsn, MAX_WAL_BYTES_PER_MESSAGE);
+            let begin = follower.sent_lsn;
+            follower.sent_lsn += part.wal.len() as u64;
+            follower.sent_boundary = follower.sent_boundary.max(part.boundary);
+            actions.push(append(node, leader, follower, begin, part.wal, self.commit_lsn, self.horizon));
+        }
+        if follower.sent_commit_lsn < self.commit_lsn || follower.owes_heartbeat {
+            let begin = follower.sent_lsn;
+            actions.push(append(node, leader, follower, begin, Default::default(), self.commit_lsn, self.horizon));
+        }
+    }
+
+    /// Who can give `node` the WAL that it is to be sent next.
+    fn donor_for(&self, node: NodeId) -> Option<NodeId> {
+        let (Phase::Leader(leader), Some(Peer::Following(lagging))) = (&self.phase, self.peers.get(&node)) else {
+            return None;
+        };
+        let has = |candidate: &NodeId| match self.peers.get(candidate) {
+            Some(Peer::Following(f)) => {
+                *candidate != node && f.flush_lsn > lagging.sent_lsn && f.log_start_lsn <= lagging.sent_lsn
+            }
+            Some(Peer::Voted(_) | Peer::Asked | Peer::Away) | None => false,
+        };
+        std::iter::once(&leader.donor).chain(self.peers.keys()).find(|candidate| has(candidate)).copied()
+    }
+
+    pub(super) fn handle_fetched(&mut self, from: NodeId, fetched: Fetched, actions: &mut Vec<Action>) {
+        let Phase::Leader(leader) = &self.phase else { return };
+        let node = fetched.on_behalf_of;
+        let Some(Peer::Following(follower)) = self.peers.get_mut(&node) else { return };
+        if follower.fetching_from != Some(from) || follower.sent_lsn != fetched.begin {
+            return;
+        }
+        follower.fetching_from = None;
+        let room = leader.wal.start().checked_sub(fetched.begin).unwrap_or_default() as usize;
+        let wal = fetched.wal.slice(..fetched.wal.len().min(room));
+        let begin = follower.sent_lsn;
+        follower.sent_lsn += wal.len() as u64;
+        if follower.sent_lsn == leader.wal.start() {
+            // The buffer starts at the end of a whole record; in between only the safekeeper's own end is known to be one.
+            follower.sent_boundary = follower.sent_lsn;
+        }
+        actions.push(append(node, leader, follower, begin, wal, self.commit_lsn, self.horizon));
+        self.pump(node, actions);
+    }
+
+    pub(super) fn handle_fetch_refused(
+        &mut self,
+        from: NodeId,
+        on_behalf_of: NodeId,
+        remote_consistent_lsn: Lsn,
+        actions: &mut Vec<Action>,
+    ) {
+        self.horizon = self.horizon.max(remote_consistent_lsn);
+        let restart = self.restart_lsn();
+        if let Some(Peer::Following(donor)) = self.peers.get_mut(&from) {
+            donor.log_start_lsn = donor.log_start_lsn.max(restart.segment_start());
+        }
+        let Some(Peer::Following(follower)) = self.peers.get_mut(&on_behalf_of) else { return };
+        if follower.fetching_from != Some(from) {
+            return;
+        }
+        follower.fetching_from = None;
+        if restart > follower.sent_lsn {
+            self.follow(on_behalf_of, StreamStart::Restart(restart), restart, actions);
+        }
+    }
+
+    pub(super) fn handle_refused(
+        &mut self,
+        from: NodeId,
+        term: types::Term,
+        reason: String,
+        actions: &mut Vec<Action>,
+    ) {
+        match &self.phase {
+            Phase::Leader(leader) if term > leader.term => {
+                let fenced = format!("safekeeper {from} is in term {term}, this compute in {}: {reason}", leader.term);
+                self.fence(fenced, actions);
+            }
+            Phase::Leader(_) | Phase::Campaign { .. } => actions.push(Action::Disconnect { to: from, reason }),
+            Phase::Over => {}
+        }
+    }
+}
+
+/// What a safekeeper holds durably under this term's history.
+fn held_in_this_term(peer: &Peer) -> Lsn {
+    match peer {
+        Peer::Following(follower) if follower.accepted => follower.flush_lsn,
+        Peer::Following(_) | Peer::Voted(_) | Peer::Asked | Peer::Away => Lsn::INVALID,
+    }
+}
+
+fn fetch_for(node: NodeId, follower: &Follower, leader: &Leadership) -> Fetch {
+    let end = leader.wal.start().min(follower.sent_lsn + MAX_WAL_BYTES_PER_MESSAGE as u64);
+    Fetch { term: leader.term, on_behalf_of: node, begin: follower.sent_lsn, end }
+}
+
+fn append(
+    to: NodeId,
+    leader: &Leadership,
+    follower: &mut Follower,
+    begin: Lsn,
+    wal: bytes::Bytes,
+    commit_lsn: Lsn,
+    remote_consistent_lsn: Lsn,
+) -> Action {
+    follower.sent_commit_lsn = commit_lsn;
+    follower.owes_heartbeat = false;
+    let boundary = follower.sent_boundary;
+    let append = Append { term: leader.term, begin, wal, boundary, commit_lsn, remote_consistent_lsn };
+    Action::Send { to, message: ProposerMessage::Append(append) }
+}
