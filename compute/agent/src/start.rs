@@ -1,0 +1,243 @@
+//! From a spec to a Postgres that takes connections.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use control_plane_api::compute::{ComputeReady, ComputeSpec};
+use page_cache::{PageCache, PageCacheConfig};
+use pageserver_client::{ClientError, PageserverClient};
+use parking_lot::Mutex;
+use safekeeper_client::{Elected, ProposerConfig, WalProposer};
+use shim_server::{ShimServer, required_settings, shim_environment};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use types::{ForkNumber, Lsn, RelTag, oids};
+use wire::pageserver::{BaseFiles, ReadLsn};
+
+use crate::{
+    StartError,
+    backend::AgentBackend,
+    catalog,
+    compute_dir::{ComputeDir, ComputePaths},
+    data_dir::DataDir,
+    last_written::LastWritten,
+    local_wal::LocalWal,
+    opening::{Opening, open_term},
+    owner::{Owner, give, make_private_dir},
+    page_file::PageFile,
+    postgres::{Postgres, PostgresCommand},
+    settings::{ControlSettings, PG_HBA, postgresql_conf},
+    shipper::WalShipper,
+    timings::Timings,
+};
+
+/// Longest time from `exec` to "ready".
+const READY_LIMIT: Duration = Duration::from_secs(60);
+
+/// Pause between two attempts at the base files.
+const BASE_FILES_PAUSE: Duration = Duration::from_millis(200);
+
+/// A running compute. Fields are dropped in this order: Postgres goes before what it lives on.
+pub struct Compute {
+    /// The postmaster.
+    pub postgres: Postgres,
+    /// Answers the shim.
+    pub backend: Arc<AgentBackend>,
+    /// Ships WAL.
+    pub shipper: Arc<WalShipper>,
+    /// The term.
+    pub proposer: WalProposer,
+    /// The cluster's identifier.
+    pub system_identifier: u64,
+    /// What the control plane is told.
+    pub ready: ComputeReady,
+    /// The shim's server; ends when `AgentBackend::stopping` is cancelled.
+    pub shim_server: JoinHandle<()>,
+    /// The page cache's file.
+    pub page_file: PageFile,
+    /// The directory.
+    pub dir: ComputeDir,
+}
+
+/// What can be prepared before anything is known about the branch.
+struct Prepared {
+    data: DataDir,
+    page_file: PageFile,
+    cache: PageCache,
+    cache_config: PageCacheConfig,
+}
+
+/// Starts the compute in `dir`.
+pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) -> Result<Compute, StartError> {
+    let mut timings = Timings::begin();
+    let conf = postgresql_conf(dir.root(), &spec.endpoint, &required_settings(), &spec.settings)?;
+    let pageserver = PageserverClient::new(spec.pageserver.clone(), spec.token.clone());
+    let warming = warm(pageserver.clone(), spec);
+    let electing = WalProposer::elect(proposer_config(spec));
+    let (elected, prepared) = tokio::join!(electing, prepare(spec, &dir, owner, conf));
+    let (proposer, elected) = elected.map_err(|error| StartError::Elect(error.to_string()))?;
+    let prepared = prepared?;
+    timings.step("elect");
+    tracing::info!(term = %elected.term, lsn = %elected.start_lsn, "elected");
+
+    let base = base_files(&pageserver, spec, elected.start_lsn).await?;
+    warming.abort();
+    timings.step("base_files");
+    let control_settings = ControlSettings::of(&spec.settings);
+    let opening = open_term(&base, elected.start_lsn, &control_settings, now_seconds())?;
+    proposer
+        .append(opening.record.begin, opening.record.bytes.clone())
+        .map_err(|fenced| StartError::Fenced(fenced.to_string()))?;
+    prepared.write(&base, &opening)?;
+    let backend = backend(spec, &dir, &elected, &opening, &proposer, pageserver, &prepared.cache);
+    let server = ShimServer::bind(&dir.shim_socket(), backend.clone(), prepared.cache.clone())?;
+    give(&dir.shim_socket(), owner)?;
+    let shim_server = tokio::spawn(server.run(backend.stopping.clone()));
+    let stop_serving = backend.stopping.clone().drop_guard();
+    timings.step("data_dir");
+
+    let environment = shim_environment(&spec.shim_path, &dir.pgdata(), &dir.shim_socket(), &prepared.cache_config);
+    let command = PostgresCommand { bin_dir: spec.postgres_bin_dir.clone(), pgdata: dir.pgdata(), environment, owner };
+    let postgres = Postgres::spawn(command).await?;
+    timings.step("exec");
+    postgres.wait_ready(READY_LIMIT).await?;
+    timings.step("postgres_ready");
+    if let Some(spec) = &spec.catalog {
+        catalog::apply(dir.root(), spec).await?;
+        timings.step("catalog");
+    }
+    proposer.wait_committed(opening.record.end_lsn).await.map_err(|fenced| StartError::Fenced(fenced.to_string()))?;
+    timings.step("opening_committed");
+    let ready = ComputeReady {
+        agent_pid: std::process::id(),
+        postgres_socket: dir.postgres_socket(),
+        agent_socket: dir.agent_socket(),
+        term: elected.term,
+        start_lsn: elected.start_lsn,
+        timings_us: timings.finish(),
+    };
+    stop_serving.disarm();
+    let Prepared { page_file, .. } = prepared;
+    let shipper = backend.shipper.clone();
+    let system_identifier = opening.system_identifier;
+    Ok(Compute { postgres, backend, shipper, proposer, system_identifier, ready, shim_server, page_file, dir })
+}
+
+fn proposer_config(spec: &ComputeSpec) -> ProposerConfig {
+    ProposerConfig {
+        branch: spec.branch.clone(),
+        safekeepers: spec.safekeepers.iter().map(|keeper| (keeper.node, keeper.address.clone())).collect(),
+        token: spec.token.clone(),
+        branch_start_lsn: spec.branch_start_lsn,
+        system_identifier: None,
+    }
+}
+
+/// Opens the connection to the pageserver, and the branch there, while the election is still going on.
+fn warm(pageserver: PageserverClient, spec: &ComputeSpec) -> JoinHandle<()> {
+    let branch = spec.branch.clone();
+    let at = ReadLsn { request: Lsn::MAX, not_modified_since: Lsn::INVALID };
+    // `pg_database`, a relation that every branch has.
+    let rel = RelTag { spc: oids::GLOBAL_TABLESPACE, db: 0, rel: 1262, fork: ForkNumber::Main };
+    tokio::spawn(async move {
+        if let Err(error) = pageserver.rel_size(&branch, rel, at).await {
+            tracing::debug!(%error, "warming up the pageserver");
+        }
+    })
+}
+
+/// Makes the directories and the page cache, on a thread of its own.
+async fn prepare(
+    spec: &ComputeSpec,
+    dir: &ComputeDir,
+    owner: Option<Owner>,
+    conf: String,
+) -> Result<Prepared, StartError> {
+    let cache_config = PageCacheConfig {
+        shm_path: dir.page_cache_index(),
+        pages_path: PageFile::path_in(&spec.page_cache_dir, &spec.endpoint),
+        clean_bytes: spec.page_cache_bytes,
+        kept_bytes: spec.kept_pages_bytes,
+    };
+    let page_cache_dir = spec.page_cache_dir.clone();
+    let paths = ComputePaths::clone(dir);
+    let work = move || -> Result<Prepared, StartError> {
+        let data = DataDir::create(&paths, owner)?;
+        data.write_file("postgresql.conf", conf.as_bytes())?;
+        data.write_file("pg_hba.conf", PG_HBA.as_bytes())?;
+        data.write_file("pg_ident.conf", b"")?;
+        make_private_dir(&page_cache_dir, owner)?;
+        let page_file = PageFile::claim(cache_config.pages_path.clone());
+        let cache = PageCache::create(&cache_config)?;
+        give(&cache_config.shm_path, owner)?;
+        give(&cache_config.pages_path, owner)?;
+        Ok(Prepared { data, page_file, cache, cache_config })
+    };
+    tokio::task::spawn_blocking(work).await.map_err(|error| StartError::Io(std::io::Error::other(error)))?
+}
+
+impl Prepared {
+    fn write(&self, base: &BaseFiles, opening: &Opening) -> Result<(), StartError> {
+        self.data.write_base_files(base)?;
+        self.data.write_file("global/pg_control", &opening.control_file)?;
+        for (name, content) in &opening.segments {
+            self.data.write_segment(name, content)?;
+        }
+        self.cache.set_unlogged(&base.unlogged)?;
+        self.cache.set_shipped(base.lsn);
+        Ok(())
+    }
+}
+
+fn backend(
+    spec: &ComputeSpec,
+    dir: &ComputeDir,
+    elected: &Elected,
+    opening: &Opening,
+    proposer: &WalProposer,
+    pageserver: PageserverClient,
+    cache: &PageCache,
+) -> Arc<AgentBackend> {
+    let last_written = Arc::new(LastWritten::new(elected.start_lsn));
+    let record = &opening.record;
+    let wal = dir.pgdata().join("pg_wal");
+    let local = LocalWal::new(wal, record.end_lsn, record.start_lsn, last_written.clone());
+    Arc::new(AgentBackend {
+        branch: spec.branch.clone(),
+        pageserver,
+        proposer: proposer.clone(),
+        shipper: WalShipper::new(local, proposer.clone(), cache.clone()),
+        last_written,
+        reads: Mutex::default(),
+        storage_problem: Mutex::default(),
+        stopping: CancellationToken::new(),
+    })
+}
+
+/// Asks until the pageserver has them, unless asking again cannot help.
+async fn base_files(pageserver: &PageserverClient, spec: &ComputeSpec, at: Lsn) -> Result<BaseFiles, StartError> {
+    let mut attempts = 0u32;
+    loop {
+        match pageserver.base_files(&spec.branch, at).await {
+            Ok(base) => return Ok(base),
+            Err(error) if error.is_retryable() => {
+                if attempts.is_multiple_of(25) {
+                    tracing::warn!(%error, lsn = %at, "waiting for base files");
+                }
+                attempts += 1;
+                tokio::time::sleep(BASE_FILES_PAUSE).await;
+            }
+            Err(
+                error @ (ClientError::Pageserver(_) | ClientError::Unexpected { .. } | ClientError::Transport { .. }),
+            ) => {
+                return Err(StartError::BaseFiles(error.to_string()));
+            }
+        }
+    }
+}
+
+fn now_seconds() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs() as i64)
+}

@@ -1,0 +1,89 @@
+//! The end of a compute.
+
+use std::{io, path::Path, time::Duration};
+
+use types::Lsn;
+
+use crate::{AgentError, shipper::ShipError, start::Compute};
+
+/// Longest time for the HTTP server to send what it owes.
+pub const ANSWER_LIMIT: Duration = Duration::from_secs(1);
+
+/// Longest time for Postgres's fast shutdown, its checkpoint included. Its WAL is safe without one.
+const FAST_LIMIT: Duration = Duration::from_secs(30);
+
+/// Time between SIGQUIT and SIGKILL.
+const QUIT_LIMIT: Duration = Duration::from_secs(5);
+
+/// Longest wait for a quorum to hold the last WAL.
+const LAST_WAL_LIMIT: Duration = Duration::from_secs(10);
+
+/// Where Postgres leaves its cumulative statistics at a shutdown (`PGSTAT_STAT_PERMANENT_FILENAME` in `pgstat.h`).
+const STATISTICS_FILE: &str = "pg_stat/pgstat.stat";
+
+/// Statistics over this size are not kept: they are worth less than the WAL they take.
+const MAX_STATISTICS_BYTES: u64 = 4 * 1024 * 1024;
+
+/// Stops Postgres, ships all it has written and its statistics. Returns the end of the branch's WAL, which a quorum holds.
+pub async fn stop(compute: Compute) -> Result<Lsn, AgentError> {
+    tracing::info!("stopping");
+    compute.postgres.stop_fast();
+    let stopped = tokio::time::timeout(FAST_LIMIT, compute.postgres.wait_exit()).await;
+    if stopped.is_err() {
+        tracing::warn!("postgres did not stop within {} s: ending it without a checkpoint", FAST_LIMIT.as_secs());
+        compute.postgres.stop_now(QUIT_LIMIT).await;
+    }
+    let last = match tokio::time::timeout(LAST_WAL_LIMIT, ship_last(&compute)).await {
+        Ok(Ok(lsn)) => Ok(lsn),
+        Ok(Err(error)) => Err(AgentError::Stop(error.to_string())),
+        Err(_) => Err(AgentError::Stop(format!("no quorum held the last WAL within {} s", LAST_WAL_LIMIT.as_secs()))),
+    };
+    close(compute).await;
+    last
+}
+
+/// Ends Postgres at once; what it has not shipped is given up.
+pub async fn abandon(compute: Compute) {
+    if !compute.postgres.is_running() {
+        tracing::error!(log = %compute.postgres.last_words(), "postgres ended by itself");
+    }
+    compute.postgres.stop_now(QUIT_LIMIT).await;
+    close(compute).await;
+}
+
+async fn ship_last(compute: &Compute) -> Result<Lsn, ShipError> {
+    let end = compute.shipper.sync().await?;
+    if !compute.postgres.ended_well() {
+        return Ok(end);
+    }
+    match read_statistics(&compute.dir.pgdata().join(STATISTICS_FILE)) {
+        Ok(Some(content)) => compute.shipper.append_file(STATISTICS_FILE, &content, compute.system_identifier).await,
+        Ok(None) => Ok(end),
+        Err(error) => {
+            tracing::warn!(%error, "the statistics are lost");
+            Ok(end)
+        }
+    }
+}
+
+fn read_statistics(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    match std::fs::metadata(path) {
+        Ok(file) if file.len() > MAX_STATISTICS_BYTES => {
+            Err(io::Error::other(format!("{} bytes are too many to keep", file.len())))
+        }
+        Ok(_) => std::fs::read(path).map(Some),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Lets everything go. The directory and the page cache are removed as they are dropped.
+async fn close(compute: Compute) {
+    let Compute { postgres, backend, shim_server, proposer, dir, page_file, .. } = compute;
+    backend.stopping.cancel();
+    if tokio::time::timeout(ANSWER_LIMIT, shim_server).await.is_err() {
+        tracing::debug!("the shim's server is still busy");
+    }
+    proposer.finish().await;
+    drop((postgres, page_file, dir));
+}
