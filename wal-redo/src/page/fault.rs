@@ -62,12 +62,7 @@ pub struct RecordName {
 impl RecordName {
     /// The name of this record.
     pub fn of(record: &DecodedRecord) -> RecordName {
-        RecordName {
-            start_lsn: record.start_lsn,
-            end_lsn: record.end_lsn,
-            rmgr: record.rmgr,
-            info: record.rmgr_info(),
-        }
+        RecordName { start_lsn: record.start_lsn, end_lsn: record.end_lsn, rmgr: record.rmgr, info: record.rmgr_info() }
     }
 }
 

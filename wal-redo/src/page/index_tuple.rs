@@ -2,11 +2,7 @@
 
 use types::BlockNumber;
 
-use super::{
-    fault::Fault,
-    page_ops::maxalign,
-    tuple::item_pointer,
-};
+use super::{fault::Fault, page_ops::maxalign, tuple::item_pointer};
 
 /// `sizeof(IndexTupleData)`.
 pub(super) const HEADER_BYTES: usize = 8;

@@ -20,8 +20,8 @@ mod visibility_map;
 use types::{ForkNumber, PAGE_BYTES, PageTag};
 use wal::{BlockRef, DecodedRecord, v15::rmgr};
 
-pub use fault::{RecordName, RedoError};
 use fault::Fault;
+pub use fault::{RecordName, RedoError};
 use page_ops::Page;
 
 /// Whether a redo routine moved the page's LSN to the record's end.

@@ -267,7 +267,8 @@ fn dedup(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Resul
     let mut intervals = intervals.peekable();
     let mut number = first_data_key;
     while number <= page.max_offset() {
-        let items = intervals.next_if(|interval| interval.baseoff == number).map_or(1, |interval| interval.nitems.max(1));
+        let items =
+            intervals.next_if(|interval| interval.baseoff == number).map_or(1, |interval| interval.nitems.max(1));
         let place = Place::Shifting(fresh.max_offset() + 1);
         let base = page.item(number)?;
         if items == 1 {

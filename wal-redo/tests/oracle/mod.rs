@@ -1,0 +1,362 @@
+//! Redo checked against Postgres: every record of a `pg_wal` is applied by the library, and each page it touched is
+//! compared with the image that Postgres logged of the same page (`wal_consistency_checking = all`); at the end, all
+//! pages are compared with the files that a stopped server left.
+//!
+//! What it takes: a data directory's copy from before, and the data directory after a clean stop, all WAL kept.
+
+#![allow(dead_code)] // Each user of this module needs only some of it.
+
+pub mod mask;
+pub mod names;
+pub mod server;
+pub mod store;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt, fs,
+    io::Read,
+    path::Path,
+};
+
+use dormouse_wal_redo::{RedoError, redo_page, restore_image};
+use store::Store;
+use types::{ForkNumber, Lsn, PAGE_BYTES, PageTag, RelTag, WAL_SEGMENT_BYTES};
+use wal::{
+    ControlFile, DecodedRecord, RmgrId, WalDecodeError, WalStreamDecoder,
+    v15::{RelFileNode, heap::vm, rmgr},
+};
+
+type Page = [u8; PAGE_BYTES];
+
+/// How many mismatches and errors are described in full.
+const DESCRIBED: usize = 20;
+
+/// What happened to the records of one kind.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counts {
+    /// Records.
+    pub records: u64,
+    /// Pages that redo changed by the record itself, without a full-page image.
+    pub redone: u64,
+    /// Pages restored from a full-page image.
+    pub restored: u64,
+    /// Redone pages that were compared with Postgres's image of them.
+    pub compared: u64,
+    /// Compared pages that differed.
+    pub mismatches: u64,
+    /// Pages that redo refused.
+    pub errors: u64,
+}
+
+/// The outcome of a check.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// By record kind.
+    pub kinds: BTreeMap<String, Counts>,
+    /// The first mismatches and errors, described.
+    pub problems: Vec<String>,
+    /// Pages compared with the stopped server's files.
+    pub final_compared: u64,
+    /// Those that differed.
+    pub final_mismatches: u64,
+}
+
+impl Report {
+    /// True when nothing differed and nothing was refused.
+    pub fn is_clean(&self) -> bool {
+        self.final_mismatches == 0 && self.kinds.values().all(|counts| counts.mismatches + counts.errors == 0)
+    }
+
+    /// How many pages of such records were compared.
+    pub fn compared(&self, kind: &str) -> u64 {
+        self.kinds.get(kind).map_or(0, |counts| counts.compared)
+    }
+
+    fn problem(&mut self, text: impl FnOnce() -> String) {
+        if self.problems.len() < DESCRIBED {
+            self.problems.push(text());
+        }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{:<32} {:>9} {:>9} {:>9} {:>9} {:>7}",
+            "record", "records", "redone", "restored", "compared", "bad"
+        )?;
+        for (kind, c) in self.kinds.iter().filter(|(_, c)| c.redone + c.restored + c.errors > 0) {
+            let bad = c.mismatches + c.errors;
+            writeln!(f, "{kind:<32} {:>9} {:>9} {:>9} {:>9} {bad:>7}", c.records, c.redone, c.restored, c.compared)?;
+        }
+        writeln!(
+            f,
+            "pages compared with the files at the end: {}, bad {}",
+            self.final_compared, self.final_mismatches
+        )?;
+        self.problems.iter().try_for_each(|problem| writeln!(f, "- {problem}"))
+    }
+}
+
+/// Applies all WAL of `after` to the pages of `before`, comparing as described above. Panics when the directories
+/// cannot be read or the WAL ends with anything but its proper end: that is no outcome of redo.
+pub fn check(before: &Path, after: &Path) -> Report {
+    let start = control_file(before).checkpoint_lsn();
+    let end = control_file(after).checkpoint_lsn();
+    let mut oracle = Oracle {
+        store: Store::new(before),
+        changed_by: BTreeMap::new(),
+        emptied_maps: BTreeSet::new(),
+        report: Report::default(),
+    };
+    let mut decoder = WalStreamDecoder::new(start);
+    let mut last = start;
+    'segments: for number in start.segment_number().. {
+        let segment = Lsn(number * WAL_SEGMENT_BYTES);
+        let path = after.join("pg_wal").join(segment.segment_file_name());
+        let Ok(mut file) = fs::File::open(&path) else { break };
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).expect("a WAL segment is readable");
+        let skipped = decoder.fed_until().0.saturating_sub(segment.0) as usize;
+        for (at, chunk) in (skipped..).step_by(1 << 20).zip(bytes[skipped.min(bytes.len())..].chunks(1 << 20)) {
+            decoder.feed(segment + at as u64, chunk);
+            loop {
+                match decoder.poll_record() {
+                    Ok(Some(record)) => {
+                        last = record.start_lsn;
+                        oracle.apply(&record);
+                    }
+                    Ok(None) => break,
+                    Err(WalDecodeError::EndOfWal { .. } | WalDecodeError::Invalid { .. }) if last == end => {
+                        break 'segments;
+                    }
+                    Err(error) => panic!("{error} (the last good record is at {last}, the checkpoint at {end})"),
+                }
+            }
+        }
+    }
+    assert_eq!(last, end, "WAL is read up to the shutdown checkpoint");
+    oracle.compare_with_files(after);
+    oracle.report
+}
+
+fn control_file(data_dir: &Path) -> ControlFile {
+    let bytes = fs::read(data_dir.join("global/pg_control")).expect("pg_control is readable");
+    let control = ControlFile::parse(&bytes).expect("pg_control is valid");
+    assert!(control.is_shut_down(), "the server of {data_dir:?} was stopped cleanly");
+    control
+}
+
+struct Oracle {
+    store: Store,
+    /// Which resource manager changed the page last: it knows what to mask.
+    changed_by: BTreeMap<PageTag, RmgrId>,
+    /// Pages of visibility maps whose bits Postgres has not logged: `CREATE DATABASE … STRATEGY wal_log` logs them as
+    /// standard pages, and the whole map lies between `pd_lower` and `pd_upper`. Redo makes an empty map of that.
+    emptied_maps: BTreeSet<PageTag>,
+    report: Report,
+}
+
+impl Oracle {
+    fn apply(&mut self, record: &DecodedRecord) {
+        let kind = names::name(record);
+        let mut counts = Counts { records: 1, ..Counts::default() };
+        self.apply_to_files(record);
+        for block in &record.blocks {
+            self.redo(&block.tag(), record, &mut counts);
+            if block.image.as_ref().is_some_and(|image| !image.apply) {
+                self.compare(block, record, &mut counts);
+            }
+        }
+        for tag in visibility_map_pages(record) {
+            self.redo_if_touched(&tag, record, &mut counts);
+        }
+        let total = self.report.kinds.entry(kind).or_default();
+        total.records += counts.records;
+        total.redone += counts.redone;
+        total.restored += counts.restored;
+        total.compared += counts.compared;
+        total.mismatches += counts.mismatches;
+        total.errors += counts.errors;
+    }
+
+    fn redo(&mut self, tag: &PageTag, record: &DecodedRecord, counts: &mut Counts) {
+        let block = record.blocks.iter().find(|block| block.tag() == *tag);
+        let mut page = self.store.read(tag);
+        if let Err(error) = redo_page(&mut page, tag, record) {
+            counts.errors += 1;
+            self.report.problem(|| format!("{}: {error}", names::name(record)));
+            // Go on from Postgres's page, so that one failure is counted once.
+            let healed = block.filter(|block| block.image.is_some()).map(|block| restore_image(block, &mut page));
+            if !matches!(healed, Some(Ok(()))) {
+                return;
+            }
+        } else if block.is_some_and(|block| block.applies_image()) {
+            counts.restored += 1;
+            if tag.rel.fork == ForkNumber::Vm && record.rmgr == rmgr::XLOG {
+                self.emptied_maps.insert(*tag);
+            }
+        } else {
+            counts.redone += 1;
+        }
+        self.store.write(*tag, page);
+        self.changed_by.insert(*tag, record.rmgr);
+    }
+
+    fn redo_if_touched(&mut self, tag: &PageTag, record: &DecodedRecord, counts: &mut Counts) {
+        let mut page = self.store.read(tag);
+        match redo_page(&mut page, tag, record) {
+            Ok(()) => {
+                counts.redone += 1;
+                self.store.write(*tag, page);
+                self.changed_by.insert(*tag, record.rmgr);
+            }
+            Err(RedoError::NotTouched { .. }) => {}
+            Err(error) => {
+                counts.errors += 1;
+                self.report.problem(|| error.to_string());
+            }
+        }
+    }
+
+    fn compare(&mut self, block: &wal::BlockRef, record: &DecodedRecord, counts: &mut Counts) {
+        let tag = block.tag();
+        let mut theirs = Box::new([0; PAGE_BYTES]);
+        if let Err(error) = restore_image(block, &mut theirs) {
+            counts.errors += 1;
+            self.report.problem(|| error.to_string());
+            return;
+        }
+        counts.compared += 1;
+        let mut ours = self.store.read(&tag);
+        self.fill_emptied_map(&tag, &mut ours, &theirs);
+        if let Some(difference) = difference(&ours, &theirs, record.rmgr, &tag) {
+            counts.mismatches += 1;
+            let name = names::name(record);
+            self.report.problem(|| format!("{name} at {}, block {} ({tag}): {difference}", record.start_lsn, block.id));
+            self.store.write(tag, theirs);
+        }
+    }
+
+    /// Where Postgres has not logged a map's bits, redo may lack some, but must not have one too many.
+    fn fill_emptied_map(&self, tag: &PageTag, ours: &mut Page, theirs: &Page) {
+        if self.emptied_maps.contains(tag) && ours.iter().zip(theirs).skip(24).all(|(ours, theirs)| ours & !theirs == 0)
+        {
+            ours[24..].copy_from_slice(&theirs[24..]);
+        }
+    }
+
+    /// What a record does to whole relations and databases.
+    fn apply_to_files(&mut self, record: &DecodedRecord) {
+        let data = &record.main_data;
+        let word = |at: usize| {
+            let bytes = data.get(at * 4..at * 4 + 4).expect("the record is long enough");
+            u32::from_le_bytes(bytes.try_into().expect("four bytes"))
+        };
+        match (record.rmgr, record.rmgr_info()) {
+            (rmgr::SMGR, 0x10) => {
+                let fork = ForkNumber::try_from(word(3) as u8).expect("a fork");
+                let rel = RelTag { spc: word(0), db: word(1), rel: word(2), fork };
+                self.store.truncate(rel, 0);
+            }
+            (rmgr::SMGR, 0x20) => {
+                self.truncate(word(0), RelFileNode::from_prefix(&data[4..]).expect("long enough"), word(4))
+            }
+            (rmgr::DBASE, 0x00) => self.store.copy_database((word(3), word(2)), (word(1), word(0))),
+            _nothing => {}
+        }
+    }
+
+    fn truncate(&mut self, blocks: u32, node: RelFileNode, flags: u32) {
+        if flags & 1 != 0 {
+            self.store.truncate(node.fork(ForkNumber::Main), blocks);
+        }
+        if flags & 2 != 0 {
+            self.store.truncate(node.fork(ForkNumber::Vm), blocks.div_ceil(vm::HEAP_BLOCKS_PER_PAGE));
+        }
+    }
+
+    /// Compares all that redo wrote with the files of the stopped server.
+    fn compare_with_files(&mut self, data_dir: &Path) {
+        let mut problems = Vec::new();
+        for (tag, ours) in self.store.written() {
+            let mut ours = *ours;
+            let rmgr = self.changed_by.get(tag).copied().unwrap_or(rmgr::XLOG);
+            // Free space is logged by accident only, and a sequence's page runs behind its WAL.
+            if tag.rel.fork == ForkNumber::Fsm || rmgr == rmgr::SEQ {
+                continue;
+            }
+            // Dropped relations have no files any more.
+            let Some(theirs) = store::read_file_page(data_dir, tag) else { continue };
+            // Full-page images do not say what kind of page they hold.
+            let rmgr = if rmgr == rmgr::XLOG { kind_of_page(&theirs) } else { rmgr };
+            self.fill_emptied_map(tag, &mut ours, &theirs);
+            self.report.final_compared += 1;
+            if let Some(difference) = difference(&ours, &theirs, rmgr, tag) {
+                self.report.final_mismatches += 1;
+                problems.push(format!("{tag} in the end: {difference}"));
+            }
+        }
+        problems.into_iter().for_each(|problem| self.report.problem(|| problem));
+    }
+}
+
+/// The map pages that a record may change without referring to them.
+fn visibility_map_pages(record: &DecodedRecord) -> BTreeSet<PageTag> {
+    let map_page = |rel: RelTag, block: u32| PageTag { rel: rel.with_fork(ForkNumber::Vm), block: vm::page_of(block) };
+    match record.rmgr {
+        rmgr::HEAP | rmgr::HEAP2 => {
+            let heap_blocks = record.blocks.iter().filter(|block| block.rel.fork == ForkNumber::Main);
+            let map_pages = heap_blocks.map(|block| map_page(block.rel, block.block));
+            map_pages.filter(|tag| record.blocks.iter().all(|block| block.tag() != *tag)).collect()
+        }
+        rmgr::SMGR if record.rmgr_info() == 0x20 => {
+            let blocks = u32::from_le_bytes(record.main_data[..4].try_into().expect("four bytes"));
+            let node = RelFileNode::from_prefix(&record.main_data[4..]).expect("the record is long enough");
+            BTreeSet::from([map_page(node.fork(ForkNumber::Main), blocks)])
+        }
+        _touches_none => BTreeSet::new(),
+    }
+}
+
+/// Which resource manager's mask fits a page, from the size and tag of its special area.
+fn kind_of_page(page: &Page) -> RmgrId {
+    let special = usize::from(u16::from_le_bytes([page[16], page[17]]));
+    let tag = u16::from_le_bytes([page[PAGE_BYTES - 2], page[PAGE_BYTES - 1]]);
+    match (PAGE_BYTES.saturating_sub(special), tag) {
+        (0, _) => rmgr::HEAP,
+        (8, 0xF091..=0xF093) => rmgr::BRIN,
+        (8, 0xFF82) => rmgr::SPGIST,
+        (8, _) if page[special..special + 4] == [0x17, 0x17, 0, 0] => rmgr::SEQ,
+        (8, _) => rmgr::GIN,
+        (16, 0xFF80) => rmgr::HASH,
+        (16, 0xFF81) => rmgr::GIST,
+        (16, _) => rmgr::BTREE,
+        _other => rmgr::GENERIC,
+    }
+}
+
+/// How the masked pages differ; `None` when they don't.
+fn difference(ours: &Page, theirs: &Page, rmgr: RmgrId, tag: &PageTag) -> Option<String> {
+    let (mut ours, mut theirs) = (*ours, *theirs);
+    for page in [&mut ours, &mut theirs] {
+        match tag.rel.fork {
+            ForkNumber::Vm => mask::mask_visibility_map(page),
+            ForkNumber::Main | ForkNumber::Fsm | ForkNumber::Init => mask::mask(page, rmgr, tag.block),
+        }
+    }
+    let differing: Vec<usize> = (0..PAGE_BYTES).filter(|at| ours[*at] != theirs[*at]).collect();
+    let (first, last) = (*differing.first()?, *differing.last()?);
+    let excerpt =
+        |page: &Page| page[first..(first + 24).min(PAGE_BYTES)].iter().map(|b| format!("{b:02x}")).collect::<String>();
+    let header = |page: &Page| page[10..20].iter().map(|b| format!("{b:02x}")).collect::<String>();
+    Some(format!(
+        "{} bytes differ, {first}..={last}: ours {} theirs {} (headers {} {})",
+        differing.len(),
+        excerpt(&ours),
+        excerpt(&theirs),
+        header(&ours),
+        header(&theirs)
+    ))
+}
