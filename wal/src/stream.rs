@@ -83,13 +83,12 @@ enum Step {
 impl WalStreamDecoder {
     /// A decoder that starts at `start`: the end of a whole record, or a place where a record may start (a branch's start).
     pub fn new(start: Lsn) -> Self {
-        let start = start.align_up();
         WalStreamDecoder {
-            position: start,
+            position: start.align_up(),
             last_record: None,
             buffer: BytesMut::new(),
             buffer_at: start,
-            cursor: start,
+            cursor: start.align_up(),
             partial: None,
             failed: None,
         }
