@@ -39,15 +39,12 @@ impl Lock {
     #[cold]
     fn lock_slowly(&self, limit_ms: Option<u32>) -> Result<Guard<'_>, Errno> {
         while self.word.swap(CONTENDED, Acquire) != FREE {
-            let limit = limit_ms.map(|ms| libc::timespec {
-                tv_sec: i64::from(ms / 1000),
-                tv_nsec: i64::from(ms % 1000) * 1_000_000,
-            });
+            let limit = limit_ms
+                .map(|ms| libc::timespec { tv_sec: i64::from(ms / 1000), tv_nsec: i64::from(ms % 1000) * 1_000_000 });
             let limit_ptr = limit.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
             // SAFETY: the word lives in the mapping; a spurious return only makes us look again.
-            let result = unsafe {
-                libc::syscall(libc::SYS_futex, self.word.as_ptr(), libc::FUTEX_WAIT, CONTENDED, limit_ptr)
-            };
+            let result =
+                unsafe { libc::syscall(libc::SYS_futex, self.word.as_ptr(), libc::FUTEX_WAIT, CONTENDED, limit_ptr) };
             if result < 0 && Errno::last().0 == libc::ETIMEDOUT {
                 return Err(Errno(libc::ETIMEDOUT));
             }

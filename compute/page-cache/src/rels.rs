@@ -48,7 +48,8 @@ impl Shared {
             }
             set_size(entry, Some(0));
             self.note_cut(entry, 0, insert);
-            entry.flags.store(FLAG_CHANGED | if unlogged { FLAG_UNLOGGED } else { 0 }, Relaxed);
+            let known_unlogged = entry.flags.load(Relaxed) & FLAG_UNLOGGED;
+            entry.flags.store(FLAG_CHANGED | known_unlogged | if unlogged { FLAG_UNLOGGED } else { 0 }, Relaxed);
             Ok(true)
         };
         self.with_rel(rel, create, |entry| set_size(entry, None))
@@ -90,6 +91,21 @@ impl Shared {
             Ok(())
         };
         self.with_rel(rel, mark, |entry| set_size(entry, None))
+    }
+
+    /// An unlogged relation's init fork (`rel`) was removed: forks that do not exist are nothing special any more.
+    pub fn forget_unlogged(&self, rel: &RelTag) -> Result<(), Errno> {
+        for fork in [ForkNumber::Main, ForkNumber::Fsm, ForkNumber::Vm] {
+            let other = rel.with_fork(fork);
+            let bucket = self.rel_bucket_of(hash_rel(&other));
+            let _guard = self.lock_rel_bucket(bucket)?;
+            if let Some(index) = self.find_rel(bucket, &other)
+                && self.rel(index).state.load(Relaxed) == REL_ABSENT
+            {
+                self.rel(index).flags.store(FLAG_CHANGED, Relaxed);
+            }
+        }
+        Ok(())
     }
 
     /// Ends a reset: the pages are in place.
@@ -271,7 +287,6 @@ fn state_of(entry: &Rel) -> Result<RelState, WaitingReset> {
 fn peek_rel(entry: &Rel) -> Option<RelTag> {
     let state = entry.state.load(Relaxed);
     let fork = ForkNumber::try_from(entry.fork.load(Relaxed) as u8).ok()?;
-    let rel =
-        RelTag { spc: entry.spc.load(Relaxed), db: entry.db.load(Relaxed), rel: entry.rel.load(Relaxed), fork };
+    let rel = RelTag { spc: entry.spc.load(Relaxed), db: entry.db.load(Relaxed), rel: entry.rel.load(Relaxed), fork };
     (state == REL_PRESENT || state == REL_ABSENT).then_some(rel)
 }

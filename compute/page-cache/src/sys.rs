@@ -84,9 +84,8 @@ pub fn allocate(fd: i32, len: u64) -> Result<(), Errno> {
 /// Maps `len` bytes of a file shared and writable.
 pub fn map(fd: i32, len: usize) -> Result<*mut u8, Errno> {
     // SAFETY: a fresh mapping at an address of the kernel's choice.
-    let base = unsafe {
-        libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, fd, 0)
-    };
+    let base =
+        unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, fd, 0) };
     if base == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(base.cast()) }
 }
 

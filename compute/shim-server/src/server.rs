@@ -1,27 +1,188 @@
-//! The Unix socket server.
+//! The Unix socket server: one task for each connected backend, one request at a time on each.
 
-use std::{io, path::Path, sync::Arc};
+use std::{io, path::Path, sync::Arc, time::Duration};
 
-use page_cache::PageCache;
-use tokio_util::sync::CancellationToken;
+use page_cache::{
+    PageCache,
+    protocol::{self, Op, REQUEST_BYTES, Request, ResponseHead},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{UnixListener, UnixStream},
+    sync::Semaphore,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use types::{Lsn, PAGE_BYTES, PageTag};
 
-use crate::backend::ShimBackend;
+use crate::backend::{BackendError, PageAnswer, ShimBackend};
+
+/// Backends served at once; Postgres's `max_connections` is far below. More wait for their turn.
+const MAX_CONNECTIONS: usize = 4096;
+
+/// Pause after a failed `accept` (no descriptors left).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// How long backends may finish what they asked for after a shutdown.
+const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
 /// A bound server.
 pub struct ShimServer {
-    _listener: tokio::net::UnixListener,
-    _backend: Arc<dyn ShimBackend>,
-    _cache: PageCache,
+    listener: UnixListener,
+    service: Arc<Service>,
+}
+
+struct Service {
+    backend: Arc<dyn ShimBackend>,
+    cache: PageCache,
 }
 
 impl ShimServer {
-    /// Binds the socket (within a tokio runtime).
+    /// Binds the socket, replacing a left-over one; must be called within a tokio runtime. Backends can connect from now
+    /// on and are answered once [`ShimServer::run`] runs.
     pub fn bind(socket_path: &Path, backend: Arc<dyn ShimBackend>, cache: PageCache) -> io::Result<ShimServer> {
-        let listener = tokio::net::UnixListener::bind(socket_path)?;
-        Ok(ShimServer { _listener: listener, _backend: backend, _cache: cache })
+        match std::fs::remove_file(socket_path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+        let listener = UnixListener::bind(socket_path)?;
+        Ok(ShimServer { listener, service: Arc::new(Service { backend, cache }) })
     }
-    /// Serves until `shutdown`.
+
+    /// Serves until `shutdown`, then lets requests in progress finish for two seconds.
     pub async fn run(self, shutdown: CancellationToken) {
-        shutdown.cancelled().await;
+        let tasks = TaskTracker::new();
+        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        loop {
+            let accepted = tokio::select! {
+                () = shutdown.cancelled() => break,
+                accepted = accept(&self.listener, &places) => accepted,
+            };
+            match accepted {
+                Ok((stream, place)) => {
+                    let (service, shutdown) = (self.service.clone(), shutdown.clone());
+                    tasks.spawn(async move {
+                        if let Err(error) = service.serve(stream, shutdown).await {
+                            tracing::debug!(%error, "a backend's connection ended");
+                        }
+                        drop(place);
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a backend's connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+        tasks.close();
+        if tokio::time::timeout(DRAIN_LIMIT, tasks.wait()).await.is_err() {
+            tracing::warn!(backends = tasks.len(), "backends were still waiting for storage at shutdown");
+        }
+    }
+}
+
+async fn accept(
+    listener: &UnixListener,
+    places: &Arc<Semaphore>,
+) -> io::Result<(UnixStream, tokio::sync::OwnedSemaphorePermit)> {
+    let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
+    let (stream, _) = listener.accept().await?;
+    Ok((stream, place))
+}
+
+impl Service {
+    async fn serve(&self, mut stream: UnixStream, shutdown: CancellationToken) -> io::Result<()> {
+        let mut bytes = [0; REQUEST_BYTES];
+        loop {
+            let read = tokio::select! {
+                () = shutdown.cancelled() => return Ok(()),
+                read = stream.read_exact(&mut bytes) => read,
+            };
+            match read {
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+                read => read?,
+            };
+            let request = Request::decode(&bytes).ok_or_else(|| io::Error::other("not a request of this build"))?;
+            let answer = self.answer(&request).await.unwrap_or_else(|error| {
+                tracing::warn!(%error, op = ?request.op, rel = %request.rel, block = request.block, "a file call fails");
+                Answer::failed(&error)
+            });
+            stream.write_all(&answer.head.encode()).await?;
+            stream.write_all(&answer.payload).await?;
+        }
+    }
+
+    async fn answer(&self, request: &Request) -> Result<Answer, BackendError> {
+        match request.op {
+            Op::GetPage => self.get_page(PageTag { rel: request.rel, block: request.block }).await,
+            Op::RelSize => {
+                let blocks = self.backend.rel_size(request.rel).await?;
+                Ok(Answer::new(blocks, Vec::new()))
+            }
+            Op::ListRels => self.list_rels(request).await,
+            Op::SyncWal => {
+                self.backend.sync_wal().await?;
+                Ok(Answer::new(None, Vec::new()))
+            }
+        }
+    }
+
+    async fn get_page(&self, tag: PageTag) -> Result<Answer, BackendError> {
+        let as_of = self.cache.shipped();
+        let PageAnswer { page, prefetched } = self.backend.get_page(tag).await?;
+        if page.len() != PAGE_BYTES {
+            return Err(BackendError::Storage(format!("{tag} came with {} bytes", page.len())));
+        }
+        if !prefetched.is_empty() {
+            let cache = self.cache.clone();
+            // Writing pages to the cache's file may wait for the disk. The backend waits too: it will ask for them next.
+            let deposited = tokio::task::spawn_blocking(move || deposit(&cache, prefetched, as_of)).await;
+            deposited.map_err(|error| BackendError::Storage(format!("depositing prefetched pages: {error}")))?;
+        }
+        Ok(Answer::new(None, page.into()))
+    }
+
+    async fn list_rels(&self, request: &Request) -> Result<Answer, BackendError> {
+        let (spc, db) = (request.rel.spc, request.rel.db);
+        let rels = self.backend.list_rels(spc, db).await?;
+        if rels.len() > protocol::MAX_LISTED_RELS {
+            return Err(BackendError::Storage(format!("directory {spc}/{db} has {} relation forks", rels.len())));
+        }
+        let listed = rels.iter().filter(|(rel, _)| (rel.spc, rel.db) == (spc, db));
+        Ok(Answer::new(None, listed.flat_map(|(rel, blocks)| protocol::encode_listed(rel, *blocks)).collect()))
+    }
+}
+
+fn deposit(cache: &PageCache, pages: Vec<(PageTag, bytes::Bytes)>, as_of: Lsn) {
+    for (tag, page) in pages {
+        let Ok(page) = page.as_ref().try_into() else {
+            tracing::warn!(%tag, bytes = page.len(), "a prefetched page of odd length");
+            continue;
+        };
+        if let Err(error) = cache.deposit(tag, page, as_of) {
+            tracing::warn!(%tag, %error, "cannot put a prefetched page into the page cache");
+            return;
+        }
+    }
+}
+
+struct Answer {
+    head: ResponseHead,
+    payload: Vec<u8>,
+}
+
+impl Answer {
+    /// Success: `blocks` is the size of a fork that exists.
+    fn new(blocks: Option<u32>, payload: Vec<u8>) -> Answer {
+        // `list_rels` and `get_page` have checked that the payload is far smaller than 4 GiB.
+        let payload_bytes = payload.len() as u32;
+        let head = ResponseHead { errno: 0, payload_bytes, value: blocks.unwrap_or(0), present: blocks.is_some() };
+        Answer { head, payload }
+    }
+
+    fn failed(error: &BackendError) -> Answer {
+        let errno = match error {
+            BackendError::Fenced(_) | BackendError::Storage(_) | BackendError::Stopping => libc::EIO,
+        };
+        Answer { head: ResponseHead { errno, payload_bytes: 0, value: 0, present: false }, payload: Vec::new() }
     }
 }

@@ -1,1 +1,15 @@
-//! Placeholder.
+//! The library preloaded into a stock `postgres`: relation files come from the shared page cache and the agent, a WAL sync
+//! is a quorum's. `README.md` follows one request through these files.
+//!
+//! Postgres forks and handles signals anywhere: no threads, and outside directory listings no allocation.
+
+mod agent;
+mod dirs;
+mod fds;
+#[cfg(not(test))]
+mod hooks;
+mod path;
+mod postgres;
+mod real;
+mod relation;
+mod runtime;
