@@ -1,1 +1,13 @@
-//! Placeholder.
+//! A safekeeper: keeps the tail of every branch's WAL durably, acknowledges it to computes, streams what is committed.
+//!
+//! The rules are `safekeeper-protocol`'s; this crate is their disk and their sockets.
+
+mod branch;
+mod config;
+mod connection;
+mod registry;
+mod server;
+mod storage;
+
+pub use config::Config;
+pub use server::{Server, ServerError, run};

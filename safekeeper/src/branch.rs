@@ -1,0 +1,265 @@
+//! One branch: the task that owns its acceptor and its files.
+
+use std::{collections::BTreeMap, path::PathBuf, sync::Weak, time::Duration};
+
+use safekeeper_protocol::{Acceptor, AcceptorMessage, ConnectionId, Effect, ProposerMessage, message::BranchStatus};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::spawn_blocking,
+    time::timeout,
+};
+use tracing::{debug, error, info};
+use types::{BranchRef, Lsn};
+
+use crate::{
+    registry::Registry,
+    storage::{BranchStore, Loaded, StorageError},
+};
+
+/// Messages handled before one flush.
+const MAX_BATCH: usize = 256;
+
+/// What connections ask of a branch.
+pub(crate) enum BranchCommand {
+    Open { connection: ConnectionId, link: mpsc::Sender<AcceptorMessage> },
+    Message { connection: ConnectionId, message: ProposerMessage },
+    Close { connection: ConnectionId },
+    Report { remote_consistent_lsn: Lsn },
+    Delete { done: oneshot::Sender<Result<(), String>> },
+}
+
+/// What readers and askers see of a branch. Everything in it is durable.
+#[derive(Debug, Clone)]
+pub(crate) enum BranchView {
+    Loading,
+    Here(BranchStatus),
+    Deleted,
+    /// The files could not be used; says why.
+    Failed(String),
+}
+
+pub(crate) struct BranchActor {
+    branch: BranchRef,
+    directory: PathBuf,
+    view: watch::Sender<BranchView>,
+    /// Weak: the registry owns the actors.
+    registry: Weak<Registry>,
+    links: BTreeMap<ConnectionId, mpsc::Sender<AcceptorMessage>>,
+    /// Bytes beyond may have been lost by a failed write: they are cut off when the branch is loaded again.
+    distrust_beyond: Option<Lsn>,
+}
+
+/// A branch's rules and files.
+struct Open {
+    acceptor: Acceptor,
+    store: BranchStore,
+}
+
+enum State {
+    Open(Box<Open>),
+    Deleted,
+    Failed(String),
+}
+
+impl BranchActor {
+    pub fn new(
+        branch: BranchRef,
+        directory: PathBuf,
+        view: watch::Sender<BranchView>,
+        registry: Weak<Registry>,
+    ) -> BranchActor {
+        BranchActor { branch, directory, view, registry, links: BTreeMap::new(), distrust_beyond: None }
+    }
+
+    /// Serves the branch until nobody has used it for `idle_after`.
+    pub async fn run(mut self, mut commands: mpsc::Receiver<BranchCommand>, idle_after: Duration) {
+        let mut state = self.load().await;
+        let mut batch = Vec::new();
+        loop {
+            match timeout(idle_after, commands.recv_many(&mut batch, MAX_BATCH)).await {
+                Ok(0) => {
+                    self.tidy(state).await;
+                    return;
+                }
+                Ok(_) => {
+                    if matches!(state, State::Failed(_)) {
+                        state = self.load().await;
+                    }
+                    state = self.take(state, &mut batch).await;
+                }
+                Err(_) => {
+                    state = self.tidy(state).await;
+                    if commands.is_empty()
+                        && self.registry.upgrade().is_none_or(|registry| registry.release(&self.branch))
+                    {
+                        debug!(branch = %self.branch, "idle, forgotten");
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn load(&mut self) -> State {
+        let (directory, distrust_beyond) = (self.directory.clone(), self.distrust_beyond);
+        let loaded = spawn_blocking(move || BranchStore::load(directory, distrust_beyond)).await;
+        let state = match loaded {
+            Ok(Ok(Loaded::Branch { store, state })) => {
+                self.distrust_beyond = None;
+                debug!(branch = %self.branch, term = %state.term, lsn = %state.flush_lsn, "branch loaded");
+                State::Open(Box::new(Open { acceptor: Acceptor::new(state), store: *store }))
+            }
+            Ok(Ok(Loaded::Deleted)) => State::Deleted,
+            Ok(Err(failure)) => self.failed(&failure),
+            Err(panic) => self.failed(&StorageError::Panicked(panic.to_string())),
+        };
+        self.publish(&state);
+        state
+    }
+
+    fn failed(&self, failure: &StorageError) -> State {
+        error!(branch = %self.branch, error = %failure, "can't use the branch's files");
+        State::Failed(failure.to_string())
+    }
+
+    fn publish(&self, state: &State) {
+        let view = match state {
+            State::Open(open) => BranchView::Here(open.acceptor.status()),
+            State::Deleted => BranchView::Deleted,
+            State::Failed(reason) => BranchView::Failed(reason.clone()),
+        };
+        self.view.send_if_modified(|current| {
+            let same = matches!((&*current, &view), (BranchView::Here(a), BranchView::Here(b)) if a == b);
+            *current = view;
+            !same
+        });
+    }
+
+    async fn take(&mut self, state: State, batch: &mut Vec<BranchCommand>) -> State {
+        let mut state = state;
+        let mut effects = Vec::new();
+        for command in batch.drain(..) {
+            match (command, &mut state) {
+                (BranchCommand::Open { connection, link }, _) => {
+                    self.links.insert(connection, link);
+                }
+                (BranchCommand::Close { connection }, _) => {
+                    self.links.remove(&connection);
+                }
+                (BranchCommand::Message { connection, message }, State::Open(open)) => {
+                    effects.extend(open.acceptor.handle(connection, message));
+                }
+                (BranchCommand::Report { remote_consistent_lsn }, State::Open(open)) => {
+                    open.acceptor.handle_report(remote_consistent_lsn);
+                }
+                (BranchCommand::Message { .. } | BranchCommand::Report { .. }, State::Deleted | State::Failed(_)) => {}
+                (BranchCommand::Delete { done }, _) => {
+                    effects.clear();
+                    state = self.delete(state, done).await;
+                }
+            }
+        }
+        let state = match state {
+            State::Open(mut open) => {
+                effects.extend(open.acceptor.end_batch());
+                effects.extend(open.acceptor.trim(false));
+                self.perform(open, effects).await
+            }
+            State::Deleted | State::Failed(_) => state,
+        };
+        match &state {
+            State::Open(_) => {}
+            State::Deleted => self.end_links(AcceptorMessage::Deleted),
+            State::Failed(reason) => self.end_links(AcceptorMessage::Failed { reason: reason.clone() }),
+        }
+        self.publish(&state);
+        state
+    }
+
+    /// Carries out effects; what they promise is sent once they are done.
+    async fn perform(&mut self, mut open: Box<Open>, effects: Vec<Effect>) -> State {
+        let durable = open.store.durable_lsn();
+        let performed = if effects.iter().any(needs_disk) {
+            spawn_blocking(move || {
+                let replies = open.store.perform(effects);
+                (open, replies)
+            })
+            .await
+        } else {
+            let replies = open.store.perform(effects);
+            Ok((open, replies))
+        };
+        match performed {
+            Ok((mut open, (replies, Ok(())))) => {
+                open.store.set_durable(open.acceptor.state().flush_lsn);
+                self.send(replies);
+                State::Open(open)
+            }
+            Ok((_, (replies, Err(failure)))) => {
+                self.send(replies);
+                self.distrust_beyond = Some(durable);
+                self.failed(&failure)
+            }
+            Err(panic) => {
+                self.distrust_beyond = Some(durable);
+                self.failed(&StorageError::Panicked(panic.to_string()))
+            }
+        }
+    }
+
+    fn send(&mut self, replies: Vec<(ConnectionId, AcceptorMessage)>) {
+        for (to, message) in replies {
+            // A proposer that does not read its answers is cut off.
+            if self.links.get(&to).is_some_and(|link| link.try_send(message).is_err()) {
+                self.links.remove(&to);
+            }
+        }
+    }
+
+    fn end_links(&mut self, message: AcceptorMessage) {
+        for link in std::mem::take(&mut self.links).into_values() {
+            // The connection ends in any case when the link is dropped.
+            let _ = link.try_send(message.clone());
+        }
+    }
+
+    /// Stores what is only in memory and gives disk space back.
+    async fn tidy(&mut self, state: State) -> State {
+        let State::Open(mut open) = state else { return state };
+        let mut effects = open.acceptor.trim(true);
+        effects.extend(open.acceptor.persist_before_idle(open.store.stored()));
+        let state = self.perform(open, effects).await;
+        self.publish(&state);
+        state
+    }
+
+    async fn delete(&mut self, state: State, done: oneshot::Sender<Result<(), String>>) -> State {
+        // Open files are closed first.
+        drop(state);
+        let directory = self.directory.clone();
+        let deleted = spawn_blocking(move || BranchStore::delete(&directory)).await;
+        let (answer, state) = match deleted {
+            Ok(Ok(())) => {
+                info!(branch = %self.branch, "branch deleted");
+                (Ok(()), State::Deleted)
+            }
+            Ok(Err(failure)) => (Err(failure.to_string()), self.failed(&failure)),
+            Err(panic) => (Err(panic.to_string()), self.failed(&StorageError::Panicked(panic.to_string()))),
+        };
+        // Who asked may be gone.
+        let _ = done.send(answer);
+        state
+    }
+}
+
+fn needs_disk(effect: &Effect) -> bool {
+    match effect {
+        Effect::Reply { .. } => false,
+        Effect::Persist(_)
+        | Effect::TruncateWal { .. }
+        | Effect::DropWalBelow { .. }
+        | Effect::WriteWal { .. }
+        | Effect::FlushWal
+        | Effect::SendWal { .. } => true,
+    }
+}

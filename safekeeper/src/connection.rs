@@ -1,0 +1,242 @@
+//! One connection: greeting, request, and what follows from it.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use safekeeper_protocol::{
+    AcceptorMessage, ConnectionId, ProposerMessage,
+    message::{Answer, BranchStatus, MAX_WAL_BYTES_PER_MESSAGE, ReaderMessage, ReaderReply, Request, RequestBody},
+};
+use tokio::{
+    net::{
+        TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::{mpsc, oneshot},
+    task::spawn_blocking,
+    time::timeout,
+};
+use tracing::{debug, info};
+use types::Lsn;
+use wire::{Claims, FrameReader, FrameWriter, Hello, HelloReply, PROTOCOL_VERSION, TokenVerifier, WireError};
+
+use crate::{
+    branch::{BranchCommand, BranchView},
+    registry::{BranchHandle, Registry},
+    storage::SegmentReader,
+};
+
+const GREETING_LIMIT: Duration = Duration::from_secs(10);
+/// Answers that may wait for a proposer; they are small but for fetched WAL, of which there is one per other safekeeper.
+const LINK_MESSAGES: usize = 1024;
+/// A reader hears this soon after the last WAL that there is no more, then at growing intervals.
+const FIRST_HEARTBEAT: Duration = Duration::from_millis(100);
+const LONGEST_HEARTBEAT: Duration = Duration::from_secs(1);
+
+type Reader = FrameReader<OwnedReadHalf>;
+type Writer = FrameWriter<OwnedWriteHalf>;
+
+/// Why a connection ended before its time.
+#[derive(Debug, thiserror::Error)]
+enum ConnectionEnd {
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error("{0}")]
+    Refused(String),
+    #[error("the server is stopping")]
+    Stopping,
+}
+
+/// Serves a connection to its end.
+pub(crate) async fn serve(stream: TcpStream, peer: SocketAddr, verifier: TokenVerifier, registry: Arc<Registry>) {
+    if let Err(error) = stream.set_nodelay(true) {
+        debug!(%peer, %error, "can't set TCP_NODELAY");
+    }
+    let (read, write) = stream.into_split();
+    let (mut reader, mut writer) = (FrameReader::new(read), FrameWriter::new(write));
+    if let Err(error) = converse(&mut reader, &mut writer, &verifier, &registry).await {
+        debug!(%peer, %error, "connection ended");
+    }
+}
+
+async fn converse(
+    reader: &mut Reader,
+    writer: &mut Writer,
+    verifier: &TokenVerifier,
+    registry: &Arc<Registry>,
+) -> Result<(), ConnectionEnd> {
+    let greeting = timeout(GREETING_LIMIT, async {
+        let hello = reader.recv::<Hello>().await?;
+        Ok::<_, WireError>((hello, reader.recv::<Request>().await?))
+    });
+    let late = |_| ConnectionEnd::Refused("no greeting in time".to_owned());
+    let (Some(hello), Some(request)) = greeting.await.map_err(late)?? else { return Ok(()) };
+    let claims = match admit(&hello, &request, verifier) {
+        Ok(claims) => claims,
+        Err(reason) => {
+            writer.send(&HelloReply::Denied(reason.clone())).await?;
+            info!(branch = %request.branch, reason, "connection refused");
+            return Err(ConnectionEnd::Refused(reason));
+        }
+    };
+    writer.send(&HelloReply::Welcome).await?;
+    let handle = registry.get(&request.branch).ok_or(ConnectionEnd::Stopping)?;
+    match request.body {
+        RequestBody::Propose => propose(reader, writer, &handle).await,
+        RequestBody::Read { from } => read(reader, writer, &handle, from, claims.is_service()).await,
+        RequestBody::Status => {
+            let answer = match loaded(&handle).await? {
+                BranchView::Here(status) => Answer::Status(status),
+                BranchView::Deleted => Answer::Failed("the branch has been deleted".to_owned()),
+                BranchView::Failed(reason) => Answer::Failed(reason),
+                BranchView::Loading => return Err(ConnectionEnd::Stopping),
+            };
+            Ok(writer.send(&answer).await?)
+        }
+        RequestBody::Report { remote_consistent_lsn } => {
+            tell(&handle, BranchCommand::Report { remote_consistent_lsn }).await?;
+            Ok(writer.send(&Answer::Done).await?)
+        }
+        RequestBody::Delete => {
+            let (done, answered) = oneshot::channel();
+            tell(&handle, BranchCommand::Delete { done }).await?;
+            let answer = match answered.await.map_err(|_| ConnectionEnd::Stopping)? {
+                Ok(()) => Answer::Done,
+                Err(reason) => Answer::Failed(reason),
+            };
+            Ok(writer.send(&answer).await?)
+        }
+    }
+}
+
+/// Checks version, token and whether the token allows the request.
+fn admit(hello: &Hello, request: &Request, verifier: &TokenVerifier) -> Result<Claims, String> {
+    if hello.version != PROTOCOL_VERSION {
+        return Err(format!("protocol version {}, this safekeeper speaks {PROTOCOL_VERSION}", hello.version));
+    }
+    let claims = verifier.verify(&hello.token).map_err(|e| e.to_string())?;
+    let allowed = match request.body {
+        RequestBody::Propose | RequestBody::Read { .. } | RequestBody::Status => claims.allows_branch(&request.branch),
+        RequestBody::Report { .. } | RequestBody::Delete => claims.is_service(),
+    };
+    if allowed { Ok(claims) } else { Err(format!("the token does not allow this for branch {}", request.branch)) }
+}
+
+async fn tell(handle: &BranchHandle, command: BranchCommand) -> Result<(), ConnectionEnd> {
+    handle.inbox.send(command).await.map_err(|_| ConnectionEnd::Stopping)
+}
+
+/// The branch once its files have been read.
+async fn loaded(handle: &BranchHandle) -> Result<BranchView, ConnectionEnd> {
+    let mut view = handle.view.clone();
+    let there = view.wait_for(|view| !matches!(view, BranchView::Loading)).await;
+    there.map(|view| view.clone()).map_err(|_| ConnectionEnd::Stopping)
+}
+
+async fn propose(reader: &mut Reader, writer: &mut Writer, handle: &BranchHandle) -> Result<(), ConnectionEnd> {
+    static NEXT_CONNECTION: AtomicU64 = AtomicU64::new(1);
+    let connection = ConnectionId(NEXT_CONNECTION.fetch_add(1, Ordering::Relaxed));
+    let (link, mut answers) = mpsc::channel(LINK_MESSAGES);
+    tell(handle, BranchCommand::Open { connection, link }).await?;
+    let receive = async {
+        while let Some(message) = reader.recv::<ProposerMessage>().await? {
+            if let ProposerMessage::Append(append) = &message
+                && append.wal.len() > MAX_WAL_BYTES_PER_MESSAGE
+            {
+                return Err(ConnectionEnd::Refused(format!("an append of {} bytes", append.wal.len())));
+            }
+            tell(handle, BranchCommand::Message { connection, message }).await?;
+        }
+        Ok(())
+    };
+    let answer = async {
+        let mut batch = Vec::new();
+        while answers.recv_many(&mut batch, 64).await > 0 {
+            batch.drain(..).try_for_each(|message: AcceptorMessage| writer.queue(&message))?;
+            writer.flush().await?;
+        }
+        Ok(())
+    };
+    let end = tokio::select! {
+        end = receive => end,
+        end = answer => end,
+    };
+    tell(handle, BranchCommand::Close { connection }).await?;
+    end
+}
+
+async fn read(
+    reader: &mut Reader,
+    writer: &mut Writer,
+    handle: &BranchHandle,
+    from: Lsn,
+    is_service: bool,
+) -> Result<(), ConnectionEnd> {
+    let receive = async {
+        while let Some(ReaderMessage::Report { remote_consistent_lsn }) = reader.recv().await? {
+            if !is_service {
+                return Err(ConnectionEnd::Refused("only services may report what is stored".to_owned()));
+            }
+            tell(handle, BranchCommand::Report { remote_consistent_lsn }).await?;
+        }
+        Ok(())
+    };
+    tokio::select! {
+        end = receive => end,
+        end = stream(writer, handle, from) => end,
+    }
+}
+
+/// Pushes committed WAL as it comes.
+async fn stream(writer: &mut Writer, handle: &BranchHandle, from: Lsn) -> Result<(), ConnectionEnd> {
+    let mut view = handle.view.clone();
+    let mut segments = SegmentReader::new(handle.directory.clone());
+    let mut position = from;
+    let mut heartbeat = FIRST_HEARTBEAT;
+    loop {
+        let current = view.borrow_and_update().clone();
+        let status = match current {
+            BranchView::Here(status) => status,
+            BranchView::Loading => BranchStatus::default(),
+            BranchView::Deleted => {
+                return Ok(writer.send(&ReaderReply::Failed("the branch has been deleted".to_owned())).await?);
+            }
+            BranchView::Failed(reason) => return Ok(writer.send(&ReaderReply::Failed(reason)).await?),
+        };
+        let commit_lsn = status.commit_lsn;
+        if position < status.log_start_lsn {
+            let log_start_lsn = status.log_start_lsn;
+            return Ok(writer.send(&ReaderReply::Trimmed { log_start_lsn }).await?);
+        }
+        if position < commit_lsn {
+            let end = commit_lsn.min(position + MAX_WAL_BYTES_PER_MESSAGE as u64);
+            let read = spawn_blocking(move || {
+                let wal = segments.read(position, end);
+                (segments, wal)
+            });
+            let (returned, wal) = read.await.map_err(|_| ConnectionEnd::Stopping)?;
+            segments = returned;
+            // A file may have been trimmed meanwhile: the reader comes back and is told so.
+            let wal = wal.map_err(|e| ConnectionEnd::Refused(e.to_string()))?;
+            writer.send(&ReaderReply::Wal { begin: position, wal: Bytes::from(wal), commit_lsn }).await?;
+            position = end;
+            heartbeat = FIRST_HEARTBEAT;
+            continue;
+        }
+        match timeout(heartbeat, view.changed()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return Err(ConnectionEnd::Stopping),
+            Err(_) => {
+                writer.send(&ReaderReply::Wal { begin: position, wal: Bytes::new(), commit_lsn }).await?;
+                heartbeat = (heartbeat * 2).min(LONGEST_HEARTBEAT);
+            }
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! The listener.
+
+use std::{
+    fs::File,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{net::TcpListener, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+use types::NodeId;
+use wire::{TokenError, TokenVerifier};
+
+use crate::{Config, connection, registry::Registry};
+
+/// A safekeeper that has its address and its directory.
+pub struct Server {
+    id: NodeId,
+    listener: TcpListener,
+    address: SocketAddr,
+    verifier: TokenVerifier,
+    registry: Arc<Registry>,
+    /// Holds the lock on the data directory.
+    _lock: File,
+}
+
+/// Why a safekeeper could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The address is taken.
+    #[error("address {0} is already in use; choose another with --listen")]
+    AddressInUse(SocketAddr),
+    /// The address can't be listened on.
+    #[error("can't listen on {address}: {source}")]
+    Listen {
+        /// As configured.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The data directory or the key file can't be used.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Another safekeeper uses the data directory.
+    #[error("data directory {} is in use by another safekeeper", .0.display())]
+    DataDirInUse(PathBuf),
+    /// The key file holds no key.
+    #[error(transparent)]
+    Key(#[from] TokenError),
+}
+
+/// Runs a safekeeper until `shutdown`.
+pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
+    Server::bind(config).await?.run(shutdown).await;
+    Ok(())
+}
+
+impl Server {
+    /// Takes the data directory and the address.
+    pub async fn bind(config: Config) -> Result<Server, ServerError> {
+        let key_file = |source| ServerError::File { path: config.token_public_key.clone(), source };
+        let pem = std::fs::read_to_string(&config.token_public_key).map_err(key_file)?;
+        let verifier = TokenVerifier::from_pem(&pem)?;
+        let lock = lock_data_dir(&config.data_dir)?;
+        let listener = TcpListener::bind(config.listen).await.map_err(|source| match source.kind() {
+            std::io::ErrorKind::AddrInUse => ServerError::AddressInUse(config.listen),
+            _ => ServerError::Listen { address: config.listen, source },
+        })?;
+        let address = listener.local_addr().map_err(|source| ServerError::Listen { address: config.listen, source })?;
+        let registry = Registry::new(config.data_dir, Duration::from_secs(config.idle_seconds));
+        Ok(Server { id: config.id, listener, address, verifier, registry: Arc::new(registry), _lock: lock })
+    }
+
+    /// Where it listens.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until `shutdown`. What was acknowledged is on disk at any time: nothing needs to be drained.
+    pub async fn run(self, shutdown: CancellationToken) {
+        info!(safekeeper = %self.id, address = %self.address, "listening");
+        let mut connections = JoinSet::new();
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => break,
+                accepted = self.listener.accept() => match accepted {
+                    Ok((stream, peer)) => {
+                        let (verifier, registry) = (self.verifier.clone(), Arc::clone(&self.registry));
+                        connections.spawn(connection::serve(stream, peer, verifier, registry));
+                    }
+                    Err(error) => {
+                        // Out of file descriptors, most likely: others have to end first.
+                        warn!(%error, "can't accept a connection");
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                    }
+                },
+                Some(_) = connections.join_next() => {}
+            }
+        }
+        connections.shutdown().await;
+        self.registry.close().await;
+        info!(safekeeper = %self.id, "stopped");
+    }
+}
+
+fn lock_data_dir(data_dir: &Path) -> Result<File, ServerError> {
+    let failed = |source| ServerError::File { path: data_dir.to_owned(), source };
+    std::fs::create_dir_all(data_dir).map_err(failed)?;
+    let lock = File::create(data_dir.join("lock")).map_err(failed)?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(std::fs::TryLockError::WouldBlock) => Err(ServerError::DataDirInUse(data_dir.to_owned())),
+        Err(std::fs::TryLockError::Error(source)) => Err(failed(source)),
+    }
+}

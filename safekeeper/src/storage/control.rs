@@ -1,0 +1,160 @@
+//! The control file: what an acceptor must remember.
+//!
+//! Two slots of [`SLOT_BYTES`], written in turn, so that a torn write leaves the other and each update costs one fdatasync.
+//! A slot: magic (u32), format version (u32), sequence number (u64), length of the body (u32), CRC32C of sequence, length
+//! and body (u32), body (postcard of `AcceptorState`); integers little-endian. The valid slot with the highest sequence
+//! counts.
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+
+use safekeeper_protocol::AcceptorState;
+
+use super::{StorageError, sync_dir};
+
+const NAME: &str = "control";
+const TEMPORARY_NAME: &str = "control.new";
+const MAGIC: u32 = 0x4B53_4D44;
+const FORMAT_VERSION: u32 = 1;
+const HEADER_BYTES: usize = 24;
+/// Holds the longest term history that is accepted (2,000 entries of at most 20 bytes).
+const SLOT_BYTES: u64 = 64 * 1024;
+
+pub(super) struct ControlFile {
+    file: File,
+    path: PathBuf,
+    sequence: u64,
+}
+
+impl ControlFile {
+    /// Writes a first control file, durably.
+    pub fn create(directory: &Path, state: &AcceptorState) -> Result<ControlFile, StorageError> {
+        let temporary = directory.join(TEMPORARY_NAME);
+        let path = directory.join(NAME);
+        let open = File::options().read(true).write(true).create(true).truncate(true).open(&temporary);
+        let file = open.map_err(StorageError::io("create", &temporary))?;
+        let mut control = ControlFile { file, path, sequence: 0 };
+        control.store(state)?;
+        fs::rename(&temporary, &control.path).map_err(StorageError::io("rename", &temporary))?;
+        sync_dir(directory)?;
+        Ok(control)
+    }
+
+    /// Reads the control file; `None` when there is none.
+    pub fn load(directory: &Path) -> Result<Option<(ControlFile, AcceptorState)>, StorageError> {
+        let path = directory.join(NAME);
+        let file = match File::options().read(true).write(true).open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(StorageError::Io { action: "open", path, source }),
+        };
+        let bytes = fs::read(&path).map_err(StorageError::io("read", &path))?;
+        let (first, second) = bytes.split_at(bytes.len().min(SLOT_BYTES as usize));
+        let (first, second) = (decode(first), decode(second));
+        let best = [&first, &second].into_iter().flatten().max_by_key(|(sequence, _)| *sequence).cloned();
+        let Some((sequence, state)) = best else {
+            let reason = format!("first slot: {}; second slot: {}", error_of(&first), error_of(&second));
+            return Err(StorageError::Corrupt { path, reason });
+        };
+        Ok(Some((ControlFile { file, path, sequence }, state)))
+    }
+
+    /// Makes a state durable.
+    pub fn store(&mut self, state: &AcceptorState) -> Result<(), StorageError> {
+        let sequence = self.sequence + 1;
+        let slot =
+            encode(sequence, state).map_err(|reason| StorageError::Corrupt { path: self.path.clone(), reason })?;
+        let written = self.file.write_all_at(&slot, (sequence % 2) * SLOT_BYTES).and_then(|()| self.file.sync_data());
+        written.map_err(StorageError::io("write", &self.path))?;
+        self.sequence = sequence;
+        Ok(())
+    }
+}
+
+fn encode(sequence: u64, state: &AcceptorState) -> Result<Vec<u8>, String> {
+    let body = postcard::to_stdvec(state).map_err(|e| e.to_string())?;
+    if body.len() + HEADER_BYTES > SLOT_BYTES as usize {
+        return Err(format!("a state of {} bytes does not fit", body.len()));
+    }
+    let length = (body.len() as u32).to_le_bytes();
+    let mut slot = Vec::with_capacity(HEADER_BYTES + body.len());
+    slot.extend_from_slice(&MAGIC.to_le_bytes());
+    slot.extend_from_slice(&FORMAT_VERSION.to_le_bytes());
+    slot.extend_from_slice(&sequence.to_le_bytes());
+    slot.extend_from_slice(&length);
+    slot.extend_from_slice(&checksum(sequence, length, &body).to_le_bytes());
+    slot.extend_from_slice(&body);
+    Ok(slot)
+}
+
+fn decode(slot: &[u8]) -> Result<(u64, AcceptorState), String> {
+    let header = slot.first_chunk::<HEADER_BYTES>().ok_or("not written")?;
+    let word = |at: usize| [header[at], header[at + 1], header[at + 2], header[at + 3]];
+    if u32::from_le_bytes(word(0)) != MAGIC {
+        return Err("not a control file".to_owned());
+    }
+    let version = u32::from_le_bytes(word(4));
+    if version != FORMAT_VERSION {
+        return Err(format!("format version {version}, this program knows {FORMAT_VERSION}"));
+    }
+    let sequence = u64::from(u32::from_le_bytes(word(8))) | u64::from(u32::from_le_bytes(word(12))) << 32;
+    let length = u32::from_le_bytes(word(16)) as usize;
+    let body = slot[HEADER_BYTES..].get(..length).ok_or("cut short")?;
+    if checksum(sequence, word(16), body) != u32::from_le_bytes(word(20)) {
+        return Err("checksum mismatch".to_owned());
+    }
+    Ok((sequence, postcard::from_bytes(body).map_err(|e| e.to_string())?))
+}
+
+fn checksum(sequence: u64, length: [u8; 4], body: &[u8]) -> u32 {
+    let crc = crc32c::crc32c(&sequence.to_le_bytes());
+    crc32c::crc32c_append(crc32c::crc32c_append(crc, &length), body)
+}
+
+fn error_of(slot: &Result<(u64, AcceptorState), String>) -> &str {
+    slot.as_ref().err().map_or("good", String::as_str)
+}
+
+#[cfg(test)]
+mod tests {
+    use types::{Lsn, Term};
+
+    use super::*;
+
+    fn state(term: u64) -> AcceptorState {
+        AcceptorState { term: Term(term), flush_lsn: Lsn(term * 8), ..AcceptorState::default() }
+    }
+
+    #[test]
+    fn a_torn_write_leaves_the_state_before() {
+        let dir = tempfile::tempdir().expect("dir");
+        assert!(ControlFile::load(dir.path()).expect("load").is_none());
+        let mut control = ControlFile::create(dir.path(), &state(1)).expect("create");
+        for term in 2..=5 {
+            control.store(&state(term)).expect("store");
+            let (_, loaded) = ControlFile::load(dir.path()).expect("load").expect("there");
+            assert_eq!(loaded, state(term));
+        }
+        let last = encode(5, &state(5)).expect("encode");
+        control.file.write_all_at(&[0xEE; 3], SLOT_BYTES + last.len() as u64 - 3).expect("damage");
+        let (mut control, loaded) = ControlFile::load(dir.path()).expect("load").expect("there");
+        assert_eq!(loaded, state(4));
+        control.store(&state(6)).expect("store");
+        assert_eq!(ControlFile::load(dir.path()).expect("load").expect("there").1, state(6));
+
+        control.file.write_all_at(&[0xEE; 32], 0).expect("damage");
+        control.file.write_all_at(&[0xEE; 32], SLOT_BYTES).expect("damage");
+        assert!(matches!(ControlFile::load(dir.path()), Err(StorageError::Corrupt { .. })));
+    }
+
+    #[test]
+    fn the_longest_history_fits() {
+        use safekeeper_protocol::{TermHistory, TermStart, history::MAX_HISTORY_ENTRIES};
+        let entry = TermStart { term: Term(u64::MAX), start_lsn: Lsn(u64::MAX) };
+        let history = TermHistory::new(vec![entry; MAX_HISTORY_ENTRIES]);
+        encode(u64::MAX, &AcceptorState { history, ..state(u64::MAX / 8) }).expect("fits");
+    }
+}

@@ -1,0 +1,239 @@
+//! WAL by position, in files named and sized as Postgres's segments.
+//!
+//! A file is as long as what has been written to it. One whose WAL starts in its middle (the log was restarted there)
+//! has a hole before.
+
+use std::{
+    fs::{self, File},
+    io::ErrorKind,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+
+use types::{Lsn, WAL_SEGMENT_BYTES};
+
+use super::{StorageError, sync_dir};
+
+pub(super) struct Segments {
+    directory: PathBuf,
+    /// The file written to last.
+    current: Option<(u64, File)>,
+    /// Files written to before it since the last flush.
+    unflushed: Vec<(u64, File)>,
+    current_unflushed: bool,
+    /// A file was made since the directory was last synced.
+    directory_changed: bool,
+}
+
+impl Segments {
+    pub fn new(directory: PathBuf) -> Segments {
+        Segments { directory, current: None, unflushed: Vec::new(), current_unflushed: false, directory_changed: false }
+    }
+
+    /// Writes bytes; durable after [`Segments::flush`].
+    pub fn write(&mut self, at: Lsn, wal: &[u8]) -> Result<(), StorageError> {
+        let (mut at, mut rest) = (at, wal);
+        while !rest.is_empty() {
+            let room = (WAL_SEGMENT_BYTES - at.segment_offset()) as usize;
+            let (part, later) = rest.split_at(rest.len().min(room));
+            let path = self.path(at.segment_number());
+            let file = self.open(at.segment_number())?;
+            file.write_all_at(part, at.segment_offset()).map_err(StorageError::io("write", &path))?;
+            self.current_unflushed = true;
+            at += part.len() as u64;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Makes everything written durable.
+    pub fn flush(&mut self) -> Result<(), StorageError> {
+        let current = self.current.iter().filter(|_| self.current_unflushed);
+        for (number, file) in self.unflushed.iter().chain(current) {
+            file.sync_data().map_err(StorageError::io("fdatasync", &self.path(*number)))?;
+        }
+        self.unflushed.clear();
+        self.current_unflushed = false;
+        if self.directory_changed {
+            sync_dir(&self.directory)?;
+            self.directory_changed = false;
+        }
+        Ok(())
+    }
+
+    /// Removes everything from `at` on, durably.
+    pub fn truncate(&mut self, at: Lsn) -> Result<(), StorageError> {
+        self.flush()?;
+        self.current = None;
+        let mut removed = false;
+        for number in self.numbers()? {
+            let path = self.path(number);
+            if number > at.segment_number() || (number == at.segment_number() && at.segment_offset() == 0) {
+                fs::remove_file(&path).map_err(StorageError::io("remove", &path))?;
+                removed = true;
+            } else if number == at.segment_number() && self.length(number)? > at.segment_offset() {
+                let cut = File::options().write(true).open(&path).and_then(|file| {
+                    file.set_len(at.segment_offset())?;
+                    file.sync_all()
+                });
+                cut.map_err(StorageError::io("truncate", &path))?;
+            }
+        }
+        if removed { sync_dir(&self.directory) } else { Ok(()) }
+    }
+
+    /// Removes files that hold nothing at or beyond `lsn`.
+    pub fn drop_below(&mut self, lsn: Lsn) -> Result<(), StorageError> {
+        for number in self.numbers()? {
+            if number * WAL_SEGMENT_BYTES + self.length(number)? <= lsn.0 {
+                if self.current.as_ref().is_some_and(|(current, _)| *current == number) {
+                    self.current = None;
+                    self.current_unflushed = false;
+                }
+                self.unflushed.retain(|(unflushed, _)| *unflushed != number);
+                let path = self.path(number);
+                fs::remove_file(&path).map_err(StorageError::io("remove", &path))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes from `begin` to `end`, which must all have been written.
+    pub fn read(&self, begin: Lsn, end: Lsn) -> Result<Vec<u8>, StorageError> {
+        SegmentReader::new(self.directory.clone()).read(begin, end)
+    }
+
+    /// Refuses a log with missing bytes between `start` and `end`.
+    pub fn check_covers(&self, start: Lsn, end: Lsn) -> Result<(), StorageError> {
+        let mut at = start;
+        while at < end {
+            let until = end.min(at.segment_start() + WAL_SEGMENT_BYTES);
+            let length = self.length(at.segment_number())?;
+            if at.segment_start() + length < until {
+                let path = self.path(at.segment_number());
+                let reason = format!("it ends at byte {length}, but WAL up to {until} has been acknowledged");
+                return Err(StorageError::Corrupt { path, reason });
+            }
+            at = until;
+        }
+        Ok(())
+    }
+
+    /// Where the files' bytes end, going on from `from`.
+    pub fn contiguous_end(&self, from: Lsn) -> Result<Lsn, StorageError> {
+        let mut at = from;
+        loop {
+            let end = at.segment_start() + self.length(at.segment_number())?;
+            if end <= at {
+                return Ok(at);
+            }
+            at = end;
+            if at.segment_offset() != 0 {
+                return Ok(at);
+            }
+        }
+    }
+
+    /// Makes the files that hold this range durable.
+    pub fn sync_range(&self, begin: Lsn, end: Lsn) -> Result<(), StorageError> {
+        for number in self.numbers()? {
+            if number >= begin.segment_number() && number * WAL_SEGMENT_BYTES < end.0 {
+                let path = self.path(number);
+                let synced = File::open(&path).and_then(|file| file.sync_all());
+                synced.map_err(StorageError::io("fsync", &path))?;
+            }
+        }
+        sync_dir(&self.directory)
+    }
+
+    fn open(&mut self, number: u64) -> Result<&File, StorageError> {
+        if self.current.as_ref().is_none_or(|(current, _)| *current != number) {
+            let path = self.path(number);
+            let existed = path.exists();
+            let opened = File::options().write(true).create(true).truncate(false).open(&path);
+            let file = opened.map_err(StorageError::io("open", &path))?;
+            self.directory_changed |= !existed;
+            let before = self.current.replace((number, file));
+            if let (Some(before), true) = (before, self.current_unflushed) {
+                self.unflushed.push(before);
+            }
+            self.current_unflushed = false;
+        }
+        Ok(&self.current.as_ref().expect("opened above").1)
+    }
+
+    fn path(&self, number: u64) -> PathBuf {
+        segment_path(&self.directory, number)
+    }
+
+    /// Bytes in a segment's file; zero when there is none.
+    fn length(&self, number: u64) -> Result<u64, StorageError> {
+        let path = self.path(number);
+        match fs::metadata(&path) {
+            Ok(metadata) => Ok(metadata.len()),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(0),
+            Err(source) => Err(StorageError::Io { action: "stat", path, source }),
+        }
+    }
+
+    /// Numbers of the segments that have files, in order.
+    fn numbers(&self) -> Result<Vec<u64>, StorageError> {
+        let entries = match fs::read_dir(&self.directory) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(source) => return Err(StorageError::Io { action: "list", path: self.directory.clone(), source }),
+        };
+        let mut numbers = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(StorageError::io("list", &self.directory))?.file_name();
+            numbers.extend(name.to_str().and_then(parse_segment_name));
+        }
+        numbers.sort_unstable();
+        Ok(numbers)
+    }
+}
+
+/// Reads WAL beside the writer; keeps the last file open.
+pub(crate) struct SegmentReader {
+    directory: PathBuf,
+    current: Option<(u64, File)>,
+}
+
+impl SegmentReader {
+    pub fn new(directory: PathBuf) -> SegmentReader {
+        SegmentReader { directory, current: None }
+    }
+
+    /// Bytes from `begin` to `end`, which must all have been written.
+    pub fn read(&mut self, begin: Lsn, end: Lsn) -> Result<Vec<u8>, StorageError> {
+        let mut bytes = vec![0; end.0.saturating_sub(begin.0) as usize];
+        let (mut at, mut rest) = (begin, bytes.as_mut_slice());
+        while !rest.is_empty() {
+            let room = (WAL_SEGMENT_BYTES - at.segment_offset()) as usize;
+            let length = rest.len().min(room);
+            let (part, later) = rest.split_at_mut(length);
+            let number = at.segment_number();
+            let path = segment_path(&self.directory, number);
+            if self.current.as_ref().is_none_or(|(current, _)| *current != number) {
+                self.current = Some((number, File::open(&path).map_err(StorageError::io("open", &path))?));
+            }
+            let (_, file) = self.current.as_ref().expect("opened above");
+            file.read_exact_at(part, at.segment_offset()).map_err(StorageError::io("read", &path))?;
+            at += length as u64;
+            rest = later;
+        }
+        Ok(bytes)
+    }
+}
+
+fn segment_path(directory: &Path, number: u64) -> PathBuf {
+    directory.join(Lsn(number * WAL_SEGMENT_BYTES).segment_file_name())
+}
+
+fn parse_segment_name(name: &str) -> Option<u64> {
+    let plain = name.len() == 24 && name.bytes().all(|b| b.is_ascii_digit() || (b'A'..=b'F').contains(&b));
+    let (high, low) = plain.then(|| (&name[8..16], &name[16..]))?;
+    let per_id = 0x1_0000_0000 / WAL_SEGMENT_BYTES;
+    let number = u64::from_str_radix(high, 16).ok()? * per_id + u64::from_str_radix(low, 16).ok()?;
+    (Lsn(number.checked_mul(WAL_SEGMENT_BYTES)?).segment_file_name() == name).then_some(number)
+}

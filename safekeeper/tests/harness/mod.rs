@@ -1,0 +1,197 @@
+//! Safekeepers on loopback with real files, and WAL to put into them.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use bytes::Bytes;
+use dormouse_safekeeper::{Config, Server};
+use safekeeper_client::{BranchStatus, ProposerConfig, WalProposer, WalReader, WalReaderConfig, branch_status};
+use tempfile::TempDir;
+use tokio::{task::JoinHandle, time::sleep};
+use tokio_util::sync::CancellationToken;
+use types::{BranchId, BranchRef, Lsn, NodeId, ProjectId};
+use wal::{
+    RmgrId,
+    encode::{RecordToWrite, encode_record},
+};
+use wire::{Scope, TokenSigner, auth::TokenKeys};
+
+/// Where every test branch starts.
+pub const START: Lsn = Lsn(0x0150_0028);
+const SYSTEM: u64 = 7_300_000_000_000_000_001;
+const LIMIT: Duration = Duration::from_secs(20);
+
+pub struct Cluster {
+    dir: TempDir,
+    signer: TokenSigner,
+    nodes: Vec<Node>,
+    pub branch: BranchRef,
+}
+
+struct Node {
+    address: SocketAddr,
+    running: Option<(CancellationToken, JoinHandle<()>)>,
+}
+
+impl Cluster {
+    pub async fn start(count: usize) -> Cluster {
+        let dir = tempfile::Builder::new().prefix("dormouse-safekeeper").tempdir().expect("dir");
+        let keys = TokenKeys::generate().expect("keys");
+        std::fs::write(dir.path().join("public.pem"), &keys.public_pem).expect("write key");
+        let signer = TokenSigner::from_pem(&keys.private_pem).expect("signer");
+        let nodes = (0..count).map(|_| Node { address: ([127, 0, 0, 1], 0).into(), running: None }).collect();
+        let mut cluster = Cluster { dir, signer, nodes, branch: branch("main") };
+        for index in 0..count {
+            cluster.run(index).await;
+        }
+        cluster
+    }
+
+    /// Starts a safekeeper, on the address it had before.
+    pub async fn run(&mut self, index: usize) {
+        let config = Config {
+            id: NodeId(index as u64 + 1),
+            listen: self.nodes[index].address,
+            data_dir: self.data_dir(index),
+            token_public_key: self.dir.path().join("public.pem"),
+            idle_seconds: 1,
+        };
+        let server = Server::bind(config).await.expect("bind");
+        self.nodes[index].address = server.local_addr();
+        let shutdown = CancellationToken::new();
+        let task = tokio::spawn(server.run(shutdown.clone()));
+        self.nodes[index].running = Some((shutdown, task));
+    }
+
+    /// Ends a safekeeper wherever it stands.
+    pub async fn kill(&mut self, index: usize) {
+        if let Some((_, task)) = self.nodes[index].running.take() {
+            task.abort();
+            let _ = task.await;
+            // A file operation that was under way ends by itself.
+            sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Ends a safekeeper as a signal would.
+    pub async fn stop(&mut self, index: usize) {
+        if let Some((shutdown, task)) = self.nodes[index].running.take() {
+            shutdown.cancel();
+            task.await.expect("run");
+        }
+    }
+
+    pub fn data_dir(&self, index: usize) -> PathBuf {
+        self.dir.path().join(format!("sk{index}"))
+    }
+
+    pub fn branch_dir(&self, index: usize) -> PathBuf {
+        self.data_dir(index).join(self.branch.project.as_str()).join(self.branch.branch.as_str())
+    }
+
+    pub fn address(&self, index: usize) -> String {
+        self.nodes[index].address.to_string()
+    }
+
+    pub fn token(&self, scope: Scope) -> String {
+        self.signer.sign(scope, Duration::from_secs(600)).expect("sign")
+    }
+
+    fn safekeepers(&self) -> Vec<(NodeId, String)> {
+        (0..self.nodes.len()).map(|index| (NodeId(index as u64 + 1), self.address(index))).collect()
+    }
+
+    pub fn proposer_config(&self) -> ProposerConfig {
+        ProposerConfig {
+            branch: self.branch.clone(),
+            safekeepers: self.safekeepers(),
+            token: self.token(Scope::Branch { branch: self.branch.clone() }),
+            branch_start_lsn: START,
+            system_identifier: Some(SYSTEM),
+        }
+    }
+
+    pub async fn elect(&self) -> Compute {
+        let (proposer, elected) = within(WalProposer::elect(self.proposer_config())).await.expect("elect");
+        Compute { proposer, end: elected.start_lsn, prev: Lsn::INVALID, written: Vec::new() }
+    }
+
+    pub fn reader(&self, from: Lsn) -> WalReader {
+        let config = WalReaderConfig {
+            branch: self.branch.clone(),
+            safekeepers: self.safekeepers(),
+            token: self.token(Scope::Service),
+        };
+        WalReader::new(config, from)
+    }
+
+    pub async fn read(&self, from: Lsn, to: Lsn) -> Vec<u8> {
+        let mut reader = self.reader(from);
+        let mut bytes = Vec::new();
+        while from + (bytes.len() as u64) < to {
+            let chunk = within(reader.next()).await.expect("read");
+            assert_eq!(chunk.begin, from + bytes.len() as u64);
+            bytes.extend_from_slice(&chunk.bytes);
+        }
+        bytes.truncate((to.0 - from.0) as usize);
+        bytes
+    }
+
+    pub async fn status(&self, index: usize) -> BranchStatus {
+        let token = self.token(Scope::Service);
+        branch_status(&self.address(index), &token, &self.branch).await.expect("status")
+    }
+
+    /// Waits until a safekeeper has come as far as that.
+    pub async fn until(&self, index: usize, reached: impl Fn(&BranchStatus) -> bool) -> BranchStatus {
+        let waited = async {
+            loop {
+                let status = self.status(index).await;
+                if reached(&status) {
+                    return status;
+                }
+                sleep(Duration::from_millis(20)).await;
+            }
+        };
+        within(waited).await
+    }
+}
+
+/// A compute that writes records.
+pub struct Compute {
+    pub proposer: WalProposer,
+    pub end: Lsn,
+    prev: Lsn,
+    /// All that it wrote.
+    pub written: Vec<u8>,
+}
+
+impl Compute {
+    /// Appends one record with a body of this size.
+    pub fn write(&mut self, body_bytes: usize) -> Result<Lsn, safekeeper_client::Fenced> {
+        let body: Vec<u8> = (0..body_bytes).map(|i| (i as u64 * 31 + self.end.0) as u8).collect();
+        let record = RecordToWrite { xid: 0, rmgr: RmgrId(0), info: 0x20, main_data: &body, blocks: Vec::new() };
+        let encoded = encode_record(self.end, self.prev, SYSTEM, &record);
+        assert_eq!(encoded.begin, self.end);
+        self.proposer.append(self.end, Bytes::clone(&encoded.bytes))?;
+        self.written.extend_from_slice(&encoded.bytes);
+        (self.prev, self.end) = (encoded.start_lsn, encoded.end_lsn);
+        Ok(self.end)
+    }
+
+    /// Appends records and waits until they are committed.
+    pub async fn commit(&mut self, records: usize, body_bytes: usize) -> Lsn {
+        for _ in 0..records {
+            self.write(body_bytes).expect("append");
+        }
+        within(self.proposer.wait_committed(self.end)).await.expect("commit");
+        self.end
+    }
+}
+
+pub fn branch(name: &str) -> BranchRef {
+    BranchRef { project: ProjectId::new("p").expect("id"), branch: BranchId::new(name).expect("id") }
+}
+
+pub async fn within<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(LIMIT, future).await.expect("in time")
+}
