@@ -1,1 +1,27 @@
-//! Placeholder.
+//! Dormouse's front door: takes Postgres connections, checks logins, wakes computes and passes the bytes on.
+//!
+//! A connection goes through [`server`], then `session`, which drives the rest: [`handshake`] parses what the client
+//! sends before it logs in, [`endpoint_name`] tells which endpoint it means, [`scram`] checks the password, `wake` and
+//! `compute` get a session with Postgres, and `splice` passes bytes until one side has enough.
+
+mod cancel;
+mod coalesce;
+mod compute;
+mod config;
+mod control;
+mod end;
+pub mod endpoint_name;
+pub mod handshake;
+mod login;
+mod messages;
+mod roles;
+pub mod scram;
+pub mod server;
+mod session;
+mod splice;
+mod tls;
+mod wake;
+
+pub use config::Config;
+pub use server::{BindError, Server, run};
+pub use tls::TlsError;

@@ -47,6 +47,9 @@ pub struct Wake {
     pub cold: bool,
 }
 
+/// Code of the 404 for an endpoint that does not exist; a 404 with any other code means that the role does not.
+pub const ENDPOINT_NOT_FOUND: &str = "ENDPOINT_NOT_FOUND";
+
 /// An error, as in Neon's API: `{"code": "...", "message": "..."}`.
 #[derive(Debug, Clone, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]

@@ -1,0 +1,61 @@
+//! Settings of the proxy, as command line arguments.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+/// Settings of the proxy. No `Debug`: it holds a token.
+#[derive(Clone, clap::Args)]
+pub struct Config {
+    /// Address on which clients connect.
+    #[arg(long, default_value = "127.0.0.1:5432", env = "DORMOUSE_PROXY_LISTEN", value_name = "ADDRESS")]
+    pub listen: SocketAddr,
+
+    /// URL of the control plane.
+    #[arg(long, default_value = "http://127.0.0.1:9898", env = "DORMOUSE_CONTROL_PLANE", value_name = "URL")]
+    pub control_plane: reqwest::Url,
+
+    /// Token of scope "service" with which the proxy calls the control plane.
+    #[arg(long, env = "DORMOUSE_TOKEN", hide_env_values = true, value_name = "JWT")]
+    pub token: String,
+
+    /// Domain below which endpoints are reached as <endpoint>.<domain>; <endpoint>.localhost always works.
+    #[arg(long, env = "DORMOUSE_DOMAIN")]
+    pub domain: Option<String>,
+
+    /// PEM file with the certificate chain for TLS.
+    #[arg(long, requires = "tls_key", conflicts_with = "tls_dir", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+
+    /// PEM file with the private key for TLS.
+    #[arg(long, requires = "tls_cert", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+
+    /// Directory of a self-made certificate: made at the first start, used again later. Clients that want to verify
+    /// the proxy trust its ca.pem. Without this and --tls-cert each start makes a certificate of its own.
+    #[arg(long, value_name = "DIR")]
+    pub tls_dir: Option<PathBuf>,
+
+    /// Lets clients without TLS name their endpoint by a password prefix, which sends the password in clear text.
+    #[arg(long)]
+    pub allow_cleartext: bool,
+
+    /// Most sessions at a time; further ones get SQLSTATE 53300.
+    #[arg(long, default_value_t = 10_000, value_name = "COUNT")]
+    pub max_connections: usize,
+
+    /// How long a client may take to log in.
+    #[arg(long, default_value = "30s", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub handshake_timeout: Duration,
+
+    /// How long a client waits for its endpoint to wake; longer than the control plane's own limit, which can say more.
+    #[arg(long, default_value = "70s", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub wake_timeout: Duration,
+
+    /// How long a role's password verifier is used before the control plane is asked again. At 0s it is asked at each
+    /// login, so that a new password counts at once. While it is slow or down, verifiers up to ten minutes old are used.
+    #[arg(long, default_value = "0s", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub auth_cache: Duration,
+
+    /// How long sessions may go on when the proxy stops.
+    #[arg(long, default_value = "5s", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub drain_timeout: Duration,
+}

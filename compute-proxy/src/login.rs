@@ -1,0 +1,222 @@
+//! Checks who a client is, by SCRAM or by a password in clear text, without waking anything.
+
+use std::sync::Arc;
+
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use bytes::Bytes;
+use control_plane_api::internal::RoleAuth;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use types::EndpointId;
+
+use crate::{
+    end::{EndReason, Stop},
+    endpoint_name::{EndpointName, split_password},
+    handshake::{self, HandshakeError, PASSWORD_MAX_BYTES, SASL_MAX_BYTES},
+    messages::{self, FatalError},
+    roles::{Role, Roles},
+    scram::{Binding, Exchange, SCRAM_SHA_256, SCRAM_SHA_256_PLUS, ScramError, Verifier},
+    server::ClientStream,
+    tls::TlsInfo,
+};
+
+/// Bytes of randomness in a nonce, as in Postgres.
+const NONCE_BYTES: usize = 18;
+
+/// Checks logins.
+pub struct Login {
+    roles: Roles,
+    /// Makes the salts of roles that don't exist; new with every process.
+    mock_secret: [u8; 32],
+}
+
+/// Asks for a password in clear text that names an endpoint; returns both. The caller has made sure that clear text is all
+/// right here. `missing` is the error for a password that names no endpoint.
+pub async fn ask_password(
+    stream: &mut ClientStream,
+    missing: impl FnOnce() -> Stop,
+) -> Result<(EndpointName, Bytes), Stop> {
+    send(stream, &messages::ask_cleartext_password()).await?;
+    let body = read_answer(stream, PASSWORD_MAX_BYTES).await?;
+    let (name, password) = split_password(handshake::parse_password(&body)?).ok_or_else(missing)??;
+    Ok((name, body.slice_ref(password)))
+}
+
+/// A role to check, and what to check it against.
+struct Candidate {
+    endpoint: EndpointId,
+    verifier: Verifier,
+    enabled: bool,
+    /// False when the verifier is remembered and may be out of date.
+    fresh: bool,
+}
+
+impl Login {
+    /// Looks roles up in `roles`.
+    pub fn new(roles: Roles) -> Self {
+        Self { roles, mock_secret: rand::random() }
+    }
+
+    /// Logs a client in whose endpoint is known.
+    pub async fn by_scram(
+        &self,
+        stream: &mut ClientStream,
+        tls: Option<&TlsInfo>,
+        endpoint: &EndpointId,
+        user: &str,
+    ) -> Result<(), Stop> {
+        let candidate = self.candidate(endpoint, user).await?;
+        match exchange(stream, tls, &candidate.verifier).await {
+            Ok(()) => candidate.admit(),
+            Err(LoginError::Scram(ScramError::WrongPassword)) => {
+                self.roles.doubt(endpoint, user);
+                Err(wrong_password(user))
+            }
+            Err(LoginError::Scram(error)) => Err(scram_refusal(error)),
+            Err(LoginError::Stop(stop)) => Err(stop),
+        }
+    }
+
+    /// Checks a password in clear text.
+    pub async fn by_password(&self, endpoint: &EndpointId, user: &str, password: &[u8]) -> Result<(), Stop> {
+        let mut candidate = self.candidate(endpoint, user).await?;
+        let mut good = accepts(&candidate, password).await?;
+        if !good && !candidate.fresh {
+            self.roles.doubt(endpoint, user);
+            candidate = self.candidate(endpoint, user).await?;
+            good = accepts(&candidate, password).await?;
+        }
+        if good { candidate.admit() } else { Err(wrong_password(user)) }
+    }
+
+    async fn candidate(&self, endpoint: &EndpointId, user: &str) -> Result<Candidate, Stop> {
+        let (role, fresh) = self.roles.find(endpoint, user).await.map_err(|error| {
+            tracing::warn!(%endpoint, %error, "cannot look a role up");
+            let message = "the login cannot be checked now, the control plane gives no answer";
+            Stop::refuse(EndReason::ControlPlaneDown, FatalError::new("57P03", message))
+        })?;
+        let auth = match role {
+            Role::Known(auth) => Some(auth),
+            Role::Missing => None,
+            Role::EndpointMissing => return Err(endpoint_not_found(endpoint)),
+        };
+        let verifier = auth.as_deref().and_then(|auth| stored_verifier(endpoint, auth));
+        let context = || [endpoint.as_str().as_bytes(), b"/", user.as_bytes()];
+        Ok(Candidate {
+            endpoint: endpoint.clone(),
+            verifier: verifier.unwrap_or_else(|| Verifier::mock(&self.mock_secret, &context())),
+            enabled: auth.is_none_or(|auth| auth.enabled),
+            fresh,
+        })
+    }
+}
+
+impl Candidate {
+    /// What follows a good login. Only now may a client learn that the endpoint is disabled.
+    fn admit(self) -> Result<(), Stop> {
+        if self.enabled {
+            return Ok(());
+        }
+        let error = FatalError {
+            hint: Some("Enable it in the control plane, then connect again.".to_owned()),
+            ..FatalError::new("55000", format!("endpoint \"{}\" is disabled", self.endpoint))
+        };
+        Err(Stop::refuse(EndReason::EndpointDisabled, error))
+    }
+}
+
+/// `None` for a role that may not log in; a verifier that can't be read is that too, and a fault to be seen in the log.
+fn stored_verifier(endpoint: &EndpointId, auth: &RoleAuth) -> Option<Verifier> {
+    let parsed = Verifier::parse(auth.scram_verifier.as_deref()?);
+    parsed.inspect_err(|error| tracing::error!(%endpoint, %error, "a role cannot log in")).ok()
+}
+
+async fn accepts(candidate: &Candidate, password: &[u8]) -> Result<bool, Stop> {
+    let (verifier, password) = (candidate.verifier.clone(), password.to_vec());
+    let checked = tokio::task::spawn_blocking(move || verifier.accepts_password(&password)).await;
+    checked.map_err(|_| Stop::refuse(EndReason::Internal, FatalError::new("XX000", "the password check failed")))
+}
+
+/// The SCRAM exchange, up to `AuthenticationSASLFinal`.
+async fn exchange(stream: &mut ClientStream, tls: Option<&TlsInfo>, verifier: &Verifier) -> Result<(), LoginError> {
+    let end_point: Option<Arc<[u8]>> = tls.and_then(|tls| tls.end_point.clone());
+    let offered: &[&str] = match end_point {
+        Some(_) => &[SCRAM_SHA_256_PLUS, SCRAM_SHA_256],
+        None => &[SCRAM_SHA_256],
+    };
+    send(stream, &messages::sasl_mechanisms(offered)).await?;
+    let body = read_answer(stream, SASL_MAX_BYTES).await?;
+    let (mechanism, client_first) = handshake::parse_sasl_initial(&body).map_err(Stop::from)?;
+    let binding = match (mechanism, &end_point) {
+        (SCRAM_SHA_256_PLUS, Some(hash)) => Binding::Used(hash),
+        (SCRAM_SHA_256, Some(_)) => Binding::Declined,
+        (SCRAM_SHA_256, None) => Binding::NotOffered,
+        _ => return Err(ScramError::Malformed("a mechanism that was not offered").into()),
+    };
+    let nonce = BASE64.encode(rand::random::<[u8; NONCE_BYTES]>());
+    let exchange = Exchange::begin(verifier, binding, client_first, &nonce)?;
+    send(stream, &messages::sasl_continue(exchange.server_first())).await?;
+    let client_final = read_answer(stream, SASL_MAX_BYTES).await?;
+    let server_final = exchange.finish(&client_final)?;
+    send(stream, &messages::sasl_final(&server_final)).await?;
+    Ok(())
+}
+
+enum LoginError {
+    Scram(ScramError),
+    Stop(Stop),
+}
+
+impl From<ScramError> for LoginError {
+    fn from(error: ScramError) -> Self {
+        Self::Scram(error)
+    }
+}
+
+impl From<Stop> for LoginError {
+    fn from(stop: Stop) -> Self {
+        Self::Stop(stop)
+    }
+}
+
+async fn send(stream: &mut ClientStream, message: &[u8]) -> Result<(), Stop> {
+    stream.write_all(message).await?;
+    Ok(stream.flush().await?)
+}
+
+/// The body of a message of type `p`: a password or a step of SASL.
+async fn read_answer(stream: &mut ClientStream, limit: usize) -> Result<Bytes, Stop> {
+    let mut header = [0; 5];
+    stream.read_exact(&mut header).await?;
+    let [kind, a, b, c, d] = header;
+    if kind != b'p' {
+        return Err(HandshakeError::UnexpectedMessage(kind).into());
+    }
+    let length = usize::try_from(u32::from_be_bytes([a, b, c, d])).unwrap_or(usize::MAX);
+    let bytes = length.checked_sub(4).filter(|bytes| *bytes <= limit).ok_or(HandshakeError::Length)?;
+    let mut body = vec![0; bytes];
+    stream.read_exact(&mut body).await?;
+    Ok(body.into())
+}
+
+fn wrong_password(user: &str) -> Stop {
+    let message = format!("password authentication failed for user \"{user}\"");
+    Stop::refuse(EndReason::WrongPassword, FatalError::new("28P01", message))
+}
+
+fn scram_refusal(error: ScramError) -> Stop {
+    let (reason, sqlstate) = match error {
+        ScramError::Malformed(_) | ScramError::BindingType => (EndReason::ProtocolViolation, "08P01"),
+        ScramError::ChannelBindingMismatch | ScramError::Downgrade => (EndReason::ChannelBinding, "28000"),
+        ScramError::WrongPassword => (EndReason::WrongPassword, "28P01"),
+    };
+    Stop::refuse(reason, FatalError::new(sqlstate, error.to_string()))
+}
+
+/// The error for an endpoint that does not exist.
+pub fn endpoint_not_found(endpoint: &EndpointId) -> Stop {
+    let error = FatalError {
+        hint: Some("Check the endpoint's id in the host name or in the connection options.".to_owned()),
+        ..FatalError::new("08004", format!("endpoint \"{endpoint}\" not found"))
+    };
+    Stop::refuse(EndReason::UnknownEndpoint, error)
+}

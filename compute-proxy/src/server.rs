@@ -1,0 +1,182 @@
+//! Takes connections, within limits, until told to stop.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use rustix::net::sockopt;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{sleep, timeout},
+};
+use tokio_rustls::server::TlsStream;
+use tokio_util::{either::Either, sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    cancel::CancelMap,
+    config::Config,
+    control::ControlPlane,
+    login::Login,
+    roles::Roles,
+    session,
+    tls::{Tls, TlsError},
+    wake::Waker,
+};
+
+/// A client's connection, plain or with TLS.
+pub type ClientStream = Either<TcpStream, Box<TlsStream<TcpStream>>>;
+
+/// Connections above the limit of sessions: for cancel requests, and to tell clients that there are too many.
+const SPARE_CONNECTIONS: usize = 128;
+
+/// Pause after a failed accept: the process is out of file descriptors or the like.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Idle time after which a silent client is asked whether it is still there.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+
+/// How long sessions may take to close once they must.
+const KILL_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The proxy, listening.
+pub struct Server {
+    listener: TcpListener,
+    address: SocketAddr,
+    shared: Arc<Shared>,
+}
+
+/// What all sessions share.
+pub struct Shared {
+    /// Settings.
+    pub config: Config,
+    /// Ends TLS.
+    pub tls: Tls,
+    /// Checks logins.
+    pub login: Login,
+    /// Wakes endpoints.
+    pub waker: Waker,
+    /// Sessions that can be cancelled.
+    pub cancels: CancelMap,
+    /// The proxy stops: no new sessions.
+    pub draining: CancellationToken,
+    /// The proxy has waited long enough: no more sessions.
+    pub kill: CancellationToken,
+    slots: Arc<Semaphore>,
+}
+
+impl Shared {
+    /// Leave for one session; `None` when there are as many as there may be.
+    pub fn session_slot(&self) -> Option<OwnedSemaphorePermit> {
+        self.slots.clone().try_acquire_owned().ok()
+    }
+}
+
+impl Server {
+    /// Loads the certificate and listens.
+    pub async fn bind(config: Config) -> Result<Self, BindError> {
+        let tls = Tls::load(&config)?;
+        let control = ControlPlane::new(config.control_plane.clone(), &config.token, config.wake_timeout)?;
+        let listen_error = |source: io::Error| match source.kind() {
+            io::ErrorKind::AddrInUse => BindError::InUse(config.listen),
+            _ => BindError::Listen { address: config.listen, source },
+        };
+        let listener = TcpListener::bind(config.listen).await.map_err(listen_error)?;
+        let address = listener.local_addr().map_err(listen_error)?;
+        let shared = Shared {
+            tls,
+            login: Login::new(Roles::new(control.clone(), config.auth_cache)),
+            waker: Waker::new(control),
+            cancels: CancelMap::default(),
+            draining: CancellationToken::new(),
+            kill: CancellationToken::new(),
+            slots: Arc::new(Semaphore::new(config.max_connections)),
+            config,
+        };
+        Ok(Self { listener, address, shared: Arc::new(shared) })
+    }
+
+    /// Where it listens; with port 0 in the settings, which port it is.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until `shutdown`, then lets sessions end for as long as the settings say, then closes them.
+    pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+        let Self { listener, address, shared } = self;
+        tracing::info!(%address, "compute proxy is listening");
+        let sessions = TaskTracker::new();
+        let connections = Arc::new(Semaphore::new(shared.config.max_connections.saturating_add(SPARE_CONNECTIONS)));
+        loop {
+            let accepted = tokio::select! {
+                () = shutdown.cancelled() => break,
+                accepted = listener.accept() => accepted,
+            };
+            let (tcp, peer) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            let Ok(permit) = connections.clone().try_acquire_owned() else {
+                tracing::debug!(%peer, "dropped a connection: there are too many");
+                continue;
+            };
+            set_options(&tcp);
+            let session = session::serve(shared.clone(), tcp, peer);
+            sessions.spawn(async move {
+                session.await;
+                drop(permit);
+            });
+        }
+        drop(listener);
+        sessions.close();
+        shared.draining.cancel();
+        if timeout(shared.config.drain_timeout, sessions.wait()).await.is_err() {
+            tracing::info!(sessions = sessions.len(), "closing the sessions that are left");
+            shared.kill.cancel();
+            if timeout(KILL_TIMEOUT, sessions.wait()).await.is_err() {
+                tracing::warn!(sessions = sessions.len(), "some sessions did not end");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Listens and serves until `shutdown`.
+pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
+    Server::bind(config).await?.run(shutdown).await
+}
+
+/// Why the proxy does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Another process listens there.
+    #[error("address {0} is already in use; choose another with --listen")]
+    InUse(SocketAddr),
+    /// It cannot listen.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// There is no certificate.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// There is no HTTP client.
+    #[error("cannot make an HTTP client: {0}")]
+    Http(#[from] reqwest::Error),
+}
+
+/// A connection works without these too, so a failure is only noted.
+fn set_options(tcp: &TcpStream) {
+    let keepalive = || {
+        sockopt::set_socket_keepalive(tcp, true)?;
+        sockopt::set_tcp_keepidle(tcp, KEEPALIVE_IDLE)
+    };
+    if let Err(error) = tcp.set_nodelay(true).and_then(|()| Ok(keepalive()?)) {
+        tracing::debug!(%error, "cannot set socket options");
+    }
+}

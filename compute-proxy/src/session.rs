@@ -1,0 +1,287 @@
+//! One client connection from its first byte to its last.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::BytesMut;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::OwnedSemaphorePermit,
+    time::{Instant, timeout, timeout_at},
+};
+use tokio_util::either::Either;
+
+use crate::{
+    cancel::CancelGuard,
+    compute::{self, OpenError, Opened},
+    end::{EndReason, Stop},
+    endpoint_name::{self, Choice, Options},
+    handshake::{self, CancelRequest, HandshakeError, Packet, Startup, TLS_HANDSHAKE_BYTE},
+    login,
+    messages::{self, FatalError},
+    server::{ClientStream, Shared},
+    splice::splice,
+    tls::TlsInfo,
+    wake::{WakeError, Woken},
+};
+
+/// How long passing on a cancel request may take.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a client that was refused may take to read why.
+const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Serves one connection, and logs how it ended.
+pub async fn serve(shared: Arc<Shared>, tcp: TcpStream, peer: SocketAddr) {
+    let begun = Instant::now();
+    let mut who = Who::default();
+    let reason = run(&shared, tcp, begun + shared.config.handshake_timeout, &mut who).await;
+    let seconds = begun.elapsed().as_secs_f64();
+    if who.user.is_empty() || reason == EndReason::LeftBeforeLogin {
+        tracing::debug!(%peer, %reason, seconds, "connection ended");
+    } else {
+        let Who { user: role, endpoint, tls, cold } = who;
+        tracing::info!(%peer, endpoint, role, tls, cold, %reason, seconds, "session ended");
+    }
+}
+
+/// What the log says of a session.
+#[derive(Default)]
+struct Who {
+    user: String,
+    endpoint: String,
+    tls: bool,
+    cold: bool,
+}
+
+async fn run(shared: &Shared, tcp: TcpStream, login_deadline: Instant, who: &mut Who) -> EndReason {
+    let greeted = tokio::select! {
+        () = shared.draining.cancelled() => return EndReason::Shutdown,
+        greeted = timeout_at(login_deadline, greet(shared, tcp)) => greeted,
+    };
+    let (mut stream, tls, packet) = match greeted {
+        Err(_) => return EndReason::HandshakeTimeout,
+        Ok(Err(reason)) => return reason,
+        Ok(Ok(Greeting { stream, tls, packet })) => (stream, tls, packet),
+    };
+    let startup = match packet {
+        Ok(First::Startup(startup)) => startup,
+        Ok(First::Cancel(request)) => {
+            cancel(shared, request).await;
+            return EndReason::Cancel;
+        }
+        Err(error) => return farewell(stream, error.into()).await,
+    };
+    who.user = startup.user.clone();
+    who.tls = tls.is_some();
+    let prepared = tokio::select! {
+        () = shared.draining.cancelled() => {
+            let message = "terminating connection due to administrator command";
+            Err(Stop::refuse(EndReason::Shutdown, FatalError::new("57P01", message)))
+        }
+        prepared = prepare(shared, &mut stream, tls.as_ref(), &startup, login_deadline, who) => prepared,
+    };
+    match prepared {
+        Ok(Ready { session, _slot, _cancel }) => splice(stream, session.stream, &shared.kill).await,
+        Err(stop) => farewell(stream, stop).await,
+    }
+}
+
+/// A connection whose first real packet was read.
+struct Greeting {
+    stream: ClientStream,
+    tls: Option<TlsInfo>,
+    packet: Result<First, HandshakeError>,
+}
+
+enum First {
+    Startup(Startup),
+    Cancel(CancelRequest),
+}
+
+/// Settles encryption and reads the packet that says what the client wants.
+///
+/// Nothing is read ahead of a packet, so no byte sent before TLS can pass for one sent inside it.
+async fn greet(shared: &Shared, mut tcp: TcpStream) -> Result<Greeting, EndReason> {
+    let gone = |_: io::Error| EndReason::LeftBeforeLogin;
+    let mut first_byte = [0; 1];
+    if tcp.peek(&mut first_byte).await.map_err(gone)? == 0 {
+        return Err(EndReason::LeftBeforeLogin);
+    }
+    if first_byte[0] == TLS_HANDSHAKE_BYTE {
+        return greet_inside_tls(shared, tcp, true).await;
+    }
+    let mut gss_refused = false;
+    loop {
+        match read_packet(&mut tcp).await.map_err(gone)? {
+            Ok(Packet::Ssl) => {
+                tcp.write_all(&[messages::ACCEPT_ENCRYPTION]).await.map_err(gone)?;
+                return greet_inside_tls(shared, tcp, false).await;
+            }
+            Ok(Packet::GssEnc) if !gss_refused => {
+                tcp.write_all(&[messages::REFUSE_ENCRYPTION]).await.map_err(gone)?;
+                gss_refused = true;
+            }
+            other => return Ok(Greeting { stream: Either::Left(tcp), tls: None, packet: first(other) }),
+        }
+    }
+}
+
+/// `direct`: the client began with TLS at once, and must then name Postgres's protocol, as Postgres 17 asks.
+async fn greet_inside_tls(shared: &Shared, tcp: TcpStream, direct: bool) -> Result<Greeting, EndReason> {
+    let (mut stream, info) = shared.tls.accept(tcp).await.map_err(|error| {
+        tracing::debug!(%error, "TLS handshake failed");
+        EndReason::Tls
+    })?;
+    if direct && !info.alpn {
+        return Err(EndReason::Tls);
+    }
+    let packet = read_packet(&mut stream).await.map_err(|_| EndReason::LeftBeforeLogin)?;
+    Ok(Greeting { stream: Either::Right(stream), tls: Some(info), packet: first(packet) })
+}
+
+fn first(packet: Result<Packet, HandshakeError>) -> Result<First, HandshakeError> {
+    match packet? {
+        Packet::Startup(startup) => Ok(First::Startup(startup)),
+        Packet::Cancel(request) => Ok(First::Cancel(request)),
+        Packet::Ssl | Packet::GssEnc => Err(HandshakeError::EncryptionAgain),
+    }
+}
+
+async fn read_packet(stream: &mut (impl AsyncReadExt + Unpin)) -> io::Result<Result<Packet, HandshakeError>> {
+    let mut length_word = [0; 4];
+    stream.read_exact(&mut length_word).await?;
+    let bytes = match handshake::body_bytes(length_word) {
+        Ok(bytes) => bytes,
+        Err(error) => return Ok(Err(error)),
+    };
+    let mut body = vec![0; bytes];
+    stream.read_exact(&mut body).await?;
+    Ok(Packet::parse(&body))
+}
+
+/// A key that nobody has is ignored, and the client is told nothing in any case: that is the protocol.
+async fn cancel(shared: &Shared, request: CancelRequest) {
+    let Some(target) = shared.cancels.find(request) else { return };
+    match timeout(CANCEL_TIMEOUT, target.cancel()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "cannot pass a cancel request on"),
+        Err(_) => tracing::warn!("a compute did not take a cancel request in time"),
+    }
+}
+
+/// A session that may begin.
+struct Ready {
+    session: Opened,
+    _slot: OwnedSemaphorePermit,
+    _cancel: Option<CancelGuard>,
+}
+
+/// Login, wake, and Postgres's greeting passed on.
+async fn prepare(
+    shared: &Shared,
+    stream: &mut ClientStream,
+    tls: Option<&TlsInfo>,
+    startup: &Startup,
+    login_deadline: Instant,
+    who: &mut Who,
+) -> Result<Ready, Stop> {
+    let slot = shared.session_slot().ok_or_else(|| {
+        Stop::refuse(EndReason::TooManyConnections, FatalError::new("53300", "sorry, too many clients already"))
+    })?;
+    let options = Options::parse(startup.options.as_deref().unwrap_or(""))?;
+    let logging_in = log_in(shared, stream, tls, startup, &options, who);
+    let endpoint =
+        timeout_at(login_deadline, logging_in).await.map_err(|_| Stop::silent(EndReason::HandshakeTimeout))??;
+
+    let message = compute::encode_startup(startup, options.rest.as_deref())
+        .map_err(|_| Stop::refuse(EndReason::Internal, FatalError::new("XX000", "cannot pass the parameters on")))?;
+    let wake_deadline = Instant::now() + shared.config.wake_timeout;
+    let opened = shared.waker.open(&endpoint, &message, wake_deadline).await;
+    let Woken { session, socket, cold } = opened.map_err(|error| wake_refusal(&endpoint, error))?;
+    who.cold = cold;
+
+    let mut greeting = BytesMut::from(&session.before_key[..]);
+    let guard = session.key.map(|key| shared.cancels.register(&socket, key));
+    if let Some(key) = guard.as_ref().map(CancelGuard::key) {
+        greeting.extend_from_slice(&messages::backend_key_data(key.process_id, key.secret));
+    }
+    greeting.extend_from_slice(&session.after_key);
+    stream.write_all(&greeting).await?;
+    stream.flush().await?;
+    Ok(Ready { session, _slot: slot, _cancel: guard })
+}
+
+async fn log_in(
+    shared: &Shared,
+    stream: &mut ClientStream,
+    tls: Option<&TlsInfo>,
+    startup: &Startup,
+    options: &Options,
+    who: &mut Who,
+) -> Result<types::EndpointId, Stop> {
+    if startup.needs_negotiation() {
+        stream.write_all(&messages::negotiate_protocol_version(&startup.unknown_extensions)).await?;
+    }
+    let domain = shared.config.domain.as_deref();
+    let sni = tls.and_then(|tls| tls.sni.as_deref());
+    match endpoint_name::choose(sni, options, domain)? {
+        Choice::Named(name) => {
+            who.endpoint = name.endpoint.to_string();
+            shared.login.by_scram(stream, tls, &name.endpoint, &startup.user).await?;
+            Ok(name.endpoint)
+        }
+        Choice::AskPassword if tls.is_some() || shared.config.allow_cleartext => {
+            let (name, password) = login::ask_password(stream, || no_endpoint(domain)).await?;
+            who.endpoint = name.endpoint.to_string();
+            shared.login.by_password(&name.endpoint, &startup.user, &password).await?;
+            Ok(name.endpoint)
+        }
+        Choice::AskPassword => Err(no_endpoint(domain)),
+    }
+}
+
+fn no_endpoint(domain: Option<&str>) -> Stop {
+    let domain = domain.unwrap_or("localhost");
+    let hint = format!(
+        "Name it in one of three ways: connect with TLS to the host <endpoint>.{domain}; add \
+         options=endpoint%3D<endpoint> to the connection string; or, with TLS, write endpoint=<endpoint>; in front of \
+         the password."
+    );
+    let error = FatalError {
+        hint: Some(hint),
+        ..FatalError::new("08P01", "the connection does not say which endpoint it is for")
+    };
+    Stop::refuse(EndReason::EndpointName, error)
+}
+
+fn wake_refusal(endpoint: &types::EndpointId, error: WakeError) -> Stop {
+    tracing::warn!(%endpoint, %error, "no session");
+    match error {
+        WakeError::Control(error) if error.is_endpoint_not_found() => login::endpoint_not_found(endpoint),
+        WakeError::Open(OpenError::Refused { response, .. }) => {
+            Stop { reason: EndReason::ComputeRefused, response: Some(response) }
+        }
+        other @ (WakeError::Control(_) | WakeError::Open(_) | WakeError::Timeout) => {
+            let message = format!("endpoint \"{endpoint}\" is not available: {other}");
+            Stop::refuse(EndReason::WakeFailed, FatalError::new("57P03", message))
+        }
+    }
+}
+
+/// Tells the client why its session ends, and waits a moment until it has read that: a close with unread input would
+/// reset the connection and could throw the message away.
+async fn farewell(mut stream: ClientStream, stop: Stop) -> EndReason {
+    if let Some(response) = stop.response {
+        let say = async {
+            stream.write_all(&response).await?;
+            stream.shutdown().await?;
+            let mut ignored = [0; 512];
+            while stream.read(&mut ignored).await? > 0 {}
+            io::Result::Ok(())
+        };
+        // The client may be gone or slow: nothing more is owed to it.
+        let _ = timeout(FAREWELL_TIMEOUT, say).await;
+    }
+    stop.reason
+}
