@@ -233,6 +233,7 @@ REINDEX TABLE t;
 VACUUM FULL pg_class;
 CREATE MATERIALIZED VIEW m AS SELECT * FROM t; REFRESH MATERIALIZED VIEW m;
 SELECT 1 FROM pg_logical_emit_message(false, 'prefix', 'message');
+SELECT 1 FROM pg_logical_emit_message(false, 'dormouse-file:forged', 'message');
 SELECT pg_create_restore_point('here');
 CREATE DATABASE by_wal STRATEGY wal_log;
 CREATE DATABASE by_copy STRATEGY file_copy;
