@@ -68,6 +68,8 @@ async fn run(shared: &Shared, tcp: TcpStream, login_deadline: Instant, who: &mut
         Ok(First::Startup(startup)) => startup,
         Ok(First::Cancel(request)) => {
             cancel(shared, request).await;
+            // A proper end of TLS: libpq takes any other for a request that failed.
+            let _ = timeout(FAREWELL_TIMEOUT, stream.shutdown()).await;
             return EndReason::Cancel;
         }
         Err(error) => return farewell(stream, error.into()).await,

@@ -89,3 +89,13 @@ async fn bytes_before_tls_do_not_count_as_sent_inside() {
     let _ = stream.read_to_end(&mut rest).await;
     assert_ne!(rest.first(), Some(&b'R'));
 }
+
+#[tokio::test]
+async fn a_cancel_request_inside_tls_ends_in_order() {
+    let world = World::start(&["--domain", "db.example.com"]).await;
+    let name = ServerName::try_from("ep-a.db.example.com").expect("a name");
+    let tcp = TcpStream::connect(world.address).await.expect("connected");
+    let mut stream = connector(&world, &[b"postgresql"]).connect(name, tcp).await.expect("TLS");
+    stream.write_all(&[0, 0, 0, 16, 4, 210, 22, 46, 0, 0, 0, 1, 0, 0, 0, 2]).await.expect("written");
+    assert_eq!(stream.read(&mut [0; 1]).await.expect("no error of TLS"), 0);
+}
