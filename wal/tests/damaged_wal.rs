@@ -1,13 +1,13 @@
 //! Damaged and cut WAL: the decoder reports it and never panics, and never takes a damaged record for a whole one.
 
 use bytes::Bytes;
-use proptest::prelude::*;
-use types::{Lsn, PAGE_BYTES, PageTag, RelTag, WAL_SEGMENT_BYTES};
 use dormouse_wal::{
     DecodedRecord, WalDecodeError, WalStreamDecoder,
     encode::{BlockToWrite, RecordToWrite, encode_record, record_start_at},
     v15::{rmgr, xlog},
 };
+use proptest::prelude::*;
+use types::{Lsn, PAGE_BYTES, PageTag, RelTag, WAL_SEGMENT_BYTES};
 
 const SYSTEM: u64 = 42;
 const BEGIN: Lsn = Lsn(3 * WAL_SEGMENT_BYTES - 40_000);
@@ -72,9 +72,10 @@ proptest! {
         bytes[at] ^= with;
         let mut decoder = WalStreamDecoder::new(BEGIN);
         decoder.feed(BEGIN, &bytes);
-        let (records, error) = drain(&mut decoder);
-        // A byte of padding, or of a page header's system identifier or timeline, goes unnoticed.
-        prop_assert!(records.len() == ends.len() || error.is_some() || records.len() + 1 == ends.len());
+        // Damage in the last records may look like records that are not whole yet, damage in padding like none.
+        let (records, _) = drain(&mut decoder);
+        let whole_before = ends.iter().filter(|end| end.0 <= BEGIN.0 + at as u64).count();
+        prop_assert!(records.len() >= whole_before);
         for (record, true_record) in records.iter().zip(&whole) {
             prop_assert_eq!(&record.raw, &true_record.raw);
             prop_assert_eq!(record.end_lsn, true_record.end_lsn);
