@@ -1,0 +1,235 @@
+//! Writing a branch out: memory layers to delta layers, then the manifest, then the report to the safekeepers.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use bytes::Bytes;
+use tokio::time::Instant;
+use types::{Generation, Lsn};
+
+use super::{Branch, Frozen, Tip, should_compact};
+use crate::{
+    error::StorageError,
+    layer::{BuiltLayer, Layer, LayerKind, LayerMeta},
+    remote::{BranchNames, Manifest},
+};
+
+/// What the one who writes a branch out knows.
+pub(super) struct FlushState {
+    next_layer: u64,
+    /// This generation's claim is in the object store and the branch was not changed by another since it was attached.
+    claimed: bool,
+    /// What the attached manifest said.
+    attached: Manifest,
+    last_flush: Instant,
+}
+
+impl FlushState {
+    pub(super) fn new(manifest: &Manifest) -> FlushState {
+        let attached = manifest.clone();
+        FlushState { next_layer: manifest.next_layer, claimed: false, attached, last_flush: Instant::now() }
+    }
+}
+
+impl Branch {
+    /// Writes everything ingested so far to the object store, makes an image set if it is time, and tells the
+    /// safekeepers. Answers up to where the object store now holds everything.
+    pub async fn flush(self: &Arc<Self>) -> Result<Lsn, StorageError> {
+        let mut flush = self.flush.lock().await;
+        self.freeze();
+        if self.is_clean() {
+            return Ok(self.remote_consistent_lsn());
+        }
+        self.claim(&mut flush).await?;
+        while let Some(frozen) = self.oldest_frozen() {
+            let layer = self.upload_frozen(&mut flush, &frozen).await?;
+            self.replace_frozen(layer, frozen.tip);
+        }
+        let tip = self.state.read().frozen_tip;
+        self.write_manifest(&flush, tip).await?;
+        if should_compact(&self.compaction_input(tip.last_record_lsn)) {
+            let images = self.make_images(&mut flush, tip.last_record_lsn).await?;
+            self.add_layers(images);
+            self.write_manifest(&flush, tip).await?;
+        }
+        flush.last_flush = Instant::now();
+        self.report_consistent(tip.last_record_lsn).await?;
+        Ok(tip.last_record_lsn)
+    }
+
+    /// Readers find the layer instead of the oldest frozen memory layer.
+    fn replace_frozen(&self, layer: Option<Arc<Layer>>, tip: Tip) {
+        let mut state = self.state.write();
+        state.layers = Arc::new(state.layers.with(layer));
+        state.frozen.pop_front();
+        state.frozen_tip = tip;
+    }
+
+    fn add_layers(&self, layers: Vec<Arc<Layer>>) {
+        let mut state = self.state.write();
+        state.layers = Arc::new(state.layers.with(layers));
+    }
+
+    /// Turns the open memory layer into a frozen one; readers go on seeing it.
+    pub(super) fn freeze(&self) {
+        let mut state = self.state.write();
+        let before = state.frozen.back().map_or(state.frozen_tip, |frozen| frozen.tip);
+        if state.open.is_empty() && state.tip == before {
+            return;
+        }
+        let values = std::mem::take(&mut state.open);
+        let frozen = Frozen { values, start_lsn: before.last_record_lsn, tip: state.tip };
+        state.frozen.push_back(Arc::new(frozen));
+    }
+
+    /// How many memory layers wait to be written.
+    pub fn frozen_layers(&self) -> usize {
+        self.state.read().frozen.len()
+    }
+
+    /// True when the object store holds everything that was ingested.
+    pub fn is_clean(&self) -> bool {
+        let state = self.state.read();
+        let uploaded = state.frozen.is_empty() && state.open.is_empty();
+        uploaded && state.tip.last_record_lsn == state.remote_consistent_lsn
+    }
+
+    /// When something was last written out (or the branch attached).
+    pub(super) async fn last_flush(&self) -> Instant {
+        self.flush.lock().await.last_flush
+    }
+
+    fn oldest_frozen(&self) -> Option<Arc<Frozen>> {
+        self.state.read().frozen.front().cloned()
+    }
+
+    /// Once per attachment, before the first write: puts the claim, then makes sure that no newer generation has one
+    /// and that the manifest is still the one that was attached. An older generation that finishes a write after that
+    /// sees the claim and does not tell the safekeepers, so the WAL it wrote out stays for us.
+    async fn claim(&self, flush: &mut FlushState) -> Result<(), StorageError> {
+        if self.deleted.load(Ordering::Acquire) {
+            return Err(StorageError::NoBranch(self.name.clone()));
+        }
+        if flush.claimed {
+            return Ok(());
+        }
+        let own = self.shared.generation;
+        self.shared.remote.put(&self.names.claim(own), Bytes::new()).await?;
+        self.check_not_deposed().await?;
+        match self.shared.remote.manifest(&self.name).await? {
+            None => return Err(StorageError::NoBranch(self.name.clone())),
+            Some((_, manifest)) if manifest == flush.attached => flush.claimed = true,
+            Some((generation, _)) => {
+                self.stop_ingest(format!("generation {generation} has written meanwhile; attach the branch again"));
+                self.forget();
+                return Err(StorageError::Deposed { branch: self.name.clone(), own: own.0, newer: generation.0 });
+            }
+        }
+        Ok(())
+    }
+
+    async fn check_not_deposed(&self) -> Result<(), StorageError> {
+        let own = self.shared.generation;
+        let found = self.shared.remote.list(self.names.root()).await?;
+        let claims = found.iter().filter_map(BranchNames::generation_of_claim);
+        let manifests = found.iter().filter_map(BranchNames::generation_of_manifest);
+        match claims.chain(manifests).max() {
+            Some(newer) if newer > own => {
+                self.stop_ingest(format!("generation {newer} has taken over from {own}"));
+                self.forget();
+                Err(StorageError::Deposed { branch: self.name.clone(), own: own.0, newer: newer.0 })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The branch is attached anew for the next asker.
+    fn forget(&self) {
+        if let Some(registry) = self.registry.upgrade() {
+            registry.forget(self);
+        }
+    }
+
+    async fn upload_frozen(
+        &self,
+        flush: &mut FlushState,
+        frozen: &Arc<Frozen>,
+    ) -> Result<Option<Arc<Layer>>, StorageError> {
+        let values = frozen.clone();
+        let built = tokio::task::spawn_blocking(move || values.values.build()).await;
+        let Some(built) = built.map_err(|_| StorageError::Stopping)? else { return Ok(None) };
+        let end = frozen.tip.last_record_lsn.max(frozen.values.max_lsn());
+        let layer = self.upload_layer(flush, built, LayerKind::Delta, frozen.start_lsn, end).await?;
+        Ok(Some(layer))
+    }
+
+    /// Puts a layer file; it counts once a manifest names it.
+    pub(super) async fn upload_layer(
+        &self,
+        flush: &mut FlushState,
+        built: BuiltLayer,
+        kind: LayerKind,
+        start_lsn: Lsn,
+        end_lsn: Lsn,
+    ) -> Result<Arc<Layer>, StorageError> {
+        let (layer, bytes) =
+            prepare_layer(&self.names, built, kind, (start_lsn, end_lsn), (self.shared.generation, flush.next_layer));
+        flush.next_layer += 1;
+        self.shared.remote.put(layer.object(), bytes.clone()).await?;
+        self.shared.remote.disk.insert(layer.object(), bytes).await;
+        tracing::debug!(branch = %self.name, layer = layer.meta.name, bytes = layer.meta.size_bytes, "layer uploaded");
+        Ok(layer)
+    }
+
+    async fn write_manifest(&self, flush: &FlushState, tip: Tip) -> Result<(), StorageError> {
+        let layers = self.state.read().layers.metas();
+        let manifest = Manifest {
+            ancestor: self.ancestor.clone(),
+            start_lsn: self.start_lsn,
+            remote_consistent_lsn: tip.last_record_lsn,
+            prev_record_lsn: tip.prev_record_lsn,
+            last_commit_us: tip.last_commit_us,
+            next_layer: flush.next_layer,
+            layers,
+            ..flush.attached.clone()
+        };
+        let object = self.names.manifest(self.shared.generation);
+        let bytes = manifest
+            .encode()
+            .map_err(|error| StorageError::Store { object: object.to_string(), reason: error.to_string() })?;
+        self.shared.remote.put(&object, bytes.into()).await
+    }
+
+    /// The manifest is written: publishes that, and lets safekeepers drop the WAL if we are still the owner.
+    async fn report_consistent(&self, lsn: Lsn) -> Result<(), StorageError> {
+        self.state.write().remote_consistent_lsn = lsn;
+        self.check_not_deposed().await?;
+        if let Some(feed) = self.feed.lock().as_ref() {
+            feed.report(lsn);
+        }
+        Ok(())
+    }
+}
+
+/// The layer of a file that is to be uploaded, and the file.
+pub fn prepare_layer(
+    names: &BranchNames,
+    built: BuiltLayer,
+    kind: LayerKind,
+    (start_lsn, end_lsn): (Lsn, Lsn),
+    (generation, sequence): (Generation, u64),
+) -> (Arc<Layer>, Bytes) {
+    let name = crate::remote::layer_name(generation, sequence, kind, start_lsn, end_lsn);
+    let object = names.layer(&name);
+    let meta = LayerMeta {
+        name,
+        kind,
+        first_key: built.first_key,
+        last_key: built.last_key,
+        start_lsn,
+        end_lsn,
+        size_bytes: built.bytes.len() as u64,
+        index_offset: built.index_offset,
+        entries: built.entries,
+    };
+    (Layer::new(meta, object), built.bytes)
+}

@@ -1,0 +1,362 @@
+//! A branch: its values in memory and in layers, how far it has ingested WAL, and what its ancestor is.
+
+mod compaction;
+mod flush;
+mod history;
+mod memory;
+mod registry;
+mod wal_feed;
+
+pub use compaction::{CompactionInput, should_compact};
+pub use flush::prepare_layer;
+pub use history::branch_point;
+pub use memory::{MemoryLayer, Put};
+pub use registry::Branches;
+pub use wal_feed::WalSource;
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use parking_lot::{Mutex, RwLock};
+use tokio::{
+    sync::{OnceCell, watch},
+    time::Instant,
+};
+use types::{BranchRef, Generation, Lsn};
+use wire::pageserver::BaseFiles;
+
+use crate::{
+    error::StorageError,
+    ingest::Ingest,
+    layer::{Layer, LayerSet},
+    read::PageCache,
+    remote::{Ancestor, BranchNames, Manifest, Remote},
+};
+
+/// What all branches of a pageserver share.
+pub struct Shared {
+    /// The object store.
+    pub remote: Arc<Remote>,
+    /// Pages as they were last made.
+    pub pages: PageCache,
+    /// Under which generation is written.
+    pub generation: Generation,
+    /// Sizes and times.
+    pub tuning: Tuning,
+    /// Where WAL comes from; `None`: nowhere (tests feed bytes themselves).
+    pub wal: Option<WalSource>,
+}
+
+/// Sizes and times that tests and flags set.
+#[derive(Clone, Debug)]
+pub struct Tuning {
+    /// Values in memory are written out when they take this much. Default 64 MiB.
+    pub checkpoint_distance_bytes: usize,
+    /// And when no WAL has come for so long. Default 5 s.
+    pub idle_flush: Duration,
+    /// And at the latest so long after the last time. Default 60 s.
+    pub max_unflushed: Duration,
+    /// A WAL stream without progress and without anybody who asks is closed after this. Default 60 s.
+    pub idle_close: Duration,
+    /// A branch nobody asks about is dropped from memory after this. Default 5 min.
+    pub idle_detach: Duration,
+    /// Longest wait for WAL on behalf of a request. Default 30 s.
+    pub wal_wait: Duration,
+    /// An image set is made when so many deltas have no image set behind them. Default 8.
+    pub deltas_per_image: usize,
+    /// Image layers are cut at this size. Default 64 MiB.
+    pub image_layer_bytes: usize,
+}
+
+impl Default for Tuning {
+    fn default() -> Tuning {
+        Tuning {
+            checkpoint_distance_bytes: 64 << 20,
+            idle_flush: Duration::from_secs(5),
+            max_unflushed: Duration::from_secs(60),
+            idle_close: Duration::from_secs(60),
+            idle_detach: Duration::from_secs(300),
+            wal_wait: Duration::from_secs(30),
+            deltas_per_image: 8,
+            image_layer_bytes: 64 << 20,
+        }
+    }
+}
+
+/// A branch that is attached to this pageserver.
+pub struct Branch {
+    name: BranchRef,
+    /// Unique in this process: names the branch in caches.
+    id: u64,
+    shared: Arc<Shared>,
+    registry: Weak<Branches>,
+    names: BranchNames,
+    ancestor: Option<Ancestor>,
+    attached_ancestor: OnceCell<Arc<Branch>>,
+    start_lsn: Lsn,
+    state: RwLock<State>,
+    progress: watch::Sender<Progress>,
+    /// Who ingests holds it; `None` until the first WAL.
+    ingest: tokio::sync::Mutex<Option<Box<Ingest>>>,
+    flush: tokio::sync::Mutex<flush::FlushState>,
+    feed: Mutex<Option<wal_feed::Feed>>,
+    last_used: Mutex<Instant>,
+    base_files: Mutex<Option<Arc<BaseFiles>>>,
+    logical_bytes: AtomicU64,
+    logical_bytes_known: AtomicBool,
+    deleted: AtomicBool,
+}
+
+/// What changes as WAL is ingested. Held locked only for moments.
+struct State {
+    open: MemoryLayer,
+    /// Oldest first; being written out.
+    frozen: VecDeque<Arc<Frozen>>,
+    layers: Arc<LayerSet>,
+    /// As of the last whole record ingested.
+    tip: Tip,
+    /// As of the newest frozen layer, or the manifest.
+    frozen_tip: Tip,
+    remote_consistent_lsn: Lsn,
+}
+
+/// A memory layer that gets no more values.
+struct Frozen {
+    values: MemoryLayer,
+    start_lsn: Lsn,
+    tip: Tip,
+}
+
+/// What must be known at the end of ingested WAL to go on from there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tip {
+    /// End of the last record.
+    pub last_record_lsn: Lsn,
+    /// Start of the last record; invalid when not known.
+    pub prev_record_lsn: Lsn,
+    /// Time of the latest commit among the branch's own records.
+    pub last_commit_us: Option<i64>,
+}
+
+/// How far ingestion is, for those who wait.
+#[derive(Clone, Debug)]
+struct Progress {
+    last_record_lsn: Lsn,
+    /// Why ingestion stopped for good.
+    stopped: Option<Arc<str>>,
+    /// What the WAL's source complains of at the moment.
+    trouble: Option<Arc<str>>,
+    /// The end of committed WAL, when a safekeeper has told.
+    commit_lsn: Option<Lsn>,
+}
+
+/// A consistent view for one read.
+pub struct ReadView {
+    /// The layers; what was in memory is already found.
+    pub layers: Arc<LayerSet>,
+}
+
+impl Branch {
+    /// From its manifest.
+    fn attach(name: BranchRef, manifest: Manifest, shared: Arc<Shared>, registry: Weak<Branches>) -> Arc<Branch> {
+        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+        let names = BranchNames::new(&name);
+        let layers = manifest.layers.iter().map(|meta| Layer::new(meta.clone(), names.layer(&meta.name)));
+        let tip = Tip {
+            last_record_lsn: manifest.remote_consistent_lsn,
+            prev_record_lsn: manifest.prev_record_lsn,
+            last_commit_us: manifest.last_commit_us,
+        };
+        let state = State {
+            open: MemoryLayer::default(),
+            frozen: VecDeque::new(),
+            layers: Arc::new(LayerSet::new(layers)),
+            tip,
+            frozen_tip: tip,
+            remote_consistent_lsn: manifest.remote_consistent_lsn,
+        };
+        let progress =
+            Progress { last_record_lsn: tip.last_record_lsn, stopped: None, trouble: None, commit_lsn: None };
+        Arc::new(Branch {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            shared,
+            registry,
+            names,
+            ancestor: manifest.ancestor.clone(),
+            attached_ancestor: OnceCell::new(),
+            start_lsn: manifest.start_lsn,
+            state: RwLock::new(state),
+            progress: watch::Sender::new(progress),
+            ingest: tokio::sync::Mutex::new(None),
+            flush: tokio::sync::Mutex::new(flush::FlushState::new(&manifest)),
+            feed: Mutex::new(None),
+            last_used: Mutex::new(Instant::now()),
+            base_files: Mutex::new(None),
+            logical_bytes: AtomicU64::new(0),
+            logical_bytes_known: AtomicBool::new(false),
+            deleted: AtomicBool::new(false),
+            name,
+        })
+    }
+
+    /// Which branch.
+    pub fn name(&self) -> &BranchRef {
+        &self.name
+    }
+
+    /// Names it in caches.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// What all branches share.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Where its own history starts.
+    pub fn start_lsn(&self) -> Lsn {
+        self.start_lsn
+    }
+
+    /// Where it left which branch.
+    pub fn ancestor(&self) -> Option<&Ancestor> {
+        self.ancestor.as_ref()
+    }
+
+    /// As of the last whole record ingested.
+    pub fn tip(&self) -> Tip {
+        self.state.read().tip
+    }
+
+    /// Everything up to here is in the object store.
+    pub fn remote_consistent_lsn(&self) -> Lsn {
+        self.state.read().remote_consistent_lsn
+    }
+
+    /// Why ingestion stopped, when it did.
+    pub fn ingest_error(&self) -> Option<String> {
+        self.progress.borrow().stopped.as_deref().map(str::to_owned)
+    }
+
+    /// The last answer to a base files request.
+    pub fn base_files_cache(&self) -> &Mutex<Option<Arc<BaseFiles>>> {
+        &self.base_files
+    }
+
+    /// Notes that somebody asks.
+    pub fn touch(&self) {
+        *self.last_used.lock() = Instant::now();
+    }
+
+    /// The ancestor, attached and ingested up to where this branch left it; `None` for a template.
+    pub async fn ancestor_ready(&self) -> Result<Option<(&Arc<Branch>, Lsn)>, StorageError> {
+        let Some(ancestor) = &self.ancestor else { return Ok(None) };
+        let attach = async || {
+            let registry = self.registry.upgrade().ok_or(StorageError::Stopping)?;
+            Box::pin(registry.get(&ancestor.branch)).await.map_err(|error| match error {
+                StorageError::NoBranch(missing) => StorageError::Damaged {
+                    object: missing.to_string(),
+                    reason: format!("the ancestor of {} is gone", self.name),
+                },
+                other => other,
+            })
+        };
+        let branch = self.attached_ancestor.get_or_try_init(attach).await?;
+        branch.touch();
+        Box::pin(branch.wait_for(ancestor.lsn)).await?;
+        Ok(Some((branch, ancestor.lsn)))
+    }
+
+    /// Returns once everything up to `lsn` is ingested; opens the WAL stream for that if need be. Errors when it does
+    /// not come in time or WAL could not be understood.
+    pub async fn wait_for(self: &Arc<Self>, lsn: Lsn) -> Result<(), StorageError> {
+        if self.progress.borrow().last_record_lsn >= lsn {
+            return Ok(());
+        }
+        self.open_feed();
+        let mut progress = self.progress.subscribe();
+        let waiting = progress.wait_for(|now| now.last_record_lsn >= lsn || now.stopped.is_some());
+        let limit = self.shared.tuning.wal_wait;
+        let outcome = tokio::time::timeout(limit, waiting).await.map(|now| now.map(|now| now.clone()));
+        let now = match outcome {
+            Ok(Ok(now)) => now,
+            Ok(Err(_closed)) => return Err(StorageError::Stopping),
+            Err(_elapsed) => {
+                let now = self.progress.borrow().clone();
+                return Err(StorageError::NotArrived {
+                    branch: self.name.clone(),
+                    wanted: lsn,
+                    have: now.last_record_lsn,
+                    waited_s: limit.as_secs(),
+                    detail: now.trouble.map(|trouble| format!(": {trouble}")).unwrap_or_default(),
+                });
+            }
+        };
+        match now.stopped {
+            Some(reason) if now.last_record_lsn < lsn => Err(self.stopped(now.last_record_lsn, &reason)),
+            _ => Ok(()),
+        }
+    }
+
+    fn stopped(&self, at: Lsn, reason: &str) -> StorageError {
+        StorageError::IngestStopped { branch: self.name.clone(), at, reason: reason.to_owned() }
+    }
+
+    /// Calls `look` with the memory layers, newest first, and returns the layers as they are at the same moment.
+    pub fn view(&self, mut look: impl FnMut(&MemoryLayer)) -> ReadView {
+        let state = self.state.read();
+        look(&state.open);
+        state.frozen.iter().rev().for_each(|frozen| look(&frozen.values));
+        ReadView { layers: state.layers.clone() }
+    }
+
+    /// Stores the values of whole records up to the new tip.
+    pub fn apply(&self, puts: impl IntoIterator<Item = Put>, tip: Tip) {
+        {
+            let mut state = self.state.write();
+            for put in puts {
+                state.open.put(put);
+            }
+            assert!(tip.last_record_lsn >= state.tip.last_record_lsn, "{}: ingestion went backwards", self.name);
+            state.tip = tip;
+        }
+        self.progress.send_modify(|progress| progress.last_record_lsn = tip.last_record_lsn);
+    }
+
+    /// Bytes in the open memory layer, and in all.
+    pub fn memory_bytes(&self) -> (usize, usize) {
+        let state = self.state.read();
+        let frozen: usize = state.frozen.iter().map(|frozen| frozen.values.bytes()).sum();
+        (state.open.bytes(), state.open.bytes() + frozen)
+    }
+
+    /// Ends ingestion for good: reads beyond the last record get this error.
+    pub fn stop_ingest(&self, reason: String) {
+        tracing::error!(branch = %self.name, lsn = %self.tip().last_record_lsn, reason, "ingestion stopped");
+        self.progress.send_modify(|progress| {
+            progress.stopped.get_or_insert(reason.into());
+        });
+    }
+
+    /// Publishes the sum of all relations' sizes.
+    pub fn set_logical_bytes(&self, bytes: u64) {
+        self.logical_bytes.store(bytes, Ordering::Relaxed);
+        self.logical_bytes_known.store(true, Ordering::Release);
+    }
+
+    /// The sum of all relations' sizes in bytes.
+    pub async fn logical_bytes(self: &Arc<Self>) -> Result<u64, StorageError> {
+        if !self.logical_bytes_known.load(Ordering::Acquire) {
+            let mut ingest = self.ingest.lock().await;
+            self.ingest_state(&mut ingest).await?;
+        }
+        Ok(self.logical_bytes.load(Ordering::Relaxed))
+    }
+}

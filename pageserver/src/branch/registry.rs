@@ -1,0 +1,292 @@
+//! The branches that are attached, and making and removing branches.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::StreamExt;
+use parking_lot::Mutex;
+use tokio::{
+    sync::OnceCell,
+    time::{Instant, MissedTickBehavior, interval, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+use types::{BranchRef, Lsn};
+use wire::pageserver::BranchPoint;
+
+use super::{Branch, Shared, branch_point};
+use crate::{
+    error::StorageError,
+    remote::{Ancestor, BranchNames, Manifest},
+};
+
+/// How often idle branches are looked for.
+const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(10);
+/// Branches that are written out at a time at the end.
+const CONCURRENT_FLUSHES: usize = 16;
+
+type Slot = Arc<OnceCell<Arc<Branch>>>;
+
+/// All branches that this pageserver has attached.
+pub struct Branches {
+    shared: Arc<Shared>,
+    slots: Mutex<HashMap<BranchRef, Slot>>,
+    /// Branches whose children or existence are being changed.
+    changing: Mutex<HashSet<BranchRef>>,
+    changed: tokio::sync::Notify,
+}
+
+impl Branches {
+    /// None is attached yet.
+    pub fn new(shared: Arc<Shared>) -> Arc<Branches> {
+        let slots = Mutex::new(HashMap::new());
+        Arc::new(Branches { shared, slots, changing: Default::default(), changed: Default::default() })
+    }
+
+    /// What all branches share.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// The branch, attached from the object store if it is not.
+    pub async fn get(self: &Arc<Self>, name: &BranchRef) -> Result<Arc<Branch>, StorageError> {
+        let slot = self.slots.lock().entry(name.clone()).or_default().clone();
+        let attached = slot.get_or_try_init(async || self.attach(name).await).await;
+        match attached {
+            Ok(branch) => {
+                branch.touch();
+                Ok(branch.clone())
+            }
+            Err(error) => {
+                let mut slots = self.slots.lock();
+                if slots.get(name).is_some_and(|known| Arc::ptr_eq(known, &slot) && !known.initialized()) {
+                    slots.remove(name);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn attach(self: &Arc<Self>, name: &BranchRef) -> Result<Arc<Branch>, StorageError> {
+        let (generation, manifest) =
+            self.shared.remote.manifest(name).await?.ok_or_else(|| StorageError::NoBranch(name.clone()))?;
+        if generation > self.shared.generation {
+            let (own, newer) = (self.shared.generation.0, generation.0);
+            return Err(StorageError::Deposed { branch: name.clone(), own, newer });
+        }
+        tracing::debug!(branch = %name, lsn = %manifest.remote_consistent_lsn, "branch attached");
+        Ok(Branch::attach(name.clone(), manifest, self.shared.clone(), Arc::downgrade(self)))
+    }
+
+    /// The next asker attaches the branch anew. Its stream is closed; what is only in memory is ingested again.
+    pub fn forget(&self, branch: &Branch) {
+        branch.close_feed();
+        let mut slots = self.slots.lock();
+        let same = |slot: &Slot| slot.get().is_some_and(|known| known.id() == branch.id());
+        if slots.get(branch.name()).is_some_and(same) {
+            slots.remove(branch.name());
+        }
+    }
+
+    /// Makes a child. Repeating the call answers the same; another ancestor or position is a conflict.
+    pub async fn create(
+        self: &Arc<Self>,
+        name: &BranchRef,
+        ancestor: &BranchRef,
+        at: BranchPoint,
+    ) -> Result<Lsn, StorageError> {
+        if name == ancestor {
+            return Err(StorageError::Invalid(format!("branch {name} can't be its own child")));
+        }
+        let parent = self.get(ancestor).await?;
+        if let Some((_, existing)) = self.shared.remote.manifest(name).await? {
+            return same_branch(name, &existing, ancestor, at);
+        }
+        let (lsn, prev_record_lsn) = leave_point(&parent, at).await?;
+        // Waiting for WAL is over: only now are others kept from changing the two.
+        let _changing = self.lock_for_change([name, ancestor]).await;
+        if let Some((_, existing)) = self.shared.remote.manifest(name).await? {
+            return same_branch(name, &existing, ancestor, at);
+        }
+        if parent.deleted.load(Ordering::Acquire) {
+            return Err(StorageError::NoBranch(ancestor.clone()));
+        }
+        let child_ancestor = Ancestor { branch: ancestor.clone(), lsn };
+        let manifest = Manifest::new(Some(child_ancestor), lsn, prev_record_lsn);
+        let names = BranchNames::new(name);
+        let object = names.manifest(self.shared.generation);
+        let encoded = manifest
+            .encode()
+            .map_err(|error| StorageError::Store { object: object.to_string(), reason: error.to_string() })?;
+        // Registered first: a parent must not be removed under a child.
+        self.shared.remote.put(&BranchNames::new(ancestor).child(name), Bytes::new()).await?;
+        self.shared.remote.put(&object, encoded.into()).await?;
+        tracing::info!(branch = %name, %ancestor, %lsn, "branch created");
+        Ok(lsn)
+    }
+
+    /// Removes a branch without children and all its objects. Harmless when there is none.
+    pub async fn delete(self: &Arc<Self>, name: &BranchRef) -> Result<(), StorageError> {
+        let _changing = self.lock_for_change([name, name]).await;
+        let remote = &self.shared.remote;
+        let names = BranchNames::new(name);
+        let manifest = remote.manifest(name).await?;
+        if let Some(child) = self.first_child(&names, name).await? {
+            return Err(StorageError::Conflict(format!("branch {name} has a child: {child}")));
+        }
+        let slot = self.slots.lock().remove(name);
+        if let Some(branch) = slot.and_then(|slot| slot.get().cloned()) {
+            branch.deleted.store(true, Ordering::Release);
+            branch.close_feed();
+            // Whoever writes it out now finishes first.
+            drop(branch.flush.lock().await);
+        }
+        for object in remote.list(names.root()).await? {
+            remote.delete(&object).await?;
+        }
+        remote.delete_all(names.root()).await?;
+        if let Some(ancestor) = manifest.and_then(|(_, manifest)| manifest.ancestor) {
+            remote.delete(&BranchNames::new(&ancestor.branch).child(name)).await?;
+        }
+        tracing::info!(branch = %name, "branch deleted");
+        Ok(())
+    }
+
+    /// A registered child that exists. Registrations without a branch (creation was interrupted) are removed.
+    async fn first_child(&self, names: &BranchNames, parent: &BranchRef) -> Result<Option<BranchRef>, StorageError> {
+        for object in self.shared.remote.list(&names.children()).await? {
+            let Some(child) = BranchNames::child_of(&object) else { continue };
+            let ancestor = self.shared.remote.manifest(&child).await?.and_then(|(_, manifest)| manifest.ancestor);
+            if ancestor.is_some_and(|ancestor| ancestor.branch == *parent) {
+                return Ok(Some(child));
+            }
+            self.shared.remote.delete(&object).await?;
+        }
+        Ok(None)
+    }
+
+    /// Waits until nobody else changes one of these, and keeps others waiting until the guard is dropped.
+    async fn lock_for_change(self: &Arc<Self>, names: [&BranchRef; 2]) -> ChangeGuard {
+        loop {
+            let freed = self.changed.notified();
+            tokio::pin!(freed);
+            freed.as_mut().enable();
+            if self.try_lock_for_change(names) {
+                return ChangeGuard { branches: self.clone(), names: names.map(BranchRef::clone) };
+            }
+            freed.await;
+        }
+    }
+
+    fn try_lock_for_change(&self, names: [&BranchRef; 2]) -> bool {
+        let mut changing = self.changing.lock();
+        let free = names.iter().all(|name| !changing.contains(*name));
+        if free {
+            changing.extend(names.map(BranchRef::clone));
+        }
+        free
+    }
+
+    /// Drops branches from memory that nobody has asked about for long. Runs until cancelled.
+    pub async fn keep_house(self: Arc<Self>, shutdown: CancellationToken) {
+        let mut tick = interval(HOUSEKEEPING_INTERVAL);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                _ = tick.tick() => self.detach_idle(),
+            }
+        }
+    }
+
+    fn detach_idle(&self) {
+        let limit = self.shared.tuning.idle_detach;
+        self.slots.lock().retain(|name, slot| {
+            let Some(branch) = slot.get() else { return true };
+            let unused = branch.last_used.lock().elapsed() >= limit;
+            // Nobody else can take a handle while the slots are locked.
+            let alone = Arc::strong_count(branch) == 1 && Arc::strong_count(slot) == 1;
+            let detach = unused && alone && branch.is_clean() && !branch.has_feed();
+            if detach {
+                tracing::debug!(branch = %name, "branch detached, nobody asks");
+            }
+            !detach
+        });
+    }
+
+    /// Closes all streams and writes everything out, until `deadline`. What is not written by then is ingested again.
+    pub async fn shut_down(&self, deadline: Instant) {
+        let attached: Vec<_> = self.slots.lock().values().filter_map(|slot| slot.get().cloned()).collect();
+        attached.iter().for_each(|branch| branch.close_feed());
+        let flushes = attached.iter().filter(|branch| !branch.is_clean()).map(async |branch: &Arc<Branch>| {
+            match timeout_at(deadline, branch.flush()).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => tracing::warn!(branch = %branch.name(), %error, "not written out at the end"),
+                Err(_) => tracing::warn!(branch = %branch.name(), "not written out in time"),
+            }
+        });
+        futures::stream::iter(flushes).buffer_unordered(CONCURRENT_FLUSHES).collect::<Vec<()>>().await;
+    }
+
+    /// The attached branches.
+    pub fn attached(&self) -> Vec<Arc<Branch>> {
+        self.slots.lock().values().filter_map(|slot| slot.get().cloned()).collect()
+    }
+}
+
+struct ChangeGuard {
+    branches: Arc<Branches>,
+    names: [BranchRef; 2],
+}
+
+impl Drop for ChangeGuard {
+    fn drop(&mut self) {
+        let mut changing = self.branches.changing.lock();
+        changing.retain(|name| !self.names.contains(name));
+        drop(changing);
+        self.branches.changed.notify_waiters();
+    }
+}
+
+fn same_branch(
+    name: &BranchRef,
+    existing: &Manifest,
+    ancestor: &BranchRef,
+    at: BranchPoint,
+) -> Result<Lsn, StorageError> {
+    match &existing.ancestor {
+        Some(known) if known.branch == *ancestor => {
+            let same_point = match at {
+                BranchPoint::Head => true,
+                BranchPoint::Lsn(lsn) => branch_point(lsn) == known.lsn || lsn == known.lsn,
+            };
+            if same_point {
+                return Ok(known.lsn);
+            }
+            Err(StorageError::Conflict(format!("branch {name} exists, from {ancestor} at {}", known.lsn)))
+        }
+        _ => Err(StorageError::Conflict(format!("branch {name} exists and is not a child of {ancestor}"))),
+    }
+}
+
+/// The exact position at which a child leaves, and the start of the record before it if that is known.
+async fn leave_point(parent: &Arc<Branch>, at: BranchPoint) -> Result<(Lsn, Lsn), StorageError> {
+    let lsn = match at {
+        BranchPoint::Head => parent.tip().last_record_lsn,
+        BranchPoint::Lsn(lsn) if lsn < parent.start_lsn() => return Err(parent.outside_history(lsn)),
+        BranchPoint::Lsn(lsn) => {
+            let point = branch_point(lsn).max(parent.start_lsn());
+            match parent.wait_for(point).await {
+                Err(StorageError::NotArrived { .. }) => return Err(parent.outside_history(lsn)),
+                other => other?,
+            }
+            point
+        }
+    };
+    let tip = parent.tip();
+    let prev = if tip.last_record_lsn == lsn { tip.prev_record_lsn } else { Lsn::INVALID };
+    Ok((lsn, prev))
+}

@@ -1,0 +1,277 @@
+//! The WAL stream of a branch: opened when somebody needs WAL that is not ingested yet, closed when nothing happens.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use safekeeper_client::{WalReadError, WalReader, WalReaderConfig};
+use tokio::{
+    sync::watch,
+    time::{Duration, Instant, MissedTickBehavior, interval, sleep},
+};
+use tokio_util::sync::CancellationToken;
+use types::{Lsn, NodeId};
+
+use super::Branch;
+use crate::{
+    error::StorageError,
+    ingest::{Ingest, IngestError},
+};
+
+/// How often an open stream looks whether it is time to write out or to close.
+const TICK: Duration = Duration::from_millis(500);
+/// How long a stream that failed stays closed at least.
+const FAILURE_PAUSE: Duration = Duration::from_secs(1);
+/// Ingestion waits while so many memory layers have not been written out.
+const MAX_FROZEN_LAYERS: usize = 2;
+/// Longest wait for a safekeeper to say where committed WAL ends.
+const CATCH_UP_WAIT: Duration = Duration::from_secs(3);
+
+/// The safekeepers that have WAL.
+#[derive(Clone)]
+pub struct WalSource {
+    /// All of them, with their `host:port`.
+    pub safekeepers: Vec<(NodeId, String)>,
+    /// Shown to them. Never logged.
+    pub token: String,
+}
+
+/// An open stream; dropping it closes it.
+pub(super) struct Feed {
+    cancel: CancellationToken,
+    report: watch::Sender<Lsn>,
+}
+
+impl Feed {
+    /// Lets the safekeepers drop WAL up to here.
+    pub(super) fn report(&self, lsn: Lsn) {
+        self.report.send_replace(lsn);
+    }
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        self.cancel.cancel();
+    }
+}
+
+/// Why a stream ended.
+enum FeedEnd {
+    Idle,
+    Cancelled,
+    Failed(String),
+}
+
+impl Branch {
+    /// Opens the stream if it is not open and can be.
+    pub fn open_feed(self: &Arc<Self>) {
+        let Some(source) = &self.shared.wal else { return };
+        let mut feed = self.feed.lock();
+        if feed.is_some() || self.progress.borrow().stopped.is_some() || self.deleted.load(Ordering::Acquire) {
+            return;
+        }
+        let cancel = CancellationToken::new();
+        let (report, reports) = watch::channel(self.remote_consistent_lsn());
+        *feed = Some(Feed { cancel: cancel.clone(), report });
+        tokio::spawn(self.clone().run_feed(source.clone(), reports, cancel));
+    }
+
+    /// Closes the stream, if it is open. What was ingested stays.
+    pub fn close_feed(&self) {
+        self.feed.lock().take();
+    }
+
+    /// True while the stream is open.
+    pub fn has_feed(&self) -> bool {
+        self.feed.lock().is_some()
+    }
+
+    /// Ingests what is committed by now, as far as a safekeeper can be asked soon; else leaves it at what there is.
+    pub async fn catch_up(self: &Arc<Self>) -> Result<(), StorageError> {
+        if self.shared.wal.is_none() {
+            return Ok(());
+        }
+        self.progress.send_modify(|progress| progress.commit_lsn = None);
+        self.open_feed();
+        let mut progress = self.progress.subscribe();
+        let told = progress.wait_for(|now| now.commit_lsn.is_some() || now.stopped.is_some());
+        let commit_lsn = match tokio::time::timeout(CATCH_UP_WAIT, told).await {
+            Ok(Ok(now)) => now.commit_lsn,
+            Ok(Err(_)) | Err(_) => None,
+        };
+        match commit_lsn {
+            Some(lsn) => self.wait_for(lsn).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn run_feed(self: Arc<Self>, source: WalSource, reports: watch::Receiver<Lsn>, cancel: CancellationToken) {
+        let end = self.feed_until_end(source, reports, &cancel).await;
+        self.progress.send_modify(|progress| progress.commit_lsn = None);
+        match end {
+            FeedEnd::Cancelled => return,
+            FeedEnd::Idle => tracing::debug!(branch = %self.name, "WAL stream closed, nothing happens"),
+            FeedEnd::Failed(reason) => {
+                tracing::warn!(branch = %self.name, reason, "WAL stream failed");
+                self.progress.send_modify(|progress| progress.trouble = Some(reason.into()));
+                tokio::select! {
+                    () = sleep(FAILURE_PAUSE) => {}
+                    () = cancel.cancelled() => return,
+                }
+            }
+        }
+        // Only our own feed is taken away: another may have been opened after a cancellation.
+        let mut feed = self.feed.lock();
+        if !cancel.is_cancelled() {
+            feed.take();
+        }
+        drop(feed);
+        let wanted = self.progress.borrow().trouble.is_some() && self.progress.receiver_count() > 0;
+        if wanted {
+            self.open_feed();
+        }
+    }
+
+    async fn feed_until_end(
+        self: &Arc<Self>,
+        source: WalSource,
+        mut reports: watch::Receiver<Lsn>,
+        cancel: &CancellationToken,
+    ) -> FeedEnd {
+        if let Err(error) = self.restart_ingest().await {
+            return FeedEnd::Failed(error.to_string());
+        }
+        let config =
+            WalReaderConfig { branch: self.name.clone(), safekeepers: source.safekeepers, token: source.token };
+        let mut reader = WalReader::new(config, self.tip().last_record_lsn);
+        reader.report(*reports.borrow_and_update());
+        let mut last_progress = Instant::now();
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => return FeedEnd::Cancelled,
+                chunk = reader.next() => {
+                    let chunk = match chunk {
+                        Ok(chunk) => chunk,
+                        Err(error @ WalReadError::Trimmed { .. }) => {
+                            self.forget_if_clean();
+                            return FeedEnd::Failed(error.to_string());
+                        }
+                        Err(error) => return FeedEnd::Failed(error.to_string()),
+                    };
+                    if !chunk.bytes.is_empty() {
+                        last_progress = Instant::now();
+                        if let Err(error) = self.ingest_wal(chunk.begin, &chunk.bytes).await {
+                            return FeedEnd::Failed(error.to_string());
+                        }
+                    }
+                    let told = chunk.commit_lsn.is_valid().then_some(chunk.commit_lsn);
+                    self.progress.send_modify(|progress| {
+                        progress.trouble = None;
+                        progress.commit_lsn = told.or(progress.commit_lsn);
+                    });
+                }
+                Ok(()) = reports.changed() => reader.report(*reports.borrow_and_update()),
+                _ = tick.tick() => {
+                    if let Some(end) = self.tick(last_progress).await {
+                        return end;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes out when WAL has paused or too much time has passed; says so when the stream is of no use.
+    async fn tick(self: &Arc<Self>, last_progress: Instant) -> Option<FeedEnd> {
+        let tuning = &self.shared.tuning;
+        let quiet = last_progress.elapsed();
+        if !self.is_clean() {
+            let due = quiet >= tuning.idle_flush || self.last_flush().await.elapsed() >= tuning.max_unflushed;
+            if due && let Err(error) = self.flush().await {
+                tracing::warn!(branch = %self.name, %error, "could not write out; will try again");
+            }
+            return None;
+        }
+        let unused = self.last_used.lock().elapsed();
+        (quiet.min(unused) >= tuning.idle_close).then_some(FeedEnd::Idle)
+    }
+
+    /// WAL that we would need was trimmed: a newer manifest must exist, which attaching again finds.
+    fn forget_if_clean(&self) {
+        if self.is_clean()
+            && let Some(registry) = self.registry.upgrade()
+        {
+            registry.forget(self);
+        }
+    }
+
+    /// Starts to decode anew at the end of the last record.
+    async fn restart_ingest(self: &Arc<Self>) -> Result<(), StorageError> {
+        let mut ingest = self.ingest.lock().await;
+        self.ingest_state(&mut ingest).await?.restart(self.tip().last_record_lsn);
+        Ok(())
+    }
+
+    /// The ingestion state, loaded if it is not there.
+    pub(super) async fn ingest_state<'a>(
+        self: &Arc<Self>,
+        ingest: &'a mut Option<Box<Ingest>>,
+    ) -> Result<&'a mut Ingest, StorageError> {
+        if ingest.is_none() {
+            let loaded = Box::pin(Ingest::load(self)).await?;
+            self.set_logical_bytes(loaded.logical_bytes());
+            *ingest = Some(Box::new(loaded));
+        }
+        match ingest {
+            Some(ingest) => Ok(ingest),
+            None => Err(StorageError::Stopping),
+        }
+    }
+
+    /// Ingests WAL bytes that follow those before. Whole records are visible when it returns. WAL that can't be
+    /// understood ends ingestion for good; other errors leave everything as after the last record that was applied.
+    pub async fn ingest_wal(self: &Arc<Self>, begin: Lsn, bytes: &[u8]) -> Result<(), StorageError> {
+        let mut slot = self.ingest.lock().await;
+        let ingest = self.ingest_state(&mut slot).await?;
+        let outcome = Box::pin(ingest.feed(self, begin, bytes)).await;
+        let logical_bytes = ingest.logical_bytes();
+        match outcome {
+            Ok(()) => self.set_logical_bytes(logical_bytes),
+            Err(error) => {
+                *slot = None;
+                return match error {
+                    IngestError::Storage(error) => Err(error),
+                    IngestError::Stopped(reason) => {
+                        self.stop_ingest(reason.clone());
+                        Err(self.stopped(self.tip().last_record_lsn, &reason))
+                    }
+                };
+            }
+        }
+        drop(slot);
+        self.make_room().await;
+        Ok(())
+    }
+
+    /// Starts writing out when memory is full, and waits for it when it is very full.
+    pub async fn make_room(self: &Arc<Self>) {
+        if self.memory_bytes().0 < self.shared.tuning.checkpoint_distance_bytes {
+            return;
+        }
+        self.freeze();
+        if self.frozen_layers() < MAX_FROZEN_LAYERS {
+            let branch = self.clone();
+            tokio::spawn(async move {
+                if let Err(error) = branch.flush().await {
+                    tracing::warn!(branch = %branch.name, %error, "could not write out; will try again");
+                }
+            });
+            return;
+        }
+        while self.frozen_layers() >= MAX_FROZEN_LAYERS && self.progress.borrow().stopped.is_none() {
+            if let Err(error) = self.flush().await {
+                tracing::warn!(branch = %self.name, %error, "ingestion waits until memory can be written out");
+                sleep(FAILURE_PAUSE).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,328 @@
+//! What a record puts under which keys. Pure: the sizes and pages it has to know are kept here.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use types::{BlockNumber, ForkNumber, Lsn, Oid, PAGE_BYTES, PageTag, RelTag};
+use wal::{CheckPoint, DecodedRecord};
+use wal_redo::{Change, SlruKind};
+
+use crate::{
+    branch::Put,
+    storage::{AuxFile, CommitTime, Key, StoredRecord, Value, just_before},
+};
+
+/// Most blocks by which one record may extend a fork (32 GiB): more is not believed.
+const MAX_GAP_BLOCKS: BlockNumber = 1 << 22;
+/// An SLRU page gets an image after so many records.
+const SLRU_RECORDS_PER_IMAGE: u32 = 128;
+
+/// The record can't be ingested.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// Nobody knows what it does.
+    #[error("{0}")]
+    Unknown(#[from] wal_redo::UnknownRecord),
+    /// Its page image can't be restored.
+    #[error("record at {lsn}: page image of {tag}: {reason}")]
+    Image {
+        /// The record's start.
+        lsn: Lsn,
+        /// The page.
+        tag: PageTag,
+        /// What is wrong.
+        reason: String,
+    },
+    /// It extends a fork by more than is believable.
+    #[error("record at {lsn} extends {rel} from {from} to more than {to} blocks")]
+    Gap {
+        /// The record's start.
+        lsn: Lsn,
+        /// The fork.
+        rel: RelTag,
+        /// Its size before.
+        from: BlockNumber,
+        /// The block that is touched.
+        to: BlockNumber,
+    },
+    /// A value can't be encoded.
+    #[error("record at {lsn}: {reason}")]
+    Encode {
+        /// The record's start.
+        lsn: Lsn,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+/// A database directory that is to be copied, page by page.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DatabaseCopy {
+    /// Tablespace and database that is copied.
+    pub from: (Oid, Oid),
+    /// Tablespace and database that comes to be.
+    pub to: (Oid, Oid),
+    /// The source's forks and sizes.
+    pub rels: Vec<(RelTag, BlockNumber)>,
+}
+
+impl DatabaseCopy {
+    /// The copy of a fork of the source.
+    pub fn renamed(&self, rel: RelTag) -> RelTag {
+        RelTag { spc: self.to.0, db: self.to.1, ..rel }
+    }
+}
+
+/// Plans record after record.
+pub struct Planner {
+    sizes: BTreeMap<RelTag, BlockNumber>,
+    /// Existing SLRU pages, and how many records each has had since its last image.
+    slru: BTreeMap<(SlruKind, u32), u32>,
+    checkpoint: CheckPoint,
+    last_commit_us: Option<i64>,
+    logical_blocks: u64,
+}
+
+/// What is the same for all changes of one record.
+struct Context<'a> {
+    record: &'a DecodedRecord,
+    /// End of the record before.
+    before: Lsn,
+    puts: &'a mut Vec<Put>,
+    copies: Vec<DatabaseCopy>,
+}
+
+impl Context<'_> {
+    fn put(&mut self, key: Key, value: Value) {
+        self.puts.push(Put { key, lsn: self.record.end_lsn, value });
+    }
+
+    fn stored(&self, will_init: bool) -> Value {
+        let (start_lsn, raw) = (self.record.start_lsn, self.record.raw.clone());
+        Value::Record(StoredRecord { will_init, start_lsn, raw })
+    }
+
+    /// Zeroes under a page that the record finds new.
+    fn put_zeroes_before(&mut self, key: Key) {
+        self.puts.push(Put { key, lsn: just_before(self.record.end_lsn), value: Value::ZERO_PAGE });
+    }
+}
+
+impl Planner {
+    /// Without relations and SLRU pages; those are added with `load_*`.
+    pub fn new(checkpoint: CheckPoint, last_commit_us: Option<i64>) -> Planner {
+        Planner { sizes: BTreeMap::new(), slru: BTreeMap::new(), checkpoint, last_commit_us, logical_blocks: 0 }
+    }
+
+    /// A fork that exists.
+    pub fn load_rel(&mut self, rel: RelTag, blocks: BlockNumber) {
+        self.logical_blocks += u64::from(blocks);
+        self.sizes.insert(rel, blocks);
+    }
+
+    /// An SLRU page that exists.
+    pub fn load_slru(&mut self, slru: SlruKind, page: u32) {
+        self.slru.insert((slru, page), 0);
+    }
+
+    /// Sum of all forks' sizes.
+    pub fn logical_blocks(&self) -> u64 {
+        self.logical_blocks
+    }
+
+    /// All forks and their sizes.
+    pub fn rels(&self) -> impl Iterator<Item = (RelTag, BlockNumber)> {
+        self.sizes.iter().map(|(rel, blocks)| (*rel, *blocks))
+    }
+
+    /// Time of the latest commit.
+    pub fn last_commit_us(&self) -> Option<i64> {
+        self.last_commit_us
+    }
+
+    /// SLRU pages that should get an image now; counting starts anew.
+    pub fn take_long_slru_chains(&mut self) -> Vec<Key> {
+        let long = self.slru.iter_mut().filter(|(_, records)| **records >= SLRU_RECORDS_PER_IMAGE);
+        long.map(|((slru, page), records)| {
+            *records = 0;
+            Key::slru(*slru, *page)
+        })
+        .collect()
+    }
+
+    /// Appends what the record stores; `before` is the end of the record before it. Databases that have to be copied are
+    /// returned: their sizes are planned, their pages are the caller's part. After an error the planner is of no more use.
+    pub fn plan(
+        &mut self,
+        record: &DecodedRecord,
+        before: Lsn,
+        puts: &mut Vec<Put>,
+    ) -> Result<Vec<DatabaseCopy>, PlanError> {
+        let changes = wal_redo::changes(record)?;
+        if wal_redo::checkpoint::advance(&mut self.checkpoint, record) {
+            let value = Value::Image(Bytes::copy_from_slice(&self.checkpoint.to_bytes()));
+            puts.push(Put { key: Key::CHECKPOINT, lsn: record.end_lsn, value });
+        }
+        let timestamps = wal_redo::commit_ts_changes(record, &self.checkpoint)?;
+        let mut context = Context { record, before, puts, copies: Vec::new() };
+        for change in changes.into_iter().chain(timestamps) {
+            self.plan_change(change, &mut context)?;
+        }
+        Ok(context.copies)
+    }
+
+    fn plan_change(&mut self, change: Change, context: &mut Context<'_>) -> Result<(), PlanError> {
+        match change {
+            Change::Page { tag, will_init } => self.plan_page(tag, will_init, context)?,
+            Change::SlruPage { slru, page, will_init } => self.plan_slru_page(slru, page, will_init, context),
+            Change::SlruTruncate { slru, cutoff_page } => self.truncate_slru(slru, cutoff_page, context),
+            Change::CreateRel(rel) => {
+                if !self.sizes.contains_key(&rel) {
+                    self.set_size(rel, 0, context);
+                }
+            }
+            Change::TruncateRel { rel, blocks } => {
+                if self.sizes.get(&rel).is_some_and(|size| *size > blocks) {
+                    self.set_size(rel, blocks, context);
+                }
+            }
+            Change::DropRel(rel) => {
+                ForkNumber::ALL.iter().for_each(|fork| self.drop_fork(rel.with_fork(*fork), context))
+            }
+            Change::CreateDatabase { spc, db } => context.put(Key::database(spc, db), Value::Image(Bytes::new())),
+            Change::CopyDatabase { src_spc, src_db, spc, db } => {
+                self.copy_database((src_spc, src_db), (spc, db), context);
+            }
+            Change::DropDatabase { spc, db } => self.drop_database(spc, db, context),
+            Change::RelationMap { spc, db, content } => {
+                context.put(Key::relation_map(spc, db), Value::Image(content));
+            }
+            Change::TwoPhaseCreate { xid, content } => context.put(Key::two_phase(xid), Value::Image(content)),
+            Change::TwoPhaseRemove { xid } => context.put(Key::two_phase(xid), Value::Tombstone),
+            Change::CreateTablespace { oid, path } => context.put(Key::tablespace(oid), Value::Image(path.into())),
+            Change::DropTablespace { oid } => context.put(Key::tablespace(oid), Value::Tombstone),
+            Change::Commit { timestamp_us } => self.plan_commit(timestamp_us, context),
+            Change::AuxFile { path, content } => {
+                let key = Key::aux_file(&path);
+                let value = if content.is_empty() {
+                    Value::Tombstone
+                } else {
+                    let encoded = postcard::to_stdvec(&AuxFile { path, content }).map_err(|error| {
+                        PlanError::Encode { lsn: context.record.start_lsn, reason: error.to_string() }
+                    })?;
+                    Value::Image(encoded.into())
+                };
+                context.put(key, value);
+            }
+        }
+        Ok(())
+    }
+
+    fn plan_page(&mut self, tag: PageTag, will_init: bool, context: &mut Context<'_>) -> Result<(), PlanError> {
+        self.extend_to(tag, will_init, context)?;
+        // A page image is unpacked at once: a record with many would else be stored whole under each page.
+        let has_image = context.record.blocks.iter().any(|block| block.tag() == tag && block.applies_image());
+        let value = if has_image {
+            let mut page = Box::new([0u8; PAGE_BYTES]);
+            wal_redo::redo_page(&mut page, &tag, context.record).map_err(|error| PlanError::Image {
+                lsn: context.record.start_lsn,
+                tag,
+                reason: error.to_string(),
+            })?;
+            Value::Image(Bytes::copy_from_slice(&page[..]))
+        } else {
+            context.stored(will_init)
+        };
+        context.put(Key::page(tag), value);
+        Ok(())
+    }
+
+    /// Makes the fork long enough for the block. New blocks get zeroes, the block itself only if the record needs them.
+    fn extend_to(&mut self, tag: PageTag, will_init: bool, context: &mut Context<'_>) -> Result<(), PlanError> {
+        let size = self.sizes.get(&tag.rel).copied();
+        let old = size.unwrap_or(0);
+        if size.is_some() && tag.block < old {
+            return Ok(());
+        }
+        let lsn = context.record.start_lsn;
+        let gap = || PlanError::Gap { lsn, rel: tag.rel, from: old, to: tag.block };
+        let new = tag.block.checked_add(1).ok_or_else(gap)?;
+        if new - old > MAX_GAP_BLOCKS {
+            return Err(gap());
+        }
+        for block in old..if will_init { tag.block } else { new } {
+            context.put_zeroes_before(Key::page(PageTag { block, ..tag }));
+        }
+        self.set_size(tag.rel, new, context);
+        Ok(())
+    }
+
+    fn set_size(&mut self, rel: RelTag, blocks: BlockNumber, context: &mut Context<'_>) {
+        let before = self.sizes.insert(rel, blocks).unwrap_or(0);
+        self.logical_blocks = self.logical_blocks + u64::from(blocks) - u64::from(before);
+        context.put(Key::rel_size(rel), Value::rel_size(blocks));
+    }
+
+    fn drop_fork(&mut self, rel: RelTag, context: &mut Context<'_>) {
+        if let Some(blocks) = self.sizes.remove(&rel) {
+            self.logical_blocks -= u64::from(blocks);
+            context.put(Key::rel_size(rel), Value::Tombstone);
+        }
+    }
+
+    fn rels_of(&self, spc: Oid, db: Oid) -> Vec<(RelTag, BlockNumber)> {
+        let first = RelTag { spc, db, rel: 0, fork: ForkNumber::Main };
+        let last = RelTag { spc, db, rel: Oid::MAX, fork: ForkNumber::Init };
+        self.sizes.range(first..=last).map(|(rel, blocks)| (*rel, *blocks)).collect()
+    }
+
+    fn copy_database(&mut self, from: (Oid, Oid), to: (Oid, Oid), context: &mut Context<'_>) {
+        let copy = DatabaseCopy { from, to, rels: self.rels_of(from.0, from.1) };
+        context.put(Key::database(to.0, to.1), Value::Image(Bytes::new()));
+        for (rel, blocks) in &copy.rels {
+            self.set_size(copy.renamed(*rel), *blocks, context);
+        }
+        context.copies.push(copy);
+    }
+
+    fn drop_database(&mut self, spc: Oid, db: Oid, context: &mut Context<'_>) {
+        for (rel, _) in self.rels_of(spc, db) {
+            self.drop_fork(rel, context);
+        }
+        context.put(Key::relation_map(spc, db), Value::Tombstone);
+        context.put(Key::database(spc, db), Value::Tombstone);
+    }
+
+    fn plan_slru_page(&mut self, slru: SlruKind, page: u32, will_init: bool, context: &mut Context<'_>) {
+        let key = Key::slru(slru, page);
+        let known = self.slru.contains_key(&(slru, page));
+        if !known && !will_init {
+            context.put_zeroes_before(key);
+        }
+        *self.slru.entry((slru, page)).or_insert(0) += 1;
+        let value = context.stored(will_init);
+        context.put(key, value);
+    }
+
+    fn truncate_slru(&mut self, slru: SlruKind, cutoff_page: u32, context: &mut Context<'_>) {
+        let existing = self.slru.range((slru, 0)..=(slru, u32::MAX)).map(|((_, page), _)| *page);
+        let segment = |page: u32| page / wal_redo::SLRU_PAGES_PER_SEGMENT;
+        let gone: Vec<u32> =
+            existing.filter(|page| wal_redo::truncation_removes(slru, segment(*page), cutoff_page)).collect();
+        for page in gone {
+            self.slru.remove(&(slru, page));
+            context.put(Key::slru(slru, page), Value::Tombstone);
+        }
+    }
+
+    fn plan_commit(&mut self, timestamp_us: i64, context: &mut Context<'_>) {
+        if self.last_commit_us.is_none_or(|last| timestamp_us > last) {
+            self.last_commit_us = Some(timestamp_us);
+            let commit = CommitTime { timestamp_us, before: context.before };
+            context.put(CommitTime::key(timestamp_us), commit.to_value());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

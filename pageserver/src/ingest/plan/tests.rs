@@ -1,0 +1,1 @@
+//! Rules of planning, at the level of keys.

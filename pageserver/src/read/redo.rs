@@ -1,0 +1,38 @@
+//! Stored records applied to a page.
+
+use bytes::Bytes;
+use types::{Lsn, PAGE_BYTES, PageTag};
+
+use crate::storage::{Key, StoredRecord};
+
+/// More records than this are applied off the async workers.
+const INLINE_RECORDS: usize = 16;
+
+/// Applies the records, oldest first, to `base`. Errors say which record could not be applied.
+pub(super) async fn replay(key: Key, base: Bytes, records: Vec<(Lsn, StoredRecord)>) -> Result<Bytes, String> {
+    if records.len() <= INLINE_RECORDS {
+        return replay_now(key, &base, records);
+    }
+    let task = tokio::task::spawn_blocking(move || replay_now(key, &base, records));
+    task.await.unwrap_or_else(|error| Err(error.to_string()))
+}
+
+fn replay_now(key: Key, base: &[u8], records: Vec<(Lsn, StoredRecord)>) -> Result<Bytes, String> {
+    let mut page = Box::new([0u8; PAGE_BYTES]);
+    page.copy_from_slice(base);
+    for (end_lsn, stored) in records {
+        let record = wal::decode_record(stored.start_lsn, end_lsn, stored.raw)
+            .map_err(|reason| format!("record that ends at {end_lsn}: {reason}"))?;
+        match (key.slru_kind(), key.rel_tag()) {
+            (Some(slru), _) => {
+                wal_redo::redo_slru_page(&mut page, slru, key.block, &record).map_err(|error| error.to_string())?;
+            }
+            (None, Some(rel)) => {
+                let tag = PageTag { rel, block: key.block };
+                wal_redo::redo_page(&mut page, &tag, &record).map_err(|error| error.to_string())?;
+            }
+            (None, None) => return Err("records are stored under a key of no page".to_owned()),
+        }
+    }
+    Ok(Bytes::copy_from_slice(&page[..]))
+}

@@ -1,0 +1,147 @@
+//! Copies of whole layers on the local disk. Only a cache: any file may vanish at any time.
+
+use std::{
+    io::ErrorKind,
+    ops::Range,
+    os::unix::fs::FileExt,
+    path::{Path as FilePath, PathBuf},
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use object_store::path::Path;
+
+/// The cache; a clone is another handle of the same.
+#[derive(Clone)]
+pub struct DiskCache {
+    inner: Option<Arc<Inner>>,
+}
+
+struct Inner {
+    directory: PathBuf,
+    /// File name to size in KiB; what falls out of it is unlinked.
+    files: moka::sync::Cache<String, u32>,
+}
+
+impl DiskCache {
+    /// No cache: every read goes to the object store.
+    pub fn disabled() -> DiskCache {
+        DiskCache { inner: None }
+    }
+
+    /// Keeps up to `limit_bytes` in `directory`, which is made. Files left by an earlier run count.
+    pub fn open(directory: &FilePath, limit_bytes: u64) -> std::io::Result<DiskCache> {
+        std::fs::create_dir_all(directory)?;
+        let unlink_in = directory.to_owned();
+        let files = moka::sync::Cache::builder()
+            .max_capacity(limit_bytes / 1024)
+            .weigher(|_, kib: &u32| *kib)
+            .eviction_listener(move |name: Arc<String>, _, cause| {
+                if cause.was_evicted() {
+                    let _ = std::fs::remove_file(unlink_in.join(name.as_str()));
+                }
+            })
+            .build();
+        for entry in std::fs::read_dir(directory)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.ends_with(TEMPORARY) {
+                std::fs::remove_file(entry.path())?;
+            } else if name.contains(SEPARATOR) {
+                files.insert(name, kib(entry.metadata()?.len()));
+            }
+        }
+        Ok(DiskCache { inner: Some(Arc::new(Inner { directory: directory.to_owned(), files })) })
+    }
+
+    /// False when it was opened with [`DiskCache::disabled`].
+    pub fn is_enabled(&self) -> bool {
+        self.inner.is_some()
+    }
+
+    /// A part of an object, if it is here.
+    pub async fn read(&self, object: &Path, range: Range<u64>) -> Option<Bytes> {
+        let inner = self.inner.as_ref()?;
+        let name = file_name(object);
+        inner.files.get(&name)?;
+        let path = inner.directory.join(&name);
+        let read = tokio::task::spawn_blocking(move || read_range(&path, range)).await;
+        match read {
+            Ok(Ok(bytes)) => Some(bytes),
+            Ok(Err(error)) => {
+                if error.kind() != ErrorKind::NotFound {
+                    tracing::warn!(%object, %error, "local copy of a layer can't be read; dropped");
+                }
+                self.remove(object);
+                None
+            }
+            Err(_stopping) => None,
+        }
+    }
+
+    /// Keeps a copy. Failing to is only logged.
+    pub async fn insert(&self, object: &Path, bytes: Bytes) {
+        let Some(inner) = self.inner.clone() else { return };
+        let name = file_name(object);
+        let path = inner.directory.join(&name);
+        let weight = kib(bytes.len() as u64);
+        let written = tokio::task::spawn_blocking(move || {
+            let temporary = path.with_file_name(format!("{}{TEMPORARY}", path.file_name()?.to_str()?));
+            let moved = std::fs::write(&temporary, &bytes).and_then(|()| std::fs::rename(&temporary, &path));
+            if moved.is_err() {
+                let _ = std::fs::remove_file(&temporary);
+            }
+            moved.err()
+        });
+        match written.await {
+            Ok(None) => inner.files.insert(name, weight),
+            Ok(Some(error)) => tracing::warn!(%object, %error, "layer was not kept on the local disk"),
+            Err(_stopping) => {}
+        }
+    }
+
+    /// Drops the copy, if there is one.
+    pub fn remove(&self, object: &Path) {
+        if let Some(inner) = &self.inner {
+            let name = file_name(object);
+            let _ = std::fs::remove_file(inner.directory.join(&name));
+            inner.files.invalidate(&name);
+        }
+    }
+}
+
+const TEMPORARY: &str = ".tmp";
+/// Stands for the slashes of an object's name; ids and layer names don't have it.
+const SEPARATOR: char = '~';
+
+fn file_name(object: &Path) -> String {
+    object.as_ref().replace('/', "~")
+}
+
+fn kib(bytes: u64) -> u32 {
+    u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX)
+}
+
+fn read_range(path: &FilePath, range: Range<u64>) -> std::io::Result<Bytes> {
+    let mut bytes = vec![0; (range.end - range.start) as usize];
+    std::fs::File::open(path)?.read_exact_at(&mut bytes, range.start)?;
+    Ok(bytes.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_copy_that_vanished_is_just_not_there() {
+        let directory = tempfile::tempdir().expect("directory");
+        let cache = DiskCache::open(directory.path(), 1 << 20).expect("open");
+        let object = Path::from("projects/p/layers/x");
+        cache.insert(&object, Bytes::from_static(b"0123456789")).await;
+        assert_eq!(cache.read(&object, 2..4).await.as_deref(), Some(&b"23"[..]));
+        assert_eq!(cache.read(&object, 2..40).await, None, "reading past the end drops the copy");
+        cache.insert(&object, Bytes::from_static(b"0123456789")).await;
+        std::fs::remove_file(directory.path().join("projects~p~layers~x")).expect("remove");
+        assert_eq!(cache.read(&object, 2..4).await, None);
+    }
+}

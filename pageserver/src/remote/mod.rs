@@ -1,0 +1,170 @@
+//! The object store, and the caches in front of it.
+
+mod config;
+mod disk_cache;
+mod manifest;
+mod names;
+
+pub use config::{ObjectStoreConfig, ObjectStoreConfigError};
+pub use disk_cache::DiskCache;
+pub use manifest::{Ancestor, Manifest, ManifestError};
+pub use names::{BranchNames, layer_name};
+
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures::TryStreamExt;
+use object_store::{ObjectStore, ObjectStoreExt, PutPayload, path::Path};
+use parking_lot::Mutex;
+use types::{BranchRef, Generation};
+
+use crate::{error::StorageError, layer::Block};
+
+/// Longest wait for the probe at the start.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Whole layers that are downloaded at a time.
+const DOWNLOADS: usize = 4;
+
+/// The object store of an installation. Shared by all branches; never cloned, always behind an `Arc`.
+pub struct Remote {
+    store: Arc<dyn ObjectStore>,
+    /// Whole layers on the local disk.
+    pub disk: DiskCache,
+    /// Decompressed blocks of layers by (layer id, block number).
+    pub blocks: moka::future::Cache<(u64, u32), Arc<Block>>,
+    downloads: Arc<tokio::sync::Semaphore>,
+    downloading: Arc<Mutex<HashSet<Path>>>,
+}
+
+impl Remote {
+    /// Opens the store; nothing is sent yet. `block_cache_bytes` bounds the memory of decompressed blocks.
+    pub fn open(
+        config: &ObjectStoreConfig,
+        disk: DiskCache,
+        block_cache_bytes: u64,
+    ) -> Result<Remote, ObjectStoreConfigError> {
+        Ok(Remote::over(config.open()?, disk, block_cache_bytes))
+    }
+
+    /// Over any store.
+    pub fn over(store: Arc<dyn ObjectStore>, disk: DiskCache, block_cache_bytes: u64) -> Remote {
+        let blocks = moka::future::Cache::builder()
+            .max_capacity(block_cache_bytes)
+            .weigher(|_, block: &Arc<Block>| u32::try_from(block.weight()).unwrap_or(u32::MAX))
+            .build();
+        let downloads = Arc::new(tokio::sync::Semaphore::new(DOWNLOADS));
+        Remote { store, disk, blocks, downloads, downloading: Arc::default() }
+    }
+
+    /// Writes, reads and deletes a probe object. Errors when that does not work within about 10 s.
+    pub async fn check(&self) -> Result<(), StorageError> {
+        let probe = Path::from(format!("probe-{:x}", std::process::id()));
+        let round_trip = async {
+            self.put(&probe, Bytes::from_static(b"dormouse")).await?;
+            let read = self.get(&probe).await?;
+            self.store.delete(&probe).await.map_err(|e| failed(&probe, &e))?;
+            match read {
+                Some(bytes) if bytes.as_ref() == b"dormouse" => Ok(()),
+                _ => Err(StorageError::Store {
+                    object: probe.to_string(),
+                    reason: "what was written is not what is read".to_owned(),
+                }),
+            }
+        };
+        tokio::time::timeout(CHECK_TIMEOUT, round_trip).await.unwrap_or_else(|_| {
+            let reason = format!("no answer within {} s", CHECK_TIMEOUT.as_secs());
+            Err(StorageError::Store { object: probe.to_string(), reason })
+        })
+    }
+
+    /// Writes a whole object, over the one before. Durable when it returns.
+    pub async fn put(&self, object: &Path, bytes: Bytes) -> Result<(), StorageError> {
+        self.store.put(object, PutPayload::from_bytes(bytes)).await.map_err(|e| failed(object, &e))?;
+        Ok(())
+    }
+
+    /// A whole object; `None` when there is none.
+    pub async fn get(&self, object: &Path) -> Result<Option<Bytes>, StorageError> {
+        let got = match self.store.get(object).await {
+            Ok(got) => got,
+            Err(object_store::Error::NotFound { .. }) => return Ok(None),
+            Err(error) => return Err(failed(object, &error)),
+        };
+        Ok(Some(got.bytes().await.map_err(|e| failed(object, &e))?))
+    }
+
+    /// A part of an object that must exist.
+    pub async fn get_range(&self, object: &Path, range: std::ops::Range<u64>) -> Result<Bytes, StorageError> {
+        let bytes = self.store.get_range(object, range.clone()).await.map_err(|e| match e {
+            object_store::Error::NotFound { .. } => {
+                StorageError::Damaged { object: object.to_string(), reason: "the object is gone".to_owned() }
+            }
+            other => failed(object, &other),
+        })?;
+        if bytes.len() as u64 != range.end - range.start {
+            let reason = format!("the object ends before {}", range.end);
+            return Err(StorageError::Damaged { object: object.to_string(), reason });
+        }
+        Ok(bytes)
+    }
+
+    /// Names of the objects directly below a prefix.
+    pub async fn list(&self, prefix: &Path) -> Result<Vec<Path>, StorageError> {
+        let listed = self.store.list_with_delimiter(Some(prefix)).await.map_err(|e| failed(prefix, &e))?;
+        Ok(listed.objects.into_iter().map(|object| object.location).collect())
+    }
+
+    /// Removes everything below a prefix. Harmless when there is nothing.
+    pub async fn delete_all(&self, prefix: &Path) -> Result<(), StorageError> {
+        let objects: Vec<_> = self.store.list(Some(prefix)).try_collect().await.map_err(|e| failed(prefix, &e))?;
+        for object in objects {
+            self.delete(&object.location).await?;
+        }
+        Ok(())
+    }
+
+    /// Removes an object. Harmless when there is none.
+    pub async fn delete(&self, object: &Path) -> Result<(), StorageError> {
+        self.disk.remove(object);
+        match self.store.delete(object).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(failed(object, &error)),
+        }
+    }
+
+    /// The branch's newest manifest: the one of the highest generation.
+    pub async fn manifest(&self, branch: &BranchRef) -> Result<Option<(Generation, Manifest)>, StorageError> {
+        let names = BranchNames::new(branch);
+        let found = self.list(names.root()).await?;
+        let newest = found.iter().filter_map(|object| BranchNames::generation_of_manifest(object)).max();
+        let Some(generation) = newest else { return Ok(None) };
+        let object = names.manifest(generation);
+        let Some(bytes) = self.get(&object).await? else { return Ok(None) };
+        let manifest = Manifest::decode(&bytes)
+            .map_err(|error| StorageError::Damaged { object: object.to_string(), reason: error.to_string() })?;
+        Ok(Some((generation, manifest)))
+    }
+
+    /// Brings a whole layer to the local disk, if there is a disk cache and nobody does it already.
+    pub fn fetch_in_background(&self, object: &Path) {
+        if !self.disk.is_enabled() || !self.downloading.lock().insert(object.clone()) {
+            return;
+        }
+        let (store, disk, object) = (self.store.clone(), self.disk.clone(), object.clone());
+        let (downloads, downloading) = (self.downloads.clone(), self.downloading.clone());
+        tokio::spawn(async move {
+            if let Ok(_permit) = downloads.acquire().await {
+                let fetched = async { store.get(&object).await?.bytes().await }.await;
+                match fetched {
+                    Ok(bytes) => disk.insert(&object, bytes).await,
+                    Err(error) => tracing::debug!(%object, %error, "layer was not brought to the local disk"),
+                }
+            }
+            downloading.lock().remove(&object);
+        });
+    }
+}
+
+fn failed(object: &Path, error: &object_store::Error) -> StorageError {
+    StorageError::Store { object: object.to_string(), reason: error.to_string() }
+}

@@ -1,0 +1,105 @@
+//! Names of a branch's objects, `projects/<project>/branches/<branch>/...`:
+//!
+//! - `manifest-<generation>`: see [`super::Manifest`]; a pageserver writes only that of its own generation.
+//! - `claim-<generation>`: empty; put before a generation's first write, so that an older one learns that it is deposed.
+//! - `layers/<name>`: layers; each name begins with the generation that wrote it.
+//! - `children/<project>.<branch>`: empty; a branch that left this one.
+
+use object_store::path::Path;
+use types::{BranchRef, Generation, Lsn};
+
+use crate::layer::LayerKind;
+
+/// Makes names of one branch's objects.
+pub struct BranchNames {
+    root: Path,
+}
+
+impl BranchNames {
+    /// For this branch.
+    pub fn new(branch: &BranchRef) -> BranchNames {
+        let parts = ["projects", branch.project.as_str(), "branches", branch.branch.as_str()];
+        BranchNames { root: Path::from_iter(parts) }
+    }
+
+    /// Everything of the branch is below it.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The generation's manifest.
+    pub fn manifest(&self, generation: Generation) -> Path {
+        self.root.clone().join(format!("manifest-{:08x}", generation.0))
+    }
+
+    /// The generation of a manifest's name; `None` for other objects.
+    pub fn generation_of_manifest(object: &Path) -> Option<Generation> {
+        numbered(object, "manifest-")
+    }
+
+    /// The generation's claim.
+    pub fn claim(&self, generation: Generation) -> Path {
+        self.root.clone().join(format!("claim-{:08x}", generation.0))
+    }
+
+    /// The generation of a claim's name; `None` for other objects.
+    pub fn generation_of_claim(object: &Path) -> Option<Generation> {
+        numbered(object, "claim-")
+    }
+
+    /// A layer by the name in its manifest.
+    pub fn layer(&self, name: &str) -> Path {
+        self.root.clone().join("layers").join(name)
+    }
+
+    /// Where the children are registered.
+    pub fn children(&self) -> Path {
+        self.root.clone().join("children")
+    }
+
+    /// A child's registration.
+    pub fn child(&self, child: &BranchRef) -> Path {
+        self.children().join(format!("{}.{}", child.project, child.branch))
+    }
+
+    /// Which child a registration is for; `None` for other objects.
+    pub fn child_of(object: &Path) -> Option<BranchRef> {
+        let (project, branch) = object.filename()?.split_once('.')?;
+        Some(BranchRef { project: project.parse().ok()?, branch: branch.parse().ok()? })
+    }
+}
+
+/// A new layer's name: no two layers of a branch have the same.
+pub fn layer_name(generation: Generation, sequence: u64, kind: LayerKind, start: Lsn, end: Lsn) -> String {
+    let kind = match kind {
+        LayerKind::Delta => "delta",
+        LayerKind::Image => "image",
+    };
+    format!("{:08x}-{sequence:08x}-{kind}-{:016x}-{:016x}", generation.0, start.0, end.0)
+}
+
+fn numbered(object: &Path, prefix: &str) -> Option<Generation> {
+    let digits = object.filename()?.strip_prefix(prefix)?;
+    u32::from_str_radix(digits, 16).ok().filter(|_| digits.len() == 8).map(Generation)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use types::{BranchId, ProjectId};
+
+    #[test]
+    fn names_are_read_back() {
+        let branch = |name: &str| BranchRef {
+            project: ProjectId::new("p").expect("id"),
+            branch: BranchId::new(name).expect("id"),
+        };
+        let names = BranchNames::new(&branch("b"));
+        let manifest = names.manifest(Generation(0x1f));
+        assert_eq!(manifest.as_ref(), "projects/p/branches/b/manifest-0000001f");
+        assert_eq!(BranchNames::generation_of_manifest(&manifest), Some(Generation(0x1f)));
+        assert_eq!(BranchNames::generation_of_claim(&manifest), None);
+        let child = branch("c");
+        assert_eq!(BranchNames::child_of(&names.child(&child)), Some(child));
+    }
+}

@@ -1,0 +1,132 @@
+//! Who may ask what, and who answers it.
+
+use std::sync::Arc;
+
+use types::{BranchRef, Oid, PageTag, RelTag};
+use wire::{
+    Claims,
+    pageserver::{
+        BranchInfo, ErrorKind, MAX_PAGES_PER_REQUEST, PageserverError, ReadLsn, Request, RequestBody, ResponseBody,
+    },
+};
+
+use crate::{
+    base_files::base_files,
+    branch::{Branch, Branches},
+    error::StorageError,
+    storage::{Key, Kind, Value, decode_rel_size},
+};
+
+/// Answers requests.
+pub struct Handler {
+    branches: Arc<Branches>,
+}
+
+impl Handler {
+    /// For these branches.
+    pub fn new(branches: Arc<Branches>) -> Handler {
+        Handler { branches }
+    }
+
+    /// One request of a connection with these claims.
+    pub async fn handle(&self, claims: &Claims, request: Request) -> Result<ResponseBody, PageserverError> {
+        let for_compute = match &request.body {
+            RequestBody::GetPages { .. }
+            | RequestBody::RelSize { .. }
+            | RequestBody::ListRels { .. }
+            | RequestBody::BaseFiles { .. } => true,
+            RequestBody::CreateBranch { .. }
+            | RequestBody::DeleteBranch
+            | RequestBody::BranchInfo
+            | RequestBody::LsnByTimestamp { .. }
+            | RequestBody::Checkpoint { .. } => false,
+        };
+        let allowed = claims.is_service() || (for_compute && claims.allows_branch(&request.branch));
+        if !allowed {
+            let message = format!("the token does not allow this on branch {}", request.branch);
+            return Err(PageserverError { kind: ErrorKind::Denied, message });
+        }
+        let answer = Box::pin(self.answer(&request.branch, request.body)).await;
+        answer.map_err(|error| {
+            let error = PageserverError::from(error);
+            if error.kind == ErrorKind::Corrupt {
+                tracing::error!(branch = %request.branch, error = %error.message, "request failed");
+            }
+            error
+        })
+    }
+
+    async fn answer(&self, name: &BranchRef, body: RequestBody) -> Result<ResponseBody, StorageError> {
+        match body {
+            RequestBody::GetPages { pages, at } => {
+                let branch = self.branches.get(name).await?;
+                get_pages(&branch, &pages, at).await
+            }
+            RequestBody::RelSize { rel, at } => {
+                let branch = self.branches.get(name).await?;
+                let lsn = branch.resolve(at).await?;
+                Ok(ResponseBody::RelSize(branch.rel_size(rel, lsn).await?))
+            }
+            RequestBody::ListRels { spc, db, at } => {
+                let branch = self.branches.get(name).await?;
+                list_rels(&branch, spc, db, at).await
+            }
+            RequestBody::BaseFiles { at } => {
+                let branch = self.branches.get(name).await?;
+                let files = base_files(&branch, at).await?;
+                Ok(ResponseBody::BaseFiles(Box::new(files.as_ref().clone())))
+            }
+            RequestBody::CreateBranch { ancestor, at } => {
+                let lsn = self.branches.create(name, &ancestor, at).await?;
+                Ok(ResponseBody::BranchCreated { lsn })
+            }
+            RequestBody::DeleteBranch => {
+                self.branches.delete(name).await?;
+                Ok(ResponseBody::Done)
+            }
+            RequestBody::BranchInfo => branch_info(&self.branches.get(name).await?).await,
+            RequestBody::LsnByTimestamp { timestamp_us } => {
+                let branch = self.branches.get(name).await?;
+                branch.catch_up().await?;
+                Ok(ResponseBody::Lsn(branch.lsn_by_timestamp(timestamp_us).await?))
+            }
+            RequestBody::Checkpoint { up_to } => {
+                let branch = self.branches.get(name).await?;
+                branch.wait_for(up_to).await?;
+                Ok(ResponseBody::Lsn(branch.flush().await?))
+            }
+        }
+    }
+}
+
+async fn get_pages(branch: &Arc<Branch>, pages: &[PageTag], at: ReadLsn) -> Result<ResponseBody, StorageError> {
+    if pages.len() > MAX_PAGES_PER_REQUEST {
+        let message = format!("{} pages in one request, at most {MAX_PAGES_PER_REQUEST} are allowed", pages.len());
+        return Err(StorageError::Invalid(message));
+    }
+    let lsn = branch.resolve(at).await?;
+    Ok(ResponseBody::Pages(branch.get_pages(pages, lsn).await?))
+}
+
+async fn list_rels(branch: &Arc<Branch>, spc: Oid, db: Oid, at: ReadLsn) -> Result<ResponseBody, StorageError> {
+    let lsn = branch.resolve(at).await?;
+    let first = Key { spc, db, ..Key::of(Kind::RelSize) };
+    let last = Key { spc, db, ..Key::last_of(Kind::RelSize) };
+    let forks = branch.scan(first, last, lsn).await?;
+    let sized = forks.iter().filter_map(|(key, value)| match value {
+        Value::Image(content) => Some((key.rel_tag()?, decode_rel_size(content)?)),
+        Value::Tombstone | Value::Record(_) => None,
+    });
+    Ok(ResponseBody::Rels(sized.collect::<Vec<(RelTag, u32)>>()))
+}
+
+async fn branch_info(branch: &Arc<Branch>) -> Result<ResponseBody, StorageError> {
+    Ok(ResponseBody::BranchInfo(BranchInfo {
+        last_record_lsn: branch.tip().last_record_lsn,
+        remote_consistent_lsn: branch.remote_consistent_lsn(),
+        ancestor: branch.ancestor().map(|ancestor| (ancestor.branch.clone(), ancestor.lsn)),
+        generation: branch.shared().generation,
+        logical_size_bytes: branch.logical_bytes().await?,
+        ingest_error: branch.ingest_error(),
+    }))
+}
