@@ -70,14 +70,18 @@ impl Branch {
                 sizes.insert(page.rel, self.rel_size(page.rel, at).await?.unwrap_or(0));
             }
         }
-        let read = async |tag: PageTag| {
-            let exists = sizes.get(&tag.rel).is_some_and(|size| tag.block < *size);
-            if exists { self.read_page(Key::page(tag), at).await } else { Ok(zero_page()) }
-        };
-        if let [tag] = pages {
-            return Ok(vec![read(*tag).await?]);
-        }
-        futures::stream::iter(pages.iter().copied()).map(read).buffered(CONCURRENT_PAGES).try_collect().await
+        let reads: Vec<_> = pages
+            .iter()
+            .map(|tag| {
+                let exists = sizes.get(&tag.rel).is_some_and(|size| tag.block < *size);
+                self.clone().read_page_or_zeroes(*tag, exists, at)
+            })
+            .collect();
+        futures::stream::iter(reads).buffered(CONCURRENT_PAGES).try_collect().await
+    }
+
+    async fn read_page_or_zeroes(self: Arc<Self>, tag: PageTag, exists: bool, at: Lsn) -> Result<Bytes, StorageError> {
+        if exists { self.read_page(Key::page(tag), at).await } else { Ok(zero_page()) }
     }
 
     /// Blocks in a fork; `None` when it does not exist.
