@@ -1,1 +1,25 @@
-//! Placeholder.
+//! The control plane: projects, branches, endpoints, and the computes behind them.
+//!
+//! A request comes in through `http`, is checked and carried out by `projects`, `branching`, `endpoint_rules` or the compute
+//! manager, and leaves its traces in `store`. Storage and agents are behind the traits [`storage::Storage`] and
+//! [`compute::ComputeLauncher`].
+
+pub mod address;
+pub mod app;
+mod branching;
+pub mod compute;
+pub mod config;
+mod endpoint_rules;
+pub mod host;
+pub mod http;
+pub mod keys;
+mod names;
+mod problem;
+mod projects;
+mod server;
+pub mod storage;
+pub mod store;
+
+pub use config::Config;
+pub use problem::Problem;
+pub use server::{Server, run};

@@ -139,3 +139,10 @@ pub struct AgentStatus {
     /// Why it is failing, when it is (fenced by a newer term, no quorum).
     pub problem: Option<String>,
 }
+
+/// Answer of `POST /stop`, once Postgres has ended. Errors (of every call) are [`crate::internal::ApiError`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StopAnswer {
+    /// Where the branch's WAL ends; a quorum holds it.
+    pub commit_lsn: Lsn,
+}

@@ -1,0 +1,105 @@
+//! What may be asked of an endpoint.
+
+use control_plane_api::v2::{EndpointFields, EndpointSettings};
+use types::BranchRef;
+
+use crate::{
+    compute::idle::MAX_SUSPEND_TIMEOUT_SECONDS,
+    names,
+    problem::Problem,
+    store::{
+        endpoints::{self, EndpointRow},
+        projects,
+    },
+};
+
+const MAX_SETTINGS: usize = 100;
+const MAX_SETTING_BYTES: usize = 1000;
+
+/// A request for an endpoint, checked.
+#[derive(Debug, Clone)]
+pub struct WantedEndpoint {
+    name: Option<String>,
+    suspend_timeout_seconds: Option<i64>,
+    settings: EndpointSettings,
+}
+
+impl WantedEndpoint {
+    /// Checks all but the branch.
+    pub fn new(fields: EndpointFields) -> Result<WantedEndpoint, Problem> {
+        if let Some(kind) = fields.kind.filter(|kind| kind != "read_write") {
+            let kind: String = kind.chars().take(40).collect();
+            return Err(Problem::Invalid(format!("endpoint type {kind:?} is not offered; read_write is")));
+        }
+        Ok(WantedEndpoint {
+            name: fields.name.map(|name| names::check_title("endpoint", &name)).transpose()?,
+            suspend_timeout_seconds: check_suspend_timeout(fields.suspend_timeout_seconds)?,
+            settings: check_settings(fields.settings.unwrap_or_default())?,
+        })
+    }
+
+    /// Makes it.
+    pub fn insert(&self, db: &rusqlite::Connection, branch: &BranchRef) -> Result<EndpointRow, Problem> {
+        let default = projects::get(db, &branch.project)?.default_suspend_timeout_seconds;
+        let timeout = self.suspend_timeout_seconds.unwrap_or(default);
+        endpoints::insert(db, &names::endpoint_id(), branch, self.name.as_deref(), timeout, &self.settings)
+    }
+}
+
+/// Applies a change to a row.
+pub fn change(row: &mut EndpointRow, fields: EndpointFields) -> Result<(), Problem> {
+    if let Some(name) = fields.name {
+        row.name = Some(names::check_title("endpoint", &name)?);
+    }
+    if let Some(timeout) = check_suspend_timeout(fields.suspend_timeout_seconds)? {
+        row.suspend_timeout_seconds = timeout;
+    }
+    if let Some(disabled) = fields.disabled {
+        row.disabled = disabled;
+    }
+    if let Some(settings) = fields.settings {
+        row.settings = check_settings(settings)?;
+    }
+    Ok(())
+}
+
+/// -1 (never), 0 (default) or up to a week.
+pub fn check_suspend_timeout(seconds: Option<i64>) -> Result<Option<i64>, Problem> {
+    match seconds {
+        Some(seconds) if !(-1..=MAX_SUSPEND_TIMEOUT_SECONDS).contains(&seconds) => {
+            let message = format!(
+                "suspend_timeout_seconds must be -1 (never), 0 (default) or up to {MAX_SUSPEND_TIMEOUT_SECONDS}"
+            );
+            Err(Problem::Invalid(message))
+        }
+        other => Ok(other),
+    }
+}
+
+/// Sizes only: which settings a compute may have is its agent's to say.
+fn check_settings(settings: EndpointSettings) -> Result<EndpointSettings, Problem> {
+    let good = settings.pg_settings.len() <= MAX_SETTINGS
+        && settings.pg_settings.iter().all(|(name, value)| {
+            let text = |text: &str| text.len() <= MAX_SETTING_BYTES && !text.chars().any(char::is_control);
+            !name.is_empty() && text(name) && text(value)
+        });
+    if good {
+        Ok(settings)
+    } else {
+        Err(Problem::Invalid("settings.pg_settings: too many, too long or not plain text".into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn endpoints_are_checked() {
+        let fields = |timeout: i64| EndpointFields { suspend_timeout_seconds: Some(timeout), ..Default::default() };
+        assert!([-1, 0, 1, 604_800].iter().all(|timeout| WantedEndpoint::new(fields(*timeout)).is_ok()));
+        assert!([-2, 604_801].iter().all(|timeout| WantedEndpoint::new(fields(*timeout)).is_err()));
+        let replica = EndpointFields { kind: Some("read_only".into()), ..Default::default() };
+        assert!(WantedEndpoint::new(replica).is_err());
+    }
+}

@@ -1,0 +1,106 @@
+//! `/projects/{id}/branches`.
+
+use std::sync::Arc;
+
+use axum::{
+    Json, Router,
+    body::Bytes,
+    extract::{Path, Query, State},
+    http::StatusCode,
+    routing::{get, post},
+};
+use control_plane_api::v2::{BranchCreated, BranchEnvelope, BranchList, BranchRequest, EndpointList};
+
+use super::{ListQuery, Shared, branch_ref, pagination, parse, project_id};
+use crate::{
+    app::App,
+    branching,
+    problem::Problem,
+    store::{branches, endpoints, operations},
+};
+
+/// The routes of this file.
+pub fn routes() -> Router<Arc<App>> {
+    Router::new()
+        .route("/projects/{project}/branches", get(list).post(create))
+        .route("/projects/{project}/branches/{branch}", get(show).patch(update).delete(delete))
+        .route("/projects/{project}/branches/{branch}/set_as_default", post(set_as_default))
+        .route("/projects/{project}/branches/{branch}/endpoints", get(list_endpoints))
+}
+
+async fn list(
+    State(app): Shared,
+    Path(project): Path<String>,
+    Query(query): Query<ListQuery>,
+) -> Result<Json<BranchList>, Problem> {
+    let (project, page, search) = (project_id(&project)?, query.page()?, query.search());
+    let (rows, next) = app.store.call(move |db| branches::list(db, &project, page, &search)).await?;
+    let branches = rows.into_iter().map(|row| app.branch(row)).collect();
+    Ok(Json(BranchList { branches, pagination: pagination(next) }))
+}
+
+async fn create(
+    State(app): Shared,
+    Path(project): Path<String>,
+    body: Bytes,
+) -> Result<(StatusCode, Json<BranchCreated>), Problem> {
+    let request: BranchRequest = parse(&body)?;
+    Ok((StatusCode::CREATED, Json(branching::create(&app, project_id(&project)?, request).await?)))
+}
+
+async fn show(
+    State(app): Shared,
+    Path((project, branch)): Path<(String, String)>,
+) -> Result<Json<BranchEnvelope>, Problem> {
+    let branch = branch_ref(&project, &branch)?;
+    let wanted = branch.clone();
+    let row = app.store.call(move |db| branches::get(db, &wanted.project, &wanted.branch)).await?;
+    // Only shown: a pageserver that is away does not fail the request.
+    let info = app.storage.branch_info(&branch).await.ok();
+    let mut branch = app.branch(row);
+    branch.logical_size = info.map(|info| info.logical_size_bytes);
+    Ok(Json(BranchEnvelope { branch, operations: Vec::new() }))
+}
+
+async fn update(
+    State(app): Shared,
+    Path((project, branch)): Path<(String, String)>,
+    body: Bytes,
+) -> Result<Json<BranchEnvelope>, Problem> {
+    let request: BranchRequest = parse(&body)?;
+    let row = branching::update(&app, branch_ref(&project, &branch)?, request.branch).await?;
+    Ok(Json(BranchEnvelope { branch: app.branch(row), operations: Vec::new() }))
+}
+
+async fn delete(
+    State(app): Shared,
+    Path((project, branch)): Path<(String, String)>,
+) -> Result<Json<BranchEnvelope>, Problem> {
+    let branch = branch_ref(&project, &branch)?;
+    let (row, operation) = branching::delete(&app, branch).await?;
+    let project = row.branch.project.clone();
+    let operation = app.store.call(move |db| operations::get(db, &project, &operation)).await?;
+    Ok(Json(BranchEnvelope { branch: app.branch(row), operations: vec![operation] }))
+}
+
+async fn set_as_default(
+    State(app): Shared,
+    Path((project, branch)): Path<(String, String)>,
+) -> Result<Json<BranchEnvelope>, Problem> {
+    let branch = branch_ref(&project, &branch)?;
+    let row = app.store.call(move |db| branches::set_default(db, &branch)).await?;
+    Ok(Json(BranchEnvelope { branch: app.branch(row), operations: Vec::new() }))
+}
+
+async fn list_endpoints(
+    State(app): Shared,
+    Path((project, branch)): Path<(String, String)>,
+) -> Result<Json<EndpointList>, Problem> {
+    let branch = branch_ref(&project, &branch)?;
+    let row = app.store.call(move |db| {
+        branches::get(db, &branch.project, &branch.branch)?;
+        endpoints::of_branch(db, &branch.branch)
+    });
+    let endpoints = row.await?.into_iter().map(|row| app.endpoint(row)).collect();
+    Ok(Json(EndpointList { endpoints }))
+}

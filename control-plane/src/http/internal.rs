@@ -1,0 +1,42 @@
+//! `/internal/v1`: what proxies and pageservers ask.
+
+use axum::{
+    Json,
+    body::Bytes,
+    extract::{Path, State},
+};
+use control_plane_api::internal::{GenerationTaken, RoleAuth, TakeGeneration, Wake};
+
+use super::{Shared, endpoint_id, parse};
+use crate::{
+    problem::Problem,
+    store::{branches, catalog, endpoints, generations},
+};
+
+/// A pageserver starts.
+pub async fn take_generation(State(app): Shared, body: Bytes) -> Result<Json<GenerationTaken>, Problem> {
+    let pageserver = parse::<TakeGeneration>(&body)?.pageserver;
+    let generation = app.store.call(move |db| generations::take(db, pageserver)).await?;
+    tracing::info!(%pageserver, %generation, "generation was handed out");
+    Ok(Json(GenerationTaken { generation }))
+}
+
+/// A proxy checks a login. Wakes nothing.
+pub async fn role_auth(
+    State(app): Shared,
+    Path((endpoint, role)): Path<(String, String)>,
+) -> Result<Json<RoleAuth>, Problem> {
+    let endpoint = endpoint_id(&endpoint)?;
+    let found = app.store.call(move |db| {
+        let row = endpoints::find(db, &endpoint)?.ok_or_else(|| Problem::not_found("endpoint", &endpoint))?;
+        branches::get(db, &row.branch.project, &row.branch.branch)?;
+        let role = catalog::role(db, &row.branch.branch, &role)?;
+        Ok(RoleAuth { branch: row.branch, scram_verifier: Some(role.scram_verifier), enabled: !row.disabled })
+    });
+    Ok(Json(found.await?))
+}
+
+/// A proxy has a client that logged in.
+pub async fn wake(State(app): Shared, Path(endpoint): Path<String>) -> Result<Json<Wake>, Problem> {
+    Ok(Json(app.computes.wake(&endpoint_id(&endpoint)?).await?))
+}

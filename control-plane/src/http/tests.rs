@@ -1,0 +1,554 @@
+//! The API over real HTTP, on the real router and SQLite; storage and computes are fakes that keep count.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use control_plane_api::{
+    compute::{AgentStatus, CatalogSpec, ComputeReady, ComputeSpec},
+    internal::{GenerationTaken, RoleAuth, Wake},
+};
+use http_body_util::{BodyExt, Full};
+use hyper::{Method, body::Bytes};
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use types::{BranchRef, EndpointId, Generation, Lsn, Term};
+use wire::{
+    Scope, TokenSigner, TokenVerifier,
+    auth::TokenKeys,
+    pageserver::{BranchInfo, BranchPoint},
+};
+
+use crate::{
+    Problem,
+    address::ProxyAddress,
+    app::App,
+    compute::{
+        AgentProcess, ComputeLauncher, ComputeSettings, Computes, Launching, agent_http::AgentError,
+        launcher::LaunchError,
+    },
+    keys,
+    storage::Storage,
+    store::Store,
+};
+
+const ADMIN_KEY: &str = "dormouse_test";
+const HEAD: Lsn = Lsn(0x3000);
+
+/// Storage that knows which branches there are.
+#[derive(Default)]
+struct FakeStorage {
+    branches: Mutex<BTreeMap<BranchRef, (BranchRef, Lsn)>>,
+    settled: AtomicU32,
+    failing: std::sync::atomic::AtomicBool,
+}
+
+#[async_trait]
+impl Storage for FakeStorage {
+    async fn create_branch(&self, branch: &BranchRef, ancestor: &BranchRef, at: BranchPoint) -> Result<Lsn, Problem> {
+        if self.failing.load(Ordering::Relaxed) {
+            return Err(Problem::Unavailable("pageserver is away".into()));
+        }
+        let lsn = match at {
+            BranchPoint::Lsn(lsn) => lsn,
+            BranchPoint::Head => Lsn(0x1000),
+        };
+        self.branches.lock().insert(branch.clone(), (ancestor.clone(), lsn));
+        Ok(lsn)
+    }
+
+    async fn delete_branch(&self, branch: &BranchRef) -> Result<(), Problem> {
+        self.branches.lock().remove(branch);
+        Ok(())
+    }
+
+    async fn lsn_by_timestamp(&self, branch: &BranchRef, timestamp_us: i64, _head: Lsn) -> Result<Lsn, Problem> {
+        let start = self.branches.lock().get(branch).map_or(Lsn(0), |(_, lsn)| *lsn);
+        let lsn = Lsn(timestamp_us.unsigned_abs());
+        if lsn < start { Err(Problem::Invalid("before the start".into())) } else { Ok(lsn) }
+    }
+
+    async fn settle(&self, _branch: &BranchRef, _start_lsn: Lsn) -> Result<Lsn, Problem> {
+        self.settled.fetch_add(1, Ordering::Relaxed);
+        Ok(HEAD)
+    }
+
+    async fn branch_info(&self, _branch: &BranchRef) -> Result<BranchInfo, Problem> {
+        Ok(BranchInfo {
+            last_record_lsn: HEAD,
+            remote_consistent_lsn: HEAD,
+            ancestor: None,
+            generation: Generation(1),
+            logical_size_bytes: 4096,
+            ingest_error: None,
+        })
+    }
+}
+
+/// Computes that are numbers.
+#[derive(Default)]
+struct FakeComputes {
+    next: AtomicU32,
+    alive: Mutex<BTreeMap<u32, BranchRef>>,
+    specs: Mutex<Vec<ComputeSpec>>,
+    applied: Mutex<Vec<CatalogSpec>>,
+    idle_ms: AtomicU64,
+    failing: std::sync::atomic::AtomicBool,
+}
+
+struct FakeLaunching(Arc<FakeComputes>, u32);
+
+#[async_trait]
+impl Launching for FakeLaunching {
+    fn process(&self) -> AgentProcess {
+        AgentProcess { pid: self.1, started_ticks: 0 }
+    }
+
+    async fn start(self: Box<Self>, spec: &ComputeSpec, _limit: Duration) -> Result<ComputeReady, LaunchError> {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        if self.0.failing.load(Ordering::Relaxed) {
+            return Err(LaunchError::Failed("no quorum".into()));
+        }
+        self.0.alive.lock().insert(self.1, spec.branch.clone());
+        self.0.specs.lock().push(spec.clone());
+        Ok(ComputeReady {
+            agent_pid: self.1,
+            postgres_socket: spec.compute_dir.join(".s.PGSQL.5432"),
+            agent_socket: self.1.to_string().into(),
+            term: Term(u64::from(self.1)),
+            start_lsn: spec.branch_start_lsn,
+            timings_us: Vec::new(),
+        })
+    }
+}
+
+impl FakeComputes {
+    fn pid(socket: &Path) -> u32 {
+        socket.to_str().and_then(|text| text.parse().ok()).expect("a fake socket")
+    }
+}
+
+struct FakeLauncher(Arc<FakeComputes>);
+
+#[async_trait]
+impl ComputeLauncher for FakeLauncher {
+    async fn spawn(&self, _endpoint: &EndpointId) -> Result<Box<dyn Launching>, LaunchError> {
+        let pid = self.0.next.fetch_add(1, Ordering::Relaxed) + 1;
+        Ok(Box::new(FakeLaunching(Arc::clone(&self.0), pid)))
+    }
+
+    fn is_alive(&self, process: AgentProcess) -> bool {
+        self.0.alive.lock().contains_key(&process.pid)
+    }
+
+    async fn status(&self, socket: &Path) -> Result<AgentStatus, AgentError> {
+        let pid = FakeComputes::pid(socket);
+        let branch = self.0.alive.lock().get(&pid).cloned();
+        let branch = branch.ok_or_else(|| AgentError::Refused("gone".into()))?;
+        Ok(AgentStatus {
+            running: true,
+            branch,
+            commit_lsn: Lsn(0x2000),
+            idle_ms: self.0.idle_ms.load(Ordering::Relaxed),
+            connections: 0,
+            problem: None,
+        })
+    }
+
+    async fn stop(&self, socket: &Path, _limit: Duration) -> Result<Option<Lsn>, AgentError> {
+        self.0.alive.lock().remove(&FakeComputes::pid(socket));
+        Ok(Some(Lsn(0x2800)))
+    }
+
+    async fn apply(&self, _socket: &Path, catalog: &CatalogSpec, _limit: Duration) -> Result<(), AgentError> {
+        self.0.applied.lock().push(catalog.clone());
+        Ok(())
+    }
+
+    fn kill(&self, process: AgentProcess) {
+        self.0.alive.lock().remove(&process.pid);
+    }
+}
+
+/// A control plane that serves on a port of its own.
+struct World {
+    url: String,
+    storage: Arc<FakeStorage>,
+    computes: Arc<FakeComputes>,
+    service_token: String,
+    branch_token: String,
+    client: Client<hyper_util::client::legacy::connect::HttpConnector, Full<Bytes>>,
+}
+
+impl World {
+    async fn new() -> World {
+        let token_keys = TokenKeys::generate().expect("keys");
+        let signer = || TokenSigner::from_pem(&token_keys.private_pem).expect("signer");
+        let (storage, fakes) = (Arc::new(FakeStorage::default()), Arc::new(FakeComputes::default()));
+        let store = Store::in_memory().expect("store");
+        let settings = ComputeSettings {
+            runtime_dir: "/nonexistent/run".into(),
+            page_cache_dir: "/nonexistent/cache".into(),
+            safekeepers: Vec::new(),
+            pageserver: "127.0.0.1:1".into(),
+            postgres_bin_dir: "/nonexistent/bin".into(),
+            shim_path: "/nonexistent/shim.so".into(),
+            postgres_user: None,
+            page_cache_bytes: 1,
+            kept_pages_bytes: 1,
+            wake_timeout: Duration::from_secs(1),
+        };
+        let launcher = Arc::new(FakeLauncher(Arc::clone(&fakes)));
+        let computes = Computes::new(store.clone(), Arc::clone(&storage) as _, launcher, signer(), settings);
+        let app = Arc::new(App {
+            store,
+            storage: Arc::clone(&storage) as _,
+            computes,
+            address: ProxyAddress { domain: None, host: "localhost".into(), port: 5432 },
+            admin_key_hash: keys::hash(ADMIN_KEY),
+            verifier: TokenVerifier::from_pem(&token_keys.public_pem).expect("verifier"),
+        });
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
+        let url = format!("http://{}", listener.local_addr().expect("address"));
+        tokio::spawn(async move { axum::serve(listener, super::router(app)).await });
+        let branch = BranchRef { project: "p".parse().expect("id"), branch: "b".parse().expect("id") };
+        let minute = Duration::from_secs(60);
+        World {
+            url,
+            storage,
+            computes: fakes,
+            service_token: signer().sign(Scope::Service, minute).expect("sign"),
+            branch_token: signer().sign(Scope::Branch { branch }, minute).expect("sign"),
+            client: Client::builder(TokioExecutor::new()).build_http(),
+        }
+    }
+
+    async fn request(&self, method: Method, path: &str, token: Option<&str>, body: Value) -> (u16, Value) {
+        let mut request = hyper::Request::builder().method(method).uri(format!("{}{path}", self.url));
+        if let Some(token) = token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let body = if body.is_null() { Bytes::new() } else { Bytes::from(body.to_string()) };
+        let response = self.client.request(request.body(Full::new(body)).expect("request")).await.expect("answer");
+        let status = response.status().as_u16();
+        let body = response.into_body().collect().await.expect("body").to_bytes();
+        (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+    }
+
+    async fn api(&self, method: Method, path: &str, body: Value) -> (u16, Value) {
+        self.request(method, &format!("/api/v2{path}"), Some(ADMIN_KEY), body).await
+    }
+
+    async fn get(&self, path: &str) -> Value {
+        let (status, body) = self.api(Method::GET, path, Value::Null).await;
+        assert_eq!(status, 200, "{path}: {body}");
+        body
+    }
+
+    async fn post(&self, path: &str, body: Value) -> Value {
+        let (status, answer) = self.api(Method::POST, path, body).await;
+        assert!(status == 200 || status == 201, "{path}: {status} {answer}");
+        answer
+    }
+
+    async fn wake(&self, endpoint: &str) -> (u16, Value) {
+        self.request(
+            Method::POST,
+            &format!("/internal/v1/endpoints/{endpoint}/wake"),
+            Some(&self.service_token),
+            json!({}),
+        )
+        .await
+    }
+
+    /// A project that is awake; its answer.
+    async fn project(&self) -> Value {
+        let made = self.post("/projects", json!({"project": {"name": "shop", "unknown": 1}, "more": true})).await;
+        let (status, _) = self.wake(text(&made["endpoints"][0]["id"])).await;
+        assert_eq!(status, 200);
+        made
+    }
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().expect("text")
+}
+
+#[tokio::test]
+async fn a_project_comes_with_everything() {
+    let world = World::new().await;
+    let made = world.project().await;
+    let id = text(&made["project"]["id"]);
+    assert_eq!(made["project"]["name"], "shop");
+    assert_eq!(made["branch"]["name"], "main");
+    assert_eq!(made["branch"]["default"], true);
+    assert_eq!(made["roles"][0]["name"], "dormouse_owner");
+    assert_eq!(made["databases"][0]["name"], "dormouse");
+    assert_eq!(made["endpoints"][0]["type"], "read_write");
+    let password = text(&made["roles"][0]["password"]);
+    let uri = text(&made["connection_uris"][0]["connection_uri"]);
+    assert!(uri.contains(password) && uri.contains("options=endpoint%3Dep-"), "{uri}");
+    assert_eq!(world.get(&format!("/projects/{id}/connection_uri")).await["uri"], uri);
+    let pooled = world.get(&format!("/projects/{id}/connection_uri?pooled=true&role_name=dormouse_owner")).await;
+    assert!(text(&pooled["uri"]).ends_with("-pooler"));
+
+    let ancestors = world.storage.branches.lock().values().cloned().collect::<Vec<_>>();
+    assert_eq!(ancestors, [(crate::storage::template(), Lsn(0x1000))]);
+    let spec = world.computes.specs.lock()[0].clone();
+    let catalog = spec.catalog.expect("roles are made at the first start");
+    assert_eq!(catalog.databases[0].owner, "dormouse_owner");
+    assert!(catalog.roles[0].scram_verifier.as_deref().expect("verifier").starts_with("SCRAM-SHA-256$"));
+    let actions = world.get(&format!("/projects/{id}/operations")).await;
+    let finished = |action: &str| {
+        let operations = actions["operations"].as_array().expect("list");
+        operations.iter().any(|o| o["action"] == action && o["status"] == "finished")
+    };
+    assert!(finished("create_timeline"), "{actions}");
+    let operation = text(&actions["operations"][0]["id"]).to_owned();
+    assert_eq!(world.get(&format!("/projects/{id}/operations/{operation}")).await["operation"]["id"], operation);
+
+    let (status, _) = world.api(Method::DELETE, &format!("/projects/{id}"), Value::Null).await;
+    assert_eq!(status, 200);
+    assert!(world.storage.branches.lock().is_empty() && world.computes.alive.lock().is_empty());
+    let (status, error) = world.api(Method::GET, &format!("/projects/{id}"), Value::Null).await;
+    assert_eq!(status, 404);
+    assert!(error["message"].as_str().is_some_and(|m| m.contains(id)) && error["code"].is_string());
+}
+
+#[tokio::test]
+async fn keys_and_tokens_are_checked() {
+    let world = World::new().await;
+    for token in [None, Some("wrong"), Some(""), Some(world.service_token.as_str())] {
+        let (status, error) = world.request(Method::GET, "/api/v2/projects", token, Value::Null).await;
+        assert_eq!(status, 401, "{token:?} {error}");
+    }
+    let path = "/internal/v1/generations";
+    for (token, expected) in [(None, 401), (Some(ADMIN_KEY), 401), (Some(world.branch_token.as_str()), 403)] {
+        let (status, _) = world.request(Method::POST, path, token, json!({"pageserver": 1})).await;
+        assert_eq!(status, expected);
+    }
+    let (status, _) = world.request(Method::GET, "/healthz", None, Value::Null).await;
+    assert_eq!(status, 200);
+    let mut last = Generation(0);
+    for _ in 0..3 {
+        let token = Some(world.service_token.as_str());
+        let (_, taken) = world.request(Method::POST, path, token, json!({"pageserver": 1})).await;
+        let taken: GenerationTaken = serde_json::from_value(taken).expect("generation");
+        assert!(taken.generation > last);
+        last = taken.generation;
+    }
+}
+
+#[tokio::test]
+async fn bad_requests_are_refused() {
+    let world = World::new().await;
+    let made = world.project().await;
+    let base = format!("/projects/{}", text(&made["project"]["id"]));
+    let branches = format!("{base}/branches");
+    let main = text(&made["branch"]["id"]).to_owned();
+    for (path, body, expected) in [
+        ("/projects".to_owned(), json!({"project": {"pg_version": 9}}), 400),
+        ("/projects".to_owned(), json!({"project": {"name": ""}}), 400),
+        ("/projects".to_owned(), json!({"project": {"branch": {"role_name": "pg_x"}}}), 400),
+        ("/projects".to_owned(), json!([1]), 400),
+        (branches.clone(), json!({"branch": {"parent_id": "br-none"}}), 404),
+        (branches.clone(), json!({"branch": {"parent_id": "../x"}}), 400),
+        (branches.clone(), json!({"branch": {"name": "main"}}), 409),
+        (branches.clone(), json!({"branch": {"parent_lsn": "0/F0000000"}}), 400),
+        (branches.clone(), json!({"branch": {"parent_lsn": "0/1"}}), 400),
+        (branches.clone(), json!({"branch": {"parent_timestamp": "1999-01-01T00:00:00Z", "parent_lsn": "0/1"}}), 400),
+        (branches.clone(), json!({"endpoints": [{"type": "read_only"}]}), 400),
+        (format!("{base}/endpoints"), json!({"endpoint": {"branch_id": main}}), 409),
+        (format!("{branches}/{main}/roles"), json!({"role": {"name": "dormouse_owner"}}), 409),
+        (format!("{branches}/{main}/databases"), json!({"database": {"name": "d", "owner_name": "nobody"}}), 404),
+        (format!("{base}/nothing"), json!({}), 404),
+    ] {
+        let (status, error) = world.api(Method::POST, &path, body.clone()).await;
+        assert_eq!(status, expected, "{path} {body}: {error}");
+        assert!(!text(&error["message"]).is_empty());
+    }
+    let (status, _) = world.api(Method::DELETE, &format!("{branches}/{main}"), Value::Null).await;
+    assert_eq!(status, 422);
+    let huge = json!({"project": {"name": "x".repeat(300_000)}});
+    assert_eq!(world.api(Method::POST, "/projects", huge).await.0, 413);
+    assert_eq!(
+        world.get(&branches).await["branches"].as_array().expect("list").len(),
+        1,
+        "nothing is left of failures"
+    );
+}
+
+#[tokio::test]
+async fn branches_leave_their_parent_where_asked() {
+    let world = World::new().await;
+    let made = world.project().await;
+    let base = format!("/projects/{}", text(&made["project"]["id"]));
+    let branches = format!("{base}/branches");
+    let endpoint = text(&made["endpoints"][0]["id"]).to_owned();
+    let branch = async |body: Value| world.post(&branches, body).await;
+
+    let at_head = branch(json!({"branch": {"name": "dev"}, "endpoints": [{"type": "read_write"}]})).await;
+    assert_eq!(at_head["branch"]["parent_lsn"], "0/2000", "what the running compute has at a quorum");
+    assert_eq!(at_head["roles"][0]["name"], "dormouse_owner");
+    assert!(text(&at_head["connection_uris"][0]["connection_uri"]).contains(text(&at_head["endpoints"][0]["id"])));
+    let dev_endpoint = text(&at_head["endpoints"][0]["id"]).to_owned();
+    assert_eq!(world.wake(&dev_endpoint).await.0, 200);
+    assert!(world.computes.specs.lock().last().expect("spec").catalog.is_none(), "its data has the roles already");
+
+    let suspended = world.post(&format!("{base}/endpoints/{endpoint}/suspend"), Value::Null).await;
+    assert_eq!(suspended["operations"][0]["action"], "suspend_compute");
+    assert_eq!(suspended["endpoint"]["current_state"], "idle");
+    assert_eq!(branch(json!({})).await["branch"]["parent_lsn"], "0/2800", "what the clean stop said");
+    assert_eq!(world.storage.settled.load(Ordering::Relaxed), 0);
+
+    assert_eq!(world.wake(&endpoint).await.0, 200);
+    world.computes.alive.lock().clear();
+    assert_eq!(branch(json!({})).await["branch"]["parent_lsn"], "0/3000", "what safekeepers say after a crash");
+    branch(json!({})).await;
+    assert_eq!(world.storage.settled.load(Ordering::Relaxed), 1, "asked once");
+
+    // A position from before `dev` existed lies in main's history.
+    let dev = text(&at_head["branch"]["id"]).to_owned();
+    let old = branch(json!({"branch": {"parent_id": dev, "parent_lsn": "0/1800"}})).await;
+    let id = text(&old["branch"]["id"]).parse().expect("id");
+    let found = world.storage.branches.lock().iter().find(|(b, _)| b.branch == id).map(|(_, at)| at.clone());
+    let (ancestor, lsn) = found.expect("made");
+    assert_eq!((ancestor.branch.as_str(), lsn), (text(&made["branch"]["id"]), Lsn(0x1800)));
+    let timed = branch(json!({"branch": {"parent_timestamp": "2000-01-01T00:00:00.006Z"}})).await;
+    assert_eq!(timed["branch"]["parent_lsn"], "0/1770", "6000 microseconds");
+
+    let (status, error) = world.api(Method::DELETE, &format!("{branches}/{dev}"), Value::Null).await;
+    assert_eq!((status, text(&error["code"])), (409, "BRANCH_HAS_CHILDREN"));
+    let old = text(&old["branch"]["id"]);
+    assert_eq!(world.api(Method::DELETE, &format!("{branches}/{old}"), Value::Null).await.0, 200);
+    assert_eq!(world.api(Method::DELETE, &format!("{branches}/{dev}"), Value::Null).await.0, 200);
+    assert_eq!(world.wake(&dev_endpoint).await.0, 404);
+}
+
+#[tokio::test]
+async fn concurrent_wakes_share_one_start_and_one_failure() {
+    let world = World::new().await;
+    let made = world.project().await;
+    let base = format!("/projects/{}/endpoints", text(&made["project"]["id"]));
+    let endpoint = text(&made["endpoints"][0]["id"]).to_owned();
+    world.post(&format!("{base}/{endpoint}/suspend"), Value::Null).await;
+    let started = world.computes.next.load(Ordering::Relaxed);
+    let wakes = futures::future::join_all((0..20).map(|_| world.wake(&endpoint))).await;
+    assert!(wakes.iter().all(|(status, _)| *status == 200));
+    assert_eq!(world.computes.next.load(Ordering::Relaxed), started + 1);
+    let wake: Wake = serde_json::from_value(world.wake(&endpoint).await.1).expect("wake");
+    assert!(!wake.cold && wake.postgres_socket.ends_with(".s.PGSQL.5432"));
+
+    // A dead compute is noticed by the next wake.
+    world.computes.alive.lock().clear();
+    let wake: Wake = serde_json::from_value(world.wake(&endpoint).await.1).expect("wake");
+    assert!(wake.cold);
+
+    world.post(&format!("{base}/{endpoint}/suspend"), Value::Null).await;
+    world.computes.failing.store(true, Ordering::Relaxed);
+    let started = world.computes.next.load(Ordering::Relaxed);
+    let wakes = futures::future::join_all((0..20).map(|_| world.wake(&endpoint))).await;
+    assert!(wakes.iter().all(|(status, error)| *status == 503 && text(&error["message"]).contains("no quorum")));
+    let tries = world.computes.next.load(Ordering::Relaxed) - started;
+    assert!(tries < 20, "{tries} starts for 20 wakes");
+    world.computes.failing.store(false, Ordering::Relaxed);
+    assert_eq!(world.wake(&endpoint).await.0, 200, "a failure is not remembered for later wakes");
+}
+
+#[tokio::test]
+async fn idle_computes_sleep_and_disabled_ones_stay_asleep() {
+    let world = World::new().await;
+    let made = world.project().await;
+    let path = format!("/projects/{}/endpoints/{}", text(&made["project"]["id"]), text(&made["endpoints"][0]["id"]));
+    let endpoint = text(&made["endpoints"][0]["id"]).to_owned();
+    assert_eq!(world.get(&path).await["endpoint"]["current_state"], "active");
+    world.computes.idle_ms.store(10_000, Ordering::Relaxed);
+    let (status, _) = world.api(Method::PATCH, &path, json!({"endpoint": {"suspend_timeout_seconds": 1}})).await;
+    assert_eq!(status, 200);
+    let mut asleep = false;
+    for _ in 0..60 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        asleep = world.get(&path).await["endpoint"]["current_state"] == "idle";
+        if asleep {
+            break;
+        }
+    }
+    assert!(asleep && world.computes.alive.lock().is_empty());
+
+    let (status, _) = world.api(Method::PATCH, &path, json!({"endpoint": {"disabled": true}})).await;
+    assert_eq!(status, 200);
+    assert_eq!(world.wake(&endpoint).await.0, 403);
+    let role = format!("/internal/v1/endpoints/{endpoint}/roles/dormouse_owner");
+    let (_, auth) = world.request(Method::GET, &role, Some(&world.service_token), Value::Null).await;
+    let auth: RoleAuth = serde_json::from_value(auth).expect("role");
+    assert!(!auth.enabled && auth.scram_verifier.is_some());
+    let missing = format!("/internal/v1/endpoints/{endpoint}/roles/nobody");
+    assert_eq!(world.request(Method::GET, &missing, Some(&world.service_token), Value::Null).await.0, 404);
+    assert!(world.computes.alive.lock().is_empty(), "looking at a role wakes nothing");
+}
+
+#[tokio::test]
+async fn roles_and_databases_reach_postgres() {
+    let world = World::new().await;
+    let made = world.project().await;
+    let (project, branch) = (text(&made["project"]["id"]), text(&made["branch"]["id"]));
+    let base = format!("/projects/{project}/branches/{branch}");
+    let role = world.post(&format!("{base}/roles"), json!({"role": {"name": "app"}})).await;
+    assert_eq!(role["operations"][0]["status"], "finished");
+    let applied = world.computes.applied.lock().last().cloned().expect("applied to the running compute");
+    assert!(applied.roles.iter().any(|r| r.name == "app"));
+    let password = world.get(&format!("{base}/roles/app/reveal_password")).await;
+    assert_eq!(password["password"], role["role"]["password"]);
+    assert!(world.get(&format!("{base}/roles/app")).await["role"].get("password").is_none());
+
+    let endpoint = text(&made["endpoints"][0]["id"]).to_owned();
+    world.post(&format!("/projects/{project}/endpoints/{endpoint}/suspend"), Value::Null).await;
+    let reset = world.post(&format!("{base}/roles/app/reset_password"), Value::Null).await;
+    assert_ne!(reset["role"]["password"], role["role"]["password"]);
+    world.post(&format!("{base}/databases"), json!({"database": {"name": "orders", "owner_name": "app"}})).await;
+    assert_eq!(world.api(Method::DELETE, &format!("{base}/roles/app"), Value::Null).await.0, 422, "owns a database");
+    assert_eq!(world.api(Method::DELETE, &format!("{base}/databases/orders"), Value::Null).await.0, 200);
+    assert_eq!(world.api(Method::DELETE, &format!("{base}/roles/app"), Value::Null).await.0, 200);
+    assert_eq!(world.wake(&endpoint).await.0, 200);
+    let catalog = world.computes.specs.lock().last().and_then(|spec| spec.catalog.clone()).expect("at the next wake");
+    assert_eq!((catalog.drop_roles, catalog.drop_databases), (vec!["app".to_owned()], vec!["orders".to_owned()]));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    world.post(&format!("/projects/{project}/endpoints/{endpoint}/restart"), Value::Null).await;
+    assert_eq!(world.wake(&endpoint).await.0, 200);
+    assert!(world.computes.specs.lock().last().expect("spec").catalog.is_none(), "told once");
+}
+
+#[tokio::test]
+async fn lists_have_pages_and_failures_leave_nothing() {
+    let world = World::new().await;
+    for number in 0..5 {
+        world.post("/projects", json!({"project": {"name": format!("p{number}")}})).await;
+    }
+    let (mut names, mut cursor) = (Vec::new(), String::new());
+    loop {
+        let page = world.get(&format!("/projects?limit=2&cursor={cursor}")).await;
+        let rows = page["projects"].as_array().expect("list").clone();
+        names.extend(rows.iter().map(|p| text(&p["name"]).to_owned()));
+        match page["pagination"]["cursor"].as_str() {
+            Some(next) => cursor = next.to_owned(),
+            None => break,
+        }
+    }
+    assert_eq!(names, ["p0", "p1", "p2", "p3", "p4"]);
+    assert_eq!(world.get("/projects?search=p3").await["projects"].as_array().expect("list").len(), 1);
+    for bad in ["limit=0", "limit=100000", "cursor=x"] {
+        assert_eq!(world.api(Method::GET, &format!("/projects?{bad}"), Value::Null).await.0, 400);
+    }
+    world.storage.failing.store(true, Ordering::Relaxed);
+    let (status, error) = world.api(Method::POST, "/projects", json!({})).await;
+    assert_eq!((status, text(&error["message"])), (503, "pageserver is away"));
+    assert_eq!(world.get("/projects").await["projects"].as_array().expect("list").len(), 5);
+}

@@ -1,0 +1,138 @@
+//! What the control plane asks of pageserver and safekeepers.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use control_plane_api::compute::SafekeeperAddress;
+use futures::future::join_all;
+use pageserver_client::{ClientError, PageserverClient};
+use safekeeper_client::ProposerConfig;
+use types::{BranchId, BranchRef, ForkNumber, Lsn, ProjectId, RelTag, oids};
+use wire::pageserver::{BranchInfo, BranchPoint, ErrorKind, ReadLsn};
+
+use crate::problem::Problem;
+
+/// Longest wait for a quorum when a branch's end of WAL must be learned.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest wait for a safekeeper to forget a branch.
+const SAFEKEEPER_DELETE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest wait for a branch's size, which is only shown.
+const INFO_TIMEOUT: Duration = Duration::from_secs(2);
+/// `pg_database`'s file in a template: any relation will do to wait for ingestion.
+const PG_DATABASE: RelTag = RelTag { spc: oids::GLOBAL_TABLESPACE, db: 0, rel: 1262, fork: ForkNumber::Main };
+
+/// Branches' storage. The real one is [`Services`]; tests have their own.
+#[async_trait]
+pub trait Storage: Send + Sync + 'static {
+    /// Makes `branch` from `ancestor`; answers where exactly. Repeating it is harmless.
+    async fn create_branch(&self, branch: &BranchRef, ancestor: &BranchRef, at: BranchPoint) -> Result<Lsn, Problem>;
+
+    /// Removes a branch from pageserver and safekeepers. Repeating it is harmless.
+    async fn delete_branch(&self, branch: &BranchRef) -> Result<(), Problem>;
+
+    /// The last position whose commits are all at or before `timestamp_us` (microseconds since 2000), in a history that ends
+    /// at `head`.
+    async fn lsn_by_timestamp(&self, branch: &BranchRef, timestamp_us: i64, head: Lsn) -> Result<Lsn, Problem>;
+
+    /// The end of a branch's WAL. Fences any compute: the caller makes sure that none runs.
+    async fn settle(&self, branch: &BranchRef, start_lsn: Lsn) -> Result<Lsn, Problem>;
+
+    /// Where the branch stands; for information only.
+    async fn branch_info(&self, branch: &BranchRef) -> Result<BranchInfo, Problem>;
+}
+
+/// The branch that every project's first branch is made from.
+pub fn template() -> BranchRef {
+    BranchRef {
+        project: ProjectId::new("dormouse-template").expect("a valid id"),
+        branch: BranchId::new("pg15").expect("a valid id"),
+    }
+}
+
+/// A pageserver and safekeepers over the network.
+pub struct Services {
+    pageserver: PageserverClient,
+    safekeepers: Vec<SafekeeperAddress>,
+    token: String,
+}
+
+impl Services {
+    /// `token` has scope `Service`.
+    pub fn new(pageserver: String, safekeepers: Vec<SafekeeperAddress>, token: String) -> Services {
+        Services { pageserver: PageserverClient::new(pageserver, token.clone()), safekeepers, token }
+    }
+}
+
+fn problem(error: ClientError) -> Problem {
+    let retryable = error.is_retryable();
+    match error {
+        ClientError::Transport { .. } => Problem::Unavailable(error.to_string()),
+        ClientError::Unexpected { .. } => Problem::Internal(error.to_string()),
+        ClientError::Pageserver(error) => match error.kind {
+            ErrorKind::Unavailable => Problem::Unavailable(format!("the pageserver is not ready: {error}")),
+            ErrorKind::Invalid => Problem::Invalid(error.message),
+            ErrorKind::Conflict => Problem::Conflict { code: "STORAGE_CONFLICT", message: error.message },
+            ErrorKind::NotFound | ErrorKind::Denied | ErrorKind::Corrupt => {
+                debug_assert!(!retryable);
+                Problem::Internal(format!("pageserver: {error}"))
+            }
+        },
+    }
+}
+
+#[async_trait]
+impl Storage for Services {
+    async fn create_branch(&self, branch: &BranchRef, ancestor: &BranchRef, at: BranchPoint) -> Result<Lsn, Problem> {
+        self.pageserver.create_branch(branch, ancestor, at).await.map_err(problem)
+    }
+
+    async fn delete_branch(&self, branch: &BranchRef) -> Result<(), Problem> {
+        match self.pageserver.delete_branch(branch).await {
+            Ok(()) => {}
+            Err(ClientError::Pageserver(error)) if error.kind == ErrorKind::NotFound => {}
+            Err(error) => return Err(problem(error)),
+        }
+        // A safekeeper that is away keeps a few bytes of a branch that no one will ask for again.
+        let deletions = self.safekeepers.iter().map(|safekeeper| async move {
+            let deletion = safekeeper_client::delete_branch(&safekeeper.address, &self.token, branch);
+            match tokio::time::timeout(SAFEKEEPER_DELETE_TIMEOUT, deletion).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => {
+                    tracing::warn!(%branch, safekeeper = %safekeeper.node, %error, "safekeeper did not delete the branch");
+                }
+                Err(_) => tracing::warn!(%branch, safekeeper = %safekeeper.node, "safekeeper did not answer a deletion"),
+            }
+        });
+        join_all(deletions).await;
+        Ok(())
+    }
+
+    async fn lsn_by_timestamp(&self, branch: &BranchRef, timestamp_us: i64, head: Lsn) -> Result<Lsn, Problem> {
+        // A pageserver that lags behind would find an older position: have it catch up first.
+        let caught_up = ReadLsn { request: head, not_modified_since: head };
+        self.pageserver.rel_size(branch, PG_DATABASE, caught_up).await.map_err(problem)?;
+        self.pageserver.lsn_by_timestamp(branch, timestamp_us).await.map_err(problem)
+    }
+
+    async fn settle(&self, branch: &BranchRef, start_lsn: Lsn) -> Result<Lsn, Problem> {
+        let config = ProposerConfig {
+            branch: branch.clone(),
+            safekeepers: self.safekeepers.iter().map(|s| (s.node, s.address.clone())).collect(),
+            token: self.token.clone(),
+            branch_start_lsn: start_lsn,
+            system_identifier: None,
+        };
+        match tokio::time::timeout(SETTLE_TIMEOUT, safekeeper_client::settle(config)).await {
+            Ok(Ok(lsn)) => Ok(lsn),
+            Ok(Err(error)) => Err(Problem::Unavailable(format!("end of the branch's WAL: {error}"))),
+            Err(_) => Err(Problem::Unavailable("no majority of safekeepers answered; try again".into())),
+        }
+    }
+
+    async fn branch_info(&self, branch: &BranchRef) -> Result<BranchInfo, Problem> {
+        match tokio::time::timeout(INFO_TIMEOUT, self.pageserver.branch_info(branch)).await {
+            Ok(answer) => answer.map_err(problem),
+            Err(_) => Err(Problem::Unavailable("the pageserver did not answer in time".into())),
+        }
+    }
+}

@@ -1,0 +1,279 @@
+//! Rows of `branches`.
+
+use rusqlite::{Connection, OptionalExtension, Row};
+use types::{BranchId, BranchRef, Lsn, ProjectId};
+
+use super::{Page, Paged, is_taken, lsn, lsn_column, now, optional_lsn, optional_parsed, parsed};
+use crate::problem::Problem;
+
+/// A branch's row.
+#[derive(Debug, Clone)]
+pub struct BranchRow {
+    /// Order of creation.
+    pub seq: i64,
+    /// Project and id.
+    pub branch: BranchRef,
+    /// Its owner's name for it.
+    pub name: String,
+    /// What it was made from; `None` for a project's first.
+    pub parent: Option<BranchId>,
+    /// Where it left its parent.
+    pub parent_lsn: Option<Lsn>,
+    /// The time asked for, if one was.
+    pub parent_timestamp: Option<String>,
+    /// Where its own WAL begins.
+    pub start_lsn: Lsn,
+    /// End of its WAL, when no compute can have written since.
+    pub settled_lsn: Option<Lsn>,
+    /// Where it is in its life.
+    pub state: BranchState,
+    /// When it got there.
+    pub state_changed_at: String,
+    /// The project's default branch.
+    pub is_default: bool,
+    /// Deleting it is refused.
+    pub protected: bool,
+    /// Grows with every change of roles and databases.
+    pub catalog_version: i64,
+    /// The version that Postgres is known to have.
+    pub catalog_applied: i64,
+    /// When it was made.
+    pub created_at: String,
+    /// When it was last changed.
+    pub updated_at: String,
+}
+
+/// Where a branch is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BranchState {
+    /// Storage does not have it yet.
+    Init,
+    /// In use.
+    Ready,
+    /// Storage may have lost it already.
+    Deleting,
+}
+
+impl BranchState {
+    /// As stored, and as Neon's API calls it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            BranchState::Init => "init",
+            BranchState::Ready => "ready",
+            BranchState::Deleting => "deleting",
+        }
+    }
+
+    fn from_text(text: &str) -> rusqlite::Result<BranchState> {
+        [BranchState::Init, BranchState::Ready, BranchState::Deleting]
+            .into_iter()
+            .find(|state| state.as_str() == text)
+            .ok_or_else(|| {
+                let reason = format!("unknown branch state {text:?}");
+                rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, reason.into())
+            })
+    }
+}
+
+fn from_row(row: &Row<'_>) -> rusqlite::Result<BranchRow> {
+    Ok(BranchRow {
+        seq: row.get("seq")?,
+        branch: BranchRef { project: parsed(row, "project_id")?, branch: parsed(row, "id")? },
+        name: row.get("name")?,
+        parent: optional_parsed(row, "parent_id")?,
+        parent_lsn: optional_lsn(row, "parent_lsn")?,
+        parent_timestamp: row.get("parent_timestamp")?,
+        start_lsn: lsn(row, "start_lsn")?,
+        settled_lsn: optional_lsn(row, "settled_lsn")?,
+        state: BranchState::from_text(&row.get::<_, String>("state")?)?,
+        state_changed_at: row.get("state_changed_at")?,
+        is_default: row.get("is_default")?,
+        protected: row.get("protected")?,
+        catalog_version: row.get("catalog_version")?,
+        catalog_applied: row.get("catalog_applied")?,
+        created_at: row.get("created_at")?,
+        updated_at: row.get("updated_at")?,
+    })
+}
+
+/// What a new branch is called and made from.
+#[derive(Debug, Clone)]
+pub struct NewBranch {
+    /// Project and id.
+    pub branch: BranchRef,
+    /// Its name.
+    pub name: String,
+    /// What it is made from.
+    pub parent: Option<BranchId>,
+    /// The time asked for, if one was.
+    pub parent_timestamp: Option<String>,
+    /// The project's default branch.
+    pub is_default: bool,
+    /// Deleting it is refused.
+    pub protected: bool,
+}
+
+/// Makes a branch in state `init`. Refused when the name is taken or the parent is not there.
+pub fn insert(db: &Connection, new: &NewBranch) -> Result<(), Problem> {
+    if let Some(parent) = &new.parent {
+        get(db, &new.branch.project, parent)?;
+    }
+    let now = now();
+    let inserted = db.execute(
+        "INSERT INTO branches (id, project_id, name, parent_id, parent_timestamp, start_lsn, state, state_changed_at,
+         is_default, protected, catalog_version, catalog_applied, created_at, updated_at)
+         VALUES (?1, ?2, ?3, ?4, ?5, 0, 'init', ?6, ?7, ?8, 1, 0, ?6, ?6)",
+        (
+            new.branch.branch.as_str(),
+            new.branch.project.as_str(),
+            &new.name,
+            new.parent.as_ref().map(BranchId::as_str),
+            &new.parent_timestamp,
+            &now,
+            new.is_default,
+            new.protected,
+        ),
+    );
+    match inserted {
+        Ok(_) => Ok(()),
+        Err(e) if is_taken(&e) => Err(Problem::Conflict {
+            code: "BRANCH_ALREADY_EXISTS",
+            message: format!("the project has a branch called {:?} already", new.name),
+        }),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Storage has made it: from now on it may be used.
+pub fn made(db: &Connection, branch: &BranchRef, start: Lsn, catalog_is_applied: bool) -> Result<BranchRow, Problem> {
+    db.execute(
+        "UPDATE branches SET state = 'ready', state_changed_at = ?1, updated_at = ?1, start_lsn = ?2, settled_lsn = ?2,
+         parent_lsn = CASE WHEN parent_id IS NULL THEN NULL ELSE ?2 END,
+         catalog_applied = CASE WHEN ?3 THEN catalog_version ELSE 0 END WHERE id = ?4",
+        (now(), lsn_column(start), catalog_is_applied, branch.branch.as_str()),
+    )?;
+    get(db, &branch.project, &branch.branch)
+}
+
+/// A branch in any state.
+pub fn find(db: &Connection, project: &ProjectId, id: &BranchId) -> Result<Option<BranchRow>, Problem> {
+    let sql = "SELECT * FROM branches WHERE id = ? AND project_id = ?";
+    Ok(db.query_row(sql, (id.as_str(), project.as_str()), from_row).optional()?)
+}
+
+/// A branch that is in use.
+pub fn get(db: &Connection, project: &ProjectId, id: &BranchId) -> Result<BranchRow, Problem> {
+    super::projects::get(db, project)?;
+    find(db, project, id)?.filter(|b| b.state == BranchState::Ready).ok_or_else(|| Problem::not_found("branch", id))
+}
+
+/// The project's default branch.
+pub fn default(db: &Connection, project: &ProjectId) -> Result<BranchRow, Problem> {
+    super::projects::get(db, project)?;
+    db.query_row("SELECT * FROM branches WHERE project_id = ? AND is_default", [project.as_str()], from_row)
+        .optional()?
+        .ok_or_else(|| Problem::not_found("default branch of project", project))
+}
+
+/// Branches in use, in order of creation; `search` is a part of name or id.
+pub fn list(db: &Connection, project: &ProjectId, page: Page, search: &str) -> Result<Paged<BranchRow>, Problem> {
+    super::projects::get(db, project)?;
+    let mut statement = db.prepare_cached(
+        "SELECT * FROM branches WHERE project_id = ?1 AND state = 'ready' AND seq > ?2
+         AND (?3 = '' OR instr(name, ?3) OR instr(id, ?3)) ORDER BY seq LIMIT ?4",
+    )?;
+    let rows = statement.query_map((project.as_str(), page.after.unwrap_or(0), search, page.limit), from_row)?;
+    let rows: Vec<BranchRow> = rows.collect::<Result<_, _>>()?;
+    let next = (rows.len() == page.limit as usize).then(|| rows.last().map(|r| r.seq)).flatten();
+    Ok((rows, next))
+}
+
+/// All branches of a project, children before their parents.
+pub fn children_first(db: &Connection, project: &ProjectId) -> Result<Vec<BranchRow>, Problem> {
+    // A child is always made after its parent.
+    let mut statement = db.prepare("SELECT * FROM branches WHERE project_id = ? ORDER BY seq DESC")?;
+    let rows = statement.query_map([project.as_str()], from_row)?;
+    Ok(rows.collect::<Result<_, _>>()?)
+}
+
+/// Branches that a stop of the control plane left half made or half deleted.
+pub fn unfinished(db: &Connection) -> Result<Vec<BranchRow>, Problem> {
+    let mut statement = db.prepare("SELECT * FROM branches WHERE state <> 'ready' ORDER BY seq DESC")?;
+    let rows = statement.query_map([], from_row)?;
+    Ok(rows.collect::<Result<_, _>>()?)
+}
+
+/// Changes name and protection.
+pub fn update(db: &Connection, row: &BranchRow) -> Result<BranchRow, Problem> {
+    let updated = db.execute(
+        "UPDATE branches SET name = ?, protected = ?, updated_at = ? WHERE id = ?",
+        (&row.name, row.protected, now(), row.branch.branch.as_str()),
+    );
+    match updated {
+        Ok(_) => get(db, &row.branch.project, &row.branch.branch),
+        Err(e) if is_taken(&e) => Err(Problem::Conflict {
+            code: "BRANCH_ALREADY_EXISTS",
+            message: format!("the project has a branch called {:?} already", row.name),
+        }),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Makes it the project's default branch.
+pub fn set_default(db: &Connection, branch: &BranchRef) -> Result<BranchRow, Problem> {
+    get(db, &branch.project, &branch.branch)?;
+    db.execute(
+        "UPDATE branches SET is_default = (id = ?), updated_at = ? WHERE project_id = ?",
+        (branch.branch.as_str(), now(), branch.project.as_str()),
+    )?;
+    get(db, &branch.project, &branch.branch)
+}
+
+/// Begins its deletion unless something forbids it.
+pub fn mark_deleting(db: &Connection, branch: &BranchRef) -> Result<BranchRow, Problem> {
+    super::projects::get(db, &branch.project)?;
+    let row = find(db, &branch.project, &branch.branch)?.ok_or_else(|| Problem::not_found("branch", &branch.branch))?;
+    let children: i64 =
+        db.query_row("SELECT count(*) FROM branches WHERE parent_id = ?", [branch.branch.as_str()], |r| r.get(0))?;
+    if children > 0 {
+        let message = format!("branch {} has {children} child branches; delete them first", branch.branch);
+        return Err(Problem::Conflict { code: "BRANCH_HAS_CHILDREN", message });
+    }
+    if row.is_default {
+        return Err(Problem::Refused(
+            "the project's default branch cannot be deleted; set another as default first".into(),
+        ));
+    }
+    if row.parent.is_none() {
+        return Err(Problem::Refused("a project's root branch cannot be deleted; delete the project instead".into()));
+    }
+    if row.protected {
+        return Err(Problem::Refused("the branch is protected; set protected to false first".into()));
+    }
+    force_deleting(db, branch)?;
+    Ok(row)
+}
+
+/// Begins its deletion, whatever it is.
+pub fn force_deleting(db: &Connection, branch: &BranchRef) -> Result<(), Problem> {
+    db.execute(
+        "UPDATE branches SET state = 'deleting', state_changed_at = ?1, updated_at = ?1 WHERE id = ?2",
+        (now(), branch.branch.as_str()),
+    )?;
+    Ok(())
+}
+
+/// Ends its deletion: the branch, its endpoint, roles and databases are gone.
+pub fn remove(db: &Connection, branch: &BranchRef) -> Result<(), Problem> {
+    for table in ["endpoints", "roles", "databases", "dropped"] {
+        db.execute(&format!("DELETE FROM {table} WHERE branch_id = ?"), [branch.branch.as_str()])?;
+    }
+    db.execute("DELETE FROM branches WHERE id = ?", [branch.branch.as_str()])?;
+    Ok(())
+}
+
+/// Remembers the end of its WAL, or that it is not known any more.
+pub fn set_settled(db: &Connection, branch: &BranchId, settled: Option<Lsn>) -> Result<(), Problem> {
+    db.execute("UPDATE branches SET settled_lsn = ? WHERE id = ?", (settled.map(lsn_column), branch.as_str()))?;
+    Ok(())
+}
