@@ -68,6 +68,44 @@ fn heap_and_btree() {
 }
 
 #[test]
+fn other_index_types() {
+    let report = run(&["full_page_writes=off"], |server| server.sql(include_str!("sql/indexes.sql")));
+    assert_covers(
+        &report,
+        &[
+            "Hash/INIT_META_PAGE",
+            "Hash/INIT_BITMAP_PAGE",
+            "Hash/INSERT",
+            "Hash/ADD_OVFL_PAGE",
+            "Hash/SPLIT_ALLOCATE_PAGE",
+            "Hash/SPLIT_COMPLETE",
+            "Hash/MOVE_PAGE_CONTENTS",
+            "Hash/SQUEEZE_PAGE",
+            "Hash/DELETE",
+            "Hash/UPDATE_META_PAGE",
+            "Hash/VACUUM_ONE_PAGE",
+            "Gin/CREATE_PTREE",
+            "Gin/INSERT",
+            "Gin/DELETE_PAGE",
+            "Gin/UPDATE_META_PAGE",
+            "Gin/INSERT_LISTPAGE",
+            "Gin/DELETE_LISTPAGE",
+            "Gin/VACUUM_DATA_LEAF_PAGE",
+            "Gist/PAGE_UPDATE",
+            "Gist/DELETE",
+            "Gist/PAGE_SPLIT",
+            "Gist/PAGE_DELETE",
+            "BRIN/CREATE_INDEX",
+            "BRIN/INSERT",
+            "BRIN/UPDATE",
+            "BRIN/SAMEPAGE_UPDATE",
+            "BRIN/REVMAP_EXTEND",
+            "BRIN/DESUMMARIZE",
+        ],
+    );
+}
+
+#[test]
 fn full_page_images_in_every_compression() {
     for compression in ["off", "pglz", "lz4", "zstd"] {
         let setting = format!("wal_compression={compression}");

@@ -3,8 +3,14 @@
 //! [`redo_page`] does what Postgres's redo routines do to the one page it is given, so that a page can be brought
 //! forward by itself, without the others that the record touches. There is a file per resource manager.
 
+mod brin;
 mod cursor;
 mod fault;
+mod gin;
+mod gin_posting;
+mod gist;
+mod hash;
+mod hash_meta;
 mod heap;
 mod heap2;
 mod image;
@@ -14,6 +20,8 @@ mod nbtree_posting;
 mod page_ops;
 mod pglz;
 mod simple;
+mod spgist;
+mod spgist_tuple;
 mod tuple;
 mod visibility_map;
 
@@ -68,6 +76,11 @@ pub fn restore_image(block: &BlockRef, page: &mut [u8; PAGE_BYTES]) -> Result<()
 fn redo_block(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<PageLsn, Fault> {
     if let Some(image) = block.image.as_ref().filter(|image| image.apply) {
         image::restore(image, page.bytes_mut())?;
+        match record.rmgr {
+            rmgr::HASH => hash::redo_after_image(page, record, block)?,
+            rmgr::GIST => gist::redo_after_image(page, record, block)?,
+            _image_is_all => {}
+        }
         // A page of zeroes stays one.
         return Ok(if page.is_new() { PageLsn::Keep } else { PageLsn::Set });
     }
@@ -76,6 +89,11 @@ fn redo_block(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> 
         rmgr::HEAP => heap::redo(page, record, block),
         rmgr::HEAP2 => heap2::redo(page, record, block),
         rmgr::BTREE => nbtree::redo(page, record, block),
+        rmgr::HASH => hash::redo(page, record, block),
+        rmgr::GIN => gin::redo(page, record, block),
+        rmgr::GIST => gist::redo(page, record, block),
+        rmgr::SPGIST => spgist::redo(page, record, block),
+        rmgr::BRIN => brin::redo(page, record, block),
         rmgr::SEQ => simple::redo_sequence(page, record),
         rmgr::GENERIC => simple::redo_generic(page, block),
         _unknown => Err(Fault::Unsupported("this resource manager's redo")),

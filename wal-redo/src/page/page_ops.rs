@@ -106,8 +106,6 @@ pub(super) enum Place {
     Heap(u16),
     /// At this offset number, which must be unused or the next new one (`PAI_OVERWRITE`).
     Overwriting(u16),
-    /// At the first free offset number (`InvalidOffsetNumber`).
-    Anywhere,
 }
 
 /// A page of 8 KiB.
@@ -118,10 +116,6 @@ pub(super) struct Page<'p> {
 impl<'p> Page<'p> {
     pub(super) fn new(bytes: &'p mut [u8; PAGE_BYTES]) -> Page<'p> {
         Page { bytes }
-    }
-
-    pub(super) fn bytes(&self) -> &[u8; PAGE_BYTES] {
-        self.bytes
     }
 
     pub(super) fn bytes_mut(&mut self) -> &mut [u8; PAGE_BYTES] {
@@ -221,8 +215,13 @@ impl<'p> Page<'p> {
         let field: [u8; 4] = self.bytes[AT_PRUNE_XID..AT_PRUNE_XID + 4].try_into().expect("four bytes");
         let current = u32::from_le_bytes(field);
         if current == 0 || xid_precedes(xid, current) {
-            self.bytes[AT_PRUNE_XID..AT_PRUNE_XID + 4].copy_from_slice(&xid.to_le_bytes());
+            self.set_prune_xid(xid);
         }
+    }
+
+    /// Sets `pd_prune_xid`.
+    pub(super) fn set_prune_xid(&mut self, xid: u32) {
+        self.bytes[AT_PRUNE_XID..AT_PRUNE_XID + 4].copy_from_slice(&xid.to_le_bytes());
     }
 
     /// `PageInit`: empty, with a special area of so many bytes (rounded up to 8) of zeroes.
@@ -314,7 +313,6 @@ impl<'p> Page<'p> {
                 }
                 at
             }
-            Place::Anywhere => self.free_offset_number(limit)?,
         };
         if offset_number == 0 || offset_number > limit {
             return Err(format!("item offset {offset_number} is not in 1..={limit}").into());
@@ -337,20 +335,6 @@ impl<'p> Page<'p> {
         self.set_lower(lower);
         self.set_upper(upper);
         Ok(offset_number)
-    }
-
-    fn free_offset_number(&mut self, limit: u16) -> Result<u16, Fault> {
-        if self.flags() & HAS_FREE_LINES == 0 {
-            return Ok(limit);
-        }
-        for candidate in 1..limit {
-            let id = self.item_id(candidate)?;
-            if !id.is_used() && !id.has_storage() {
-                return Ok(candidate);
-            }
-        }
-        self.set_has_free_lines(false);
-        Ok(limit)
     }
 
     /// A copy's fresh page with this page's special area (`PageGetTempPageCopySpecial`).

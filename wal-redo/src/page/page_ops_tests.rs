@@ -46,7 +46,7 @@ fn heap_pages_lose_unused_line_pointers_at_their_end() {
     page.set_item_id(3, ItemId::UNUSED).expect("there");
     page.truncate_line_pointers().expect("truncates");
     assert_eq!((page.max_offset(), page.flags() & HAS_FREE_LINES), (1, HAS_FREE_LINES));
-    assert_eq!(page.add_item(&[3; 8], Place::Anywhere).expect("fits"), 1);
+    assert_eq!(page.add_item(&[3; 8], Place::Heap(1)).expect("fits"), 1);
 }
 
 #[test]
@@ -55,14 +55,14 @@ fn nothing_outside_of_a_page_is_touched() {
     let mut page = Page::new(&mut bytes);
     assert!(page.item(0).is_err() && page.item(4).is_err());
     assert!(page.add_item(&[0; 8], Place::Shifting(5)).is_err());
-    assert!(page.add_item(&[0; 8190], Place::Anywhere).is_err());
+    assert!(page.add_item(&[0; 8190], Place::Shifting(4)).is_err());
     assert!(page.index_multi_delete(&[3, 2, 1]).is_err());
     page.set_item_id(1, ItemId::normal(8184, 100)).expect("there");
     assert!(page.item(1).is_err() && page.index_tuple_delete(1).is_err() && page.repair_fragmentation().is_err());
     page.set_lower(9000);
-    assert!(page.add_item(&[0; 8], Place::Anywhere).is_err() && page.truncate_line_pointers().is_err());
+    assert!(page.add_item(&[0; 8], Place::Shifting(1)).is_err() && page.truncate_line_pointers().is_err());
     let mut new = [0; PAGE_BYTES];
-    assert!(Page::new(&mut new).add_item(&[0; 8], Place::Anywhere).is_err());
+    assert!(Page::new(&mut new).add_item(&[0; 8], Place::Heap(1)).is_err());
 }
 
 #[test]
