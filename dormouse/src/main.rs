@@ -1,1 +1,73 @@
-fn main() {}
+//! `dormouse`: serverless Postgres in one program. Each subcommand is a service, the whole installation, or a call to its API.
+
+mod cli;
+mod logging;
+mod paths;
+mod services;
+mod shim;
+mod signals;
+mod template;
+mod up;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::logging::LogFormat;
+
+const EXAMPLES: &str = "\
+Examples:
+  dormouse up                                 run everything on this machine
+  dormouse projects create --name demo        make a project (a database with its own history)
+  dormouse psql                               connect to its main branch; it wakes by itself
+  dormouse branches create --name dev         branch it, with all data, in milliseconds
+  dormouse psql dev -- -c 'select 1'          connect to the branch
+  dormouse branches create --name before --at-timestamp 2030-01-01T12:00:00Z
+
+Logs go to standard error; DORMOUSE_LOG filters them (DORMOUSE_LOG=debug, DORMOUSE_LOG=dormouse_pageserver=trace).";
+
+/// Serverless Postgres: stock PostgreSQL that sleeps when idle, wakes on its first connection and branches in milliseconds
+#[derive(Parser)]
+#[command(name = "dormouse", version, after_help = EXAMPLES, max_term_width = 110)]
+struct Arguments {
+    /// Shape of log lines
+    #[arg(long, global = true, value_enum, default_value = "text", env = "DORMOUSE_LOG_FORMAT")]
+    log_format: LogFormat,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Up(up::UpArguments),
+    #[command(flatten)]
+    Service(services::ServiceCommand),
+    /// The data that new projects start from
+    #[command(subcommand)]
+    Template(template::TemplateCommand),
+    #[command(flatten)]
+    Client(cli::ClientCommand),
+}
+
+fn main() -> ExitCode {
+    let Arguments { log_format, command } = Arguments::parse();
+    let outcome = match command {
+        Command::Up(arguments) => up::main(arguments, log_format),
+        Command::Service(service) => services::main(service, log_format),
+        Command::Template(command) => template::main(command, log_format),
+        Command::Client(command) => cli::main(command, log_format),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("dormouse: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        super::Arguments::command().debug_assert();
+    }
+}

@@ -1,0 +1,138 @@
+//! `dormouse branches`.
+
+use clap::{Args, Subcommand};
+use control_plane_api::v2::{Branch, BranchCreated, BranchEnvelope, BranchFields, BranchRequest, EndpointFields};
+
+use super::super::{
+    Api, Connection, ProjectChoice,
+    output::{Output, or_dash},
+    select,
+};
+
+/// What can be done with branches.
+#[derive(Subcommand)]
+pub enum BranchCommand {
+    /// Make a branch: all of its parent's data as of now, or as of a past moment, at once
+    #[command(
+        after_help = "Examples:\n  dormouse branches create --name dev\n  dormouse branches create --name before --at-timestamp 2030-01-01T12:00:00Z\n  dormouse branches create --name exact --parent dev --at-lsn 0/1A2B3C8"
+    )]
+    Create(CreateArguments),
+    /// List a project's branches
+    List {
+        #[command(flatten)]
+        project: ProjectChoice,
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// Show a branch
+    Get(OneArguments),
+    /// Delete a branch that has no children
+    Delete(OneArguments),
+}
+
+/// `create`.
+#[derive(Args)]
+pub struct CreateArguments {
+    /// Its name [default: its id]
+    #[arg(long)]
+    name: Option<String>,
+    /// What to branch from, by name or id [default: the project's default branch]
+    #[arg(long)]
+    parent: Option<String>,
+    /// At this position of the parent's WAL
+    #[arg(long, value_name = "LSN", conflicts_with = "at_timestamp")]
+    at_lsn: Option<String>,
+    /// As of this time (RFC 3339, such as 2030-01-01T12:00:00Z)
+    #[arg(long, value_name = "TIME")]
+    at_timestamp: Option<String>,
+    /// Idle seconds before its endpoint sleeps; 0 is the default of 300, -1 never
+    #[arg(long, allow_hyphen_values = true)]
+    suspend_timeout: Option<i64>,
+    /// Without an endpoint: it cannot be connected to until it gets one
+    #[arg(long)]
+    no_endpoint: bool,
+    #[command(flatten)]
+    project: ProjectChoice,
+    #[command(flatten)]
+    connection: Connection,
+}
+
+/// `get` and `delete`.
+#[derive(Args)]
+pub struct OneArguments {
+    /// The branch, by id or name
+    branch: String,
+    #[command(flatten)]
+    project: ProjectChoice,
+    #[command(flatten)]
+    connection: Connection,
+}
+
+/// Does it.
+pub async fn run(command: BranchCommand) -> anyhow::Result<()> {
+    match command {
+        BranchCommand::Create(arguments) => create(arguments).await,
+        BranchCommand::List { project, connection } => {
+            let api = Api::new(&connection)?;
+            let project = select::project(&api, &project).await?;
+            let branches = select::branches(&api, &project.id).await?;
+            print(connection.output, &branches, &branches)
+        }
+        BranchCommand::Get(arguments) => {
+            let (api, path) = find(&arguments).await?;
+            let shown: BranchEnvelope = api.get(&path).await?;
+            print(arguments.connection.output, &shown, std::slice::from_ref(&shown.branch))
+        }
+        BranchCommand::Delete(arguments) => {
+            let (api, path) = find(&arguments).await?;
+            let deleted: BranchEnvelope = api.delete(&path).await?;
+            print(arguments.connection.output, &deleted, std::slice::from_ref(&deleted.branch))
+        }
+    }
+}
+
+async fn find(arguments: &OneArguments) -> anyhow::Result<(Api, String)> {
+    let api = Api::new(&arguments.connection)?;
+    let project = select::project(&api, &arguments.project).await?;
+    let branch = select::branch(&api, &project, Some(&arguments.branch)).await?;
+    Ok((api, format!("/projects/{}/branches/{}", project.id, branch.id)))
+}
+
+async fn create(arguments: CreateArguments) -> anyhow::Result<()> {
+    let api = Api::new(&arguments.connection)?;
+    let project = select::project(&api, &arguments.project).await?;
+    let parent = match &arguments.parent {
+        Some(parent) => Some(select::branch(&api, &project, Some(parent)).await?.id.to_string()),
+        None => None,
+    };
+    let endpoint = EndpointFields {
+        kind: Some("read_write".into()),
+        suspend_timeout_seconds: arguments.suspend_timeout,
+        ..Default::default()
+    };
+    let request = BranchRequest {
+        branch: BranchFields {
+            name: arguments.name,
+            parent_id: parent,
+            parent_lsn: arguments.at_lsn,
+            parent_timestamp: arguments.at_timestamp,
+            protected: None,
+        },
+        endpoints: if arguments.no_endpoint { Vec::new() } else { vec![endpoint] },
+    };
+    let created: BranchCreated = api.post(&format!("/projects/{}/branches", project.id), &request).await?;
+    print(arguments.connection.output, &created, std::slice::from_ref(&created.branch))?;
+    if let (Output::Table, Some(uri)) = (arguments.connection.output, created.connection_uris.first()) {
+        println!("\nConnect:\n  psql '{}'", uri.connection_uri);
+    }
+    Ok(())
+}
+
+fn print(output: Output, answer: &impl serde::Serialize, branches: &[Branch]) -> anyhow::Result<()> {
+    let rows = branches.iter().map(|b| {
+        let name = if b.default { format!("{} (default)", b.name) } else { b.name.clone() };
+        let parent = or_dash(b.parent_id.as_ref());
+        [b.id.to_string(), name, parent, or_dash(b.parent_lsn), b.created_at.clone()]
+    });
+    output.print(answer, ["id", "name", "parent", "parent lsn", "created"], rows)
+}

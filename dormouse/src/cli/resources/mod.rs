@@ -1,0 +1,6 @@
+//! One file for each kind of thing that the API has.
+
+pub mod branches;
+pub mod catalog;
+pub mod endpoints;
+pub mod projects;

@@ -1,0 +1,221 @@
+//! Which processes an installation consists of: their arguments, ports and order. Pure but for the check of the ports.
+
+use std::{
+    ffi::OsString,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    time::Duration,
+};
+
+use anyhow::Context;
+use wire::Scope;
+
+use super::{Installation, UpArguments, checks};
+use crate::logging::LogFormat;
+
+/// The services' token; a new one is made at each start of the installation.
+const SERVICE_TOKEN_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
+/// Where everything listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ports {
+    /// The proxy.
+    pub postgres: SocketAddr,
+    /// The control plane.
+    pub api: SocketAddr,
+    /// The pageserver.
+    pub pageserver: SocketAddr,
+    /// The safekeepers, the first being number 1.
+    pub safekeepers: Vec<SocketAddr>,
+}
+
+impl Ports {
+    /// From the command line.
+    pub fn new(arguments: &UpArguments) -> anyhow::Result<Ports> {
+        let internal = |offset: u16| {
+            let port = arguments.base_port.checked_add(offset).context("--base-port is too large")?;
+            anyhow::Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port))
+        };
+        Ok(Ports {
+            postgres: SocketAddr::new(arguments.host, arguments.pg_port),
+            api: SocketAddr::new(arguments.host, arguments.api_port),
+            pageserver: internal(0)?,
+            safekeepers: (1..=arguments.safekeepers).map(internal).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Fails when one is taken, naming the flag to change.
+    pub fn check(&self) -> anyhow::Result<()> {
+        checks::port_is_free(self.postgres, "Postgres", "--pg-port")?;
+        checks::port_is_free(self.api, "REST API", "--api-port")?;
+        checks::port_is_free(self.pageserver, "pageserver", "--base-port")?;
+        for address in &self.safekeepers {
+            checks::port_is_free(*address, "safekeeper", "--base-port")?;
+        }
+        Ok(())
+    }
+
+    fn safekeeper_list(&self) -> String {
+        let named = self.safekeepers.iter().enumerate().map(|(index, address)| format!("{}={address}", index + 1));
+        named.collect::<Vec<_>>().join(",")
+    }
+}
+
+/// A process of this program.
+pub struct Service {
+    /// Such as `safekeeper-1`; also its log's name.
+    pub name: String,
+    /// Subcommand and flags.
+    pub arguments: Vec<OsString>,
+    /// Environment, for what must not be seen in a list of processes.
+    pub environment: Vec<(&'static str, String)>,
+    /// Takes connections when it is ready.
+    pub address: SocketAddr,
+    /// How long it may take to stop before it is killed.
+    pub stop_timeout: Duration,
+    /// Services of a lower number are stopped before those of a higher one.
+    pub stop_rank: u8,
+}
+
+/// All services in the order in which they are started. The control plane comes before the pageserver, which asks it for a
+/// generation, and stops before it: its computes still read pages.
+pub(crate) fn services(installation: &Installation) -> anyhow::Result<Vec<Service>> {
+    let token = installation.keys.signer.sign(Scope::Service, SERVICE_TOKEN_LIFETIME)?;
+    let mut services: Vec<Service> =
+        (0..installation.ports.safekeepers.len()).map(|index| safekeeper(installation, index)).collect();
+    services.push(control_plane(installation));
+    services.push(pageserver(installation, &token));
+    services.push(proxy(installation, &token));
+    Ok(services)
+}
+
+/// Subcommand and flags of a service.
+struct Flags(Vec<OsString>);
+
+impl Flags {
+    fn new(installation: &Installation, subcommand: &str) -> Flags {
+        let format = match installation.log_format {
+            LogFormat::Text => "text",
+            LogFormat::Json => "json",
+        };
+        Flags([subcommand, "--log-format", format].map(OsString::from).to_vec())
+    }
+
+    fn with(mut self, flag: &str, value: impl Into<OsString>) -> Flags {
+        self.0.extend([flag.into(), value.into()]);
+        self
+    }
+
+    fn with_some(self, flag: &str, value: Option<impl Into<OsString>>) -> Flags {
+        match value {
+            Some(value) => self.with(flag, value),
+            None => self,
+        }
+    }
+}
+
+fn safekeeper(installation: &Installation, index: usize) -> Service {
+    let (number, address) = (index + 1, installation.ports.safekeepers[index]);
+    let name = format!("safekeeper-{number}");
+    let flags = Flags::new(installation, "safekeeper")
+        .with("--id", number.to_string())
+        .with("--listen", address.to_string())
+        .with("--data-dir", installation.data_dir.join(&name))
+        .with("--token-public-key", &installation.keys.paths.token_public);
+    Service {
+        name,
+        arguments: flags.0,
+        environment: Vec::new(),
+        address,
+        stop_timeout: Duration::from_secs(10),
+        stop_rank: 3,
+    }
+}
+
+fn pageserver(installation: &Installation, token: &str) -> Service {
+    let ports = &installation.ports;
+    let flags = Flags::new(installation, "pageserver")
+        .with("--listen", ports.pageserver.to_string())
+        .with("--data-dir", installation.data_dir.join("pageserver"))
+        .with("--object-store", &installation.object_store)
+        .with("--safekeepers", ports.safekeeper_list())
+        .with("--control-plane", format!("http://{}", local(ports.api)))
+        .with("--token-public-key", &installation.keys.paths.token_public);
+    Service {
+        name: "pageserver".into(),
+        arguments: flags.0,
+        environment: vec![("DORMOUSE_TOKEN", token.to_owned())],
+        address: ports.pageserver,
+        stop_timeout: Duration::from_secs(60),
+        stop_rank: 2,
+    }
+}
+
+fn control_plane(installation: &Installation) -> Service {
+    let (ports, arguments) = (&installation.ports, &installation.arguments);
+    let host = match arguments.host {
+        host if host.is_unspecified() || host.is_loopback() => "localhost".to_owned(),
+        IpAddr::V4(host) => host.to_string(),
+        IpAddr::V6(host) => format!("[{host}]"),
+    };
+    let mut flags = Flags::new(installation, "control-plane")
+        .with("--listen", ports.api.to_string())
+        .with("--data-dir", &installation.data_dir)
+        .with("--pageserver", ports.pageserver.to_string())
+        .with("--safekeepers", ports.safekeeper_list())
+        .with("--proxy-host", host)
+        .with("--proxy-port", ports.postgres.port().to_string())
+        .with("--postgres-bin-dir", &installation.postgres_bin_dir)
+        .with_some("--postgres-user", installation.postgres_user.as_ref())
+        .with_some("--runtime-dir", arguments.runtime_dir.as_ref())
+        .with_some("--domain", arguments.domain.as_ref());
+    flags.0.push("--stop-computes-at-exit".into());
+    Service {
+        name: "control-plane".into(),
+        arguments: flags.0,
+        environment: Vec::new(),
+        address: ports.api,
+        stop_timeout: Duration::from_secs(60),
+        stop_rank: 1,
+    }
+}
+
+fn proxy(installation: &Installation, token: &str) -> Service {
+    let ports = &installation.ports;
+    let flags = Flags::new(installation, "proxy")
+        .with("--listen", ports.postgres.to_string())
+        .with("--control-plane", format!("http://{}", local(ports.api)))
+        .with("--tls-dir", installation.data_dir.join("tls"))
+        .with_some("--domain", installation.arguments.domain.as_ref());
+    Service {
+        name: "proxy".into(),
+        arguments: flags.0,
+        environment: vec![("DORMOUSE_TOKEN", token.to_owned())],
+        address: ports.postgres,
+        stop_timeout: Duration::from_secs(10),
+        stop_rank: 0,
+    }
+}
+
+/// Where to connect for an address that is listened on.
+pub fn local(address: SocketAddr) -> SocketAddr {
+    match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), address.port()),
+        IpAddr::V6(ip) if ip.is_unspecified() => {
+            SocketAddr::new(IpAddr::V6(std::net::Ipv6Addr::LOCALHOST), address.port())
+        }
+        IpAddr::V4(_) | IpAddr::V6(_) => address,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wildcard_addresses_are_reached_on_loopback() {
+        let address = |text: &str| text.parse::<SocketAddr>().expect("address");
+        assert_eq!(local(address("0.0.0.0:1")), address("127.0.0.1:1"));
+        assert_eq!(local(address("[::]:1")), address("[::1]:1"));
+        assert_eq!(local(address("10.1.2.3:1")), address("10.1.2.3:1"));
+    }
+}
