@@ -135,9 +135,18 @@ create table pt1 partition of pt for values with (modulus 2, remainder 1);
 insert into pt select i, md5(i::text) from generate_series(1, 10000) i;
 select count(*), count(distinct tableoid) from pt;
 drop table pt;
-alter table t add column extra int default 7, alter column k type bigint;
-select sum(extra), sum(k) from t;
+alter table ix add column extra int default 7, alter column id type bigint;
+select sum(extra), sum(id) from ix;
 vacuum;
 checkpoint;
+create extension amcheck;
+select count(*), bool_and(check_all is null) from (
+  select case am.amname when 'btree' then bt_index_parent_check(c.oid, true)::text end as check_all
+  from pg_class c join pg_am am on am.oid = c.relam where c.relkind = 'i' and am.amname = 'btree' and c.relpersistence <> 't' and c.oid <> 't_pkey'::regclass) x
+  where check_all <> '';
+select count(*) from pg_class c, verify_heapam(c.oid) v where c.relkind in ('r', 'm') and c.relpersistence <> 't';
+select relname, pg_relation_size(oid), pg_relation_size(oid, 'fsm'), pg_relation_size(oid, 'vm') from pg_class where relname in ('t', 'ix', 'tr', 'ser', 'mv', 'u') order by 1;
+select relname, pg_relation_size(oid), pg_relation_size(oid, 'fsm'), pg_relation_size(oid, 'vm') from pg_class where relkind in ('r', 't', 'S', 'm') and relname not like 'pg_toast%' order by 1;
+select pg_database_size('postgres') - (select sum(pg_relation_size(oid) + pg_relation_size(oid, 'fsm') + pg_relation_size(oid, 'vm') + pg_relation_size(oid, 'init')) from pg_class where not relisshared);
 select count(*), sum(id), sum(length(v)), sum(length(big)) from t;
 select count(*) from tablesample_missing;

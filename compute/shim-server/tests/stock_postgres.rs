@@ -44,3 +44,170 @@ fn a_battery_of_sql_gives_the_same_results() {
     plain.stop();
     shimmed.stop();
 }
+
+#[test]
+fn pgbench_keeps_its_books() {
+    let dir = directory();
+    let shimmed = shimmed(dir.path(), &Options { clean_bytes: 8 << 20, ..Options::default() });
+    let server = &shimmed.server;
+    run(server.client("pgbench").args(["-i", "-q", "-s", "10"]));
+    let report = run(server.client("pgbench").args(["-c", "4", "-j", "2", "-t", "500"]));
+    assert!(report.contains("number of transactions actually processed: 2000/2000"), "{report}");
+    let sums = "select (select sum(abalance) from pgbench_accounts) = (select sum(delta) from pgbench_history),
+        (select sum(tbalance) from pgbench_tellers) = (select sum(delta) from pgbench_history),
+        (select sum(bbalance) from pgbench_branches) = (select sum(delta) from pgbench_history),
+        (select count(*) from pgbench_accounts), (select count(*) from pgbench_history)";
+    assert_eq!(server.sql(sums), "t|t|t|1000000|2000");
+    server.sql("vacuum full; checkpoint");
+    assert_eq!(server.sql(sums), "t|t|t|1000000|2000");
+    shimmed.stop();
+}
+
+#[test]
+fn a_base_backup_is_an_ordinary_cluster() {
+    let dir = directory();
+    let shimmed = shimmed(dir.path(), &Options::default());
+    let server = &shimmed.server;
+    server.sql("create table t as select i, md5(i::text) m from generate_series(1, 20000) i");
+    server.sql("create index on t (m); vacuum t; create unlogged table u as select 1 i");
+    run(server.client("pg_basebackup").args(["-X", "stream", "-c", "fast", "-D"]).arg(dir.path().join("copy")));
+    run(server.client("pg_verifybackup").arg(dir.path().join("copy")));
+    let copy = Server::start(dir.path(), "copy", &[], &[]);
+    let sums = "set enable_seqscan = off; select count(*), min(m) from t where m > ''";
+    assert_eq!(copy.sql(sums), server.sql(sums));
+    assert_eq!(copy.sql("select count(*) from u"), "0");
+    assert_eq!(copy.sql("create database d template template0 strategy file_copy"), "");
+    copy.stop();
+    shimmed.stop();
+}
+
+#[test]
+fn a_full_budget_fails_the_statement_and_not_the_session() {
+    let dir = directory();
+    let shimmed = shimmed(dir.path(), &Options { kept_bytes: 12 << 20, ..Options::default() });
+    let server = &shimmed.server;
+    server.sql("create table small (i int)");
+    let (out, error) =
+        server.try_sql("create table big as select i, repeat('x', 500) from generate_series(1, 100000) i");
+    assert!(error.contains("No space left on device"), "{out} {error}");
+    // The failed table's pages are gone with it.
+    assert_eq!(server.sql("insert into small select generate_series(1, 1000); select count(*) from small"), "1000");
+    let script = dir.path().join("session.sql");
+    fs::write(&script, "create table big as select i, repeat('x', 500) from generate_series(1, 100000) i;\nselect 'alive' || count(*) from small;\n").expect("script");
+    give_to_postgres(&script);
+    let said = server.script(&script);
+    assert!(said.contains("No space left on device") && said.contains("alive1000"), "{said}");
+    assert!(!server.log().contains("PANIC"), "{}", server.log());
+    shimmed.stop();
+}
+
+#[test]
+fn a_refused_wal_sync_ends_the_server() {
+    let dir = directory();
+    let mut shimmed = shimmed(dir.path(), &Options::default());
+    shimmed.server.sql("create table t (i int)");
+    shimmed.backend.fail_wal.store(true, Relaxed);
+    let (_, error) = shimmed.server.try_sql("insert into t values (1)");
+    assert!(!error.is_empty());
+    assert!(!shimmed.server.wait().success());
+    assert!(shimmed.server.log().contains("PANIC:  could not fdatasync file"), "{}", shimmed.server.log());
+}
+
+#[test]
+fn a_page_that_cannot_be_had_is_an_error_and_nothing_else() {
+    let dir = directory();
+    let shimmed = shimmed(dir.path(), &Options::default());
+    assert_eq!(shimmed.server.sql("select 1"), "1");
+    shimmed.backend.fail_pages.store(true, Relaxed);
+    let (out, error) = shimmed.server.try_sql("select count(*) > 1000 from pg_description");
+    assert!(
+        out.is_empty() && error.contains("could not read block") && error.contains("Input/output error"),
+        "{error}"
+    );
+    shimmed.backend.fail_pages.store(false, Relaxed);
+    assert_eq!(shimmed.server.sql("select count(*) > 1000 from pg_description"), "t");
+    shimmed.stop();
+}
+
+#[test]
+fn unlogged_relations_start_as_their_init_forks() {
+    let dir = directory();
+    initdb(&dir.path().join("original"));
+    let before = Server::start(dir.path(), "original", &[], &[]);
+    before.sql(
+        "create unlogged table u (i int primary key, v text); create index on u using gin (to_tsvector('simple', v))",
+    );
+    before.sql("insert into u select i, 'w' || i from generate_series(1, 1000) i; vacuum u");
+    before.stop();
+    let shimmed = Shimmed::start(dir.path(), "shimmed", &Options::default());
+    let server = &shimmed.server;
+    assert_eq!(server.sql("select count(*) from u"), "0");
+    server.sql("insert into u select i, 'w' || i from generate_series(1, 5000) i");
+    let by_index = "set enable_seqscan = off; select count(*) from u where to_tsvector('simple', v) @@ 'w77'";
+    assert_eq!(server.sql(by_index), "1");
+    assert_eq!(server.sql("set enable_seqscan = off; select v from u where i = 4321"), "w4321");
+    server.sql("vacuum u; checkpoint; drop table u; checkpoint");
+    assert_eq!(server.sql("select pg_database_size('postgres') > 6000000"), "t");
+    shimmed.stop();
+}
+
+/// Needs PostgreSQL's sources (`DORMOUSE_TEST_PGSRC`), a C compiler and minutes.
+#[test]
+#[ignore = "minutes, and PostgreSQL's sources"]
+fn the_core_regression_suite_gives_the_same_results() {
+    let sources = std::env::var("DORMOUSE_TEST_PGSRC").expect("DORMOUSE_TEST_PGSRC names PostgreSQL's sources");
+    let dir = directory();
+    let options = Options { settings: vec!["shared_buffers=4MB".to_owned()], ..Options::default() };
+    let (plain, shimmed) = pair(dir.path(), &options);
+    let regress = dir.path().join("regress");
+    run(std::process::Command::new("cp").arg("-r").arg(Path::new(&sources).join("src/test/regress")).arg(&regress));
+    let include = run(std::process::Command::new("pg_config").arg("--includedir-server"));
+    run(std::process::Command::new("cc")
+        .args(["-shared", "-fPIC", "-O1", "-I", include.trim(), "-o"])
+        .args([regress.join("regress.so"), regress.join("regress.c")]));
+    for name in ["refint.so", "autoinc.so"] {
+        run(std::process::Command::new("cp").arg(postgres_bin("../lib").join(name)).arg(&regress));
+    }
+    run(std::process::Command::new("chown").args(["-R", "postgres"]).arg(&regress));
+    let results = |server: &Server, name: &str| {
+        let out = dir.path().join(name);
+        fs::create_dir(&out).expect("mkdir");
+        give_to_postgres(&out);
+        let output = server
+            .client("../lib/pgxs/src/test/regress/pg_regress")
+            .args(["--use-existing", "--dbname=regression", "--max-connections=10", "--user=dormouse_admin"])
+            .arg(format!("--bindir={}", postgres_bin("").display()))
+            .arg(format!("--dlpath={}", regress.display()))
+            .arg(format!("--inputdir={}", regress.display()))
+            .arg(format!("--outputdir={}", out.display()))
+            .arg(format!("--schedule={}", regress.join("parallel_schedule").display()))
+            .arg(format!("--host={}", server.dir.display()))
+            .output()
+            .expect("pg_regress");
+        eprintln!(
+            "{name}: {}",
+            String::from_utf8_lossy(&output.stdout).lines().rev().take(12).collect::<Vec<_>>().join("\n")
+        );
+        out.join("results")
+    };
+    plain.sql("create database regression template template0");
+    shimmed.server.sql("create database regression template template0");
+    let (left, right) = (results(&plain, "out-plain"), results(&shimmed.server, "out-shimmed"));
+    let mut differing = Vec::new();
+    for entry in fs::read_dir(&left).expect("results") {
+        let name = entry.expect("entry").file_name();
+        let diff = std::process::Command::new("diff")
+            .arg("-u")
+            .arg(left.join(&name))
+            .arg(right.join(&name))
+            .output()
+            .expect("diff");
+        if !diff.status.success() {
+            eprintln!("{}", String::from_utf8_lossy(&diff.stdout).lines().take(40).collect::<Vec<_>>().join("\n"));
+            differing.push(name);
+        }
+    }
+    assert!(differing.is_empty(), "{differing:?}");
+    plain.stop();
+    shimmed.stop();
+}

@@ -256,9 +256,10 @@ impl Server {
         command
     }
 
-    /// Runs SQL; an error fails the test.
+    /// Runs statements, split at semicolons, each by itself; an error fails the test.
     pub fn sql(&self, sql: &str) -> String {
-        run(self.client("psql").args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-c", sql])).trim_end().to_owned()
+        let statements = sql.split(';').flat_map(|statement| ["-c", statement]);
+        run(self.client("psql").args(["-XAtq", "-v", "ON_ERROR_STOP=1"]).args(statements)).trim_end().to_owned()
     }
 
     /// Runs SQL that may fail: standard output and standard error.
@@ -324,12 +325,13 @@ impl Shimmed {
         copy_without_relations(&dir.join("original"), &pgdata);
         let socket = dir.join(format!("{name}.agent"));
         let config = PageCacheConfig {
-            shm_path: format!("/dev/shm/dormouse-shim-{}-{name}", std::process::id()).into(),
+            shm_path: Path::new("/dev/shm").join(dir.file_name().expect("a name")),
             pages_path: dir.join(format!("{name}.pages")),
             clean_bytes: options.clean_bytes,
             kept_bytes: options.kept_bytes,
         };
         let cache = PageCache::create(&config).expect("page cache");
+        cache.set_unlogged(&init_forks(&dir.join("original"))).expect("unlogged relations");
         let backend = Arc::new(PlainDirectory {
             pgdata: dir.join("original"),
             fail_wal: AtomicBool::new(false),
@@ -352,7 +354,8 @@ impl Shimmed {
         let settings: Vec<String> = required.chain(options.settings.iter().cloned()).collect();
         let environment = shim_environment(shim_library(), &pgdata, &socket, &config);
         let server = Server::start(dir, name, &settings, &environment);
-        // Postgres has the mapping, and so have we.
+        // Everybody who needs it has the mapping, or inherits it.
+        fs::remove_file(&config.shm_path).expect("remove");
         Shimmed { server, backend, cache, shutdown, runtime }
     }
 
@@ -361,6 +364,20 @@ impl Shimmed {
         self.shutdown.cancel();
         self.runtime.shutdown_timeout(Duration::from_secs(5));
     }
+}
+
+/// The init forks of a cluster: its unlogged relations.
+fn init_forks(pgdata: &Path) -> Vec<RelTag> {
+    let dbs = fs::read_dir(pgdata.join("base")).expect("base").map(|entry| entry.expect("entry").path());
+    let files = dbs.flat_map(|db| {
+        let number: Oid = db.file_name().and_then(|name| name.to_str()?.parse().ok()).unwrap_or(0);
+        let entries = fs::read_dir(db).expect("database").map(|entry| entry.expect("entry").file_name());
+        entries.map(move |name| (number, name.into_string().expect("text"))).collect::<Vec<_>>()
+    });
+    files
+        .filter_map(|(db, name)| relation_file(oids::DEFAULT_TABLESPACE, db, &name))
+        .filter(|rel| rel.fork == ForkNumber::Init)
+        .collect()
 }
 
 /// Relation files that lie in a data directory: there must be none.
