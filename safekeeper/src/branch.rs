@@ -9,7 +9,7 @@ use tokio::{
     time::timeout,
 };
 use tracing::{debug, error, info};
-use types::{BranchRef, Lsn};
+use types::{BranchRef, Lsn, WAL_SEGMENT_BYTES};
 
 use crate::{
     registry::Registry,
@@ -162,7 +162,7 @@ impl BranchActor {
         let state = match state {
             State::Open(mut open) => {
                 effects.extend(open.acceptor.end_batch());
-                effects.extend(open.acceptor.trim(false));
+                effects.extend(open.acceptor.trim(false, WAL_SEGMENT_BYTES));
                 self.perform(open, effects).await
             }
             State::Deleted | State::Failed(_) => state,
@@ -226,7 +226,7 @@ impl BranchActor {
     /// Stores what is only in memory and gives disk space back.
     async fn tidy(&mut self, state: State) -> State {
         let State::Open(mut open) = state else { return state };
-        let mut effects = open.acceptor.trim(true);
+        let mut effects = open.acceptor.trim(true, WAL_SEGMENT_BYTES);
         effects.extend(open.acceptor.persist_before_idle(open.store.stored()));
         let state = self.perform(open, effects).await;
         self.publish(&state);

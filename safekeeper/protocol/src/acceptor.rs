@@ -145,13 +145,13 @@ impl Acceptor {
         self.state.remote_consistent_lsn = self.state.remote_consistent_lsn.max(lsn);
     }
 
-    /// Drops WAL that the object store holds, in whole segments while the branch is in use (`idle` false), else all of it if
-    /// nothing else is left. Call between batches.
-    pub fn trim(&mut self, idle: bool) -> Vec<Effect> {
+    /// Drops WAL that the object store holds, in whole segments of this size while the branch is in use (`idle` false), else
+    /// all of it if nothing else is left. Call between batches.
+    pub fn trim(&mut self, idle: bool, segment_bytes: u64) -> Vec<Effect> {
         let s = &self.state;
         let safe = s.remote_consistent_lsn.min(s.commit_lsn);
         let all = idle && safe == s.flush_lsn && self.write_lsn == s.flush_lsn;
-        let keep_from = if all { safe } else { safe.segment_start() };
+        let keep_from = if all { safe } else { Lsn(safe.0 - safe.0 % segment_bytes) };
         if keep_from <= s.log_start_lsn {
             return Vec::new();
         }
@@ -211,14 +211,8 @@ impl Acceptor {
         let mine = self.state.voted_for == Some(vote.proposer);
         match vote.term {
             VoteTerm::Next => Some(Term(self.state.term.0 + 1)),
-            VoteTerm::Exactly { term, .. } if term > self.state.term => Some(term),
-            VoteTerm::Exactly { term, .. } if term == self.state.term => mine.then_some(term),
-            // The higher term was granted to this proposer alone, and it says that it never led it: no log has that term,
-            // and whoever wins a term in between needs a vote that is not given away here.
-            VoteTerm::Exactly { term, gives_back } => {
-                let unused = self.state.history.last_term() < term;
-                (mine && unused && gives_back == Some(self.state.term)).then_some(term)
-            }
+            VoteTerm::Exactly(term) if term > self.state.term => Some(term),
+            VoteTerm::Exactly(term) => (term == self.state.term && mine).then_some(term),
         }
     }
 
@@ -235,9 +229,11 @@ impl Acceptor {
             return vec![self.refuse(from, "the history does not end with the term".to_owned())];
         }
         let known = self.state.history.last_term() == elected.term;
+        let own = self.state.history.up_to(self.state.flush_lsn);
+        let common = elected.history.common_end(Lsn::MAX, &own, self.state.flush_lsn);
         match elected.start {
             StreamStart::Continue(start) if !known => {
-                if start < self.state.commit_lsn || start > self.state.flush_lsn || !start.is_valid() {
+                if start < self.state.commit_lsn || common != Some(start) || !start.is_valid() {
                     return vec![self.refuse(from, format!("can't continue the log at {start}"))];
                 }
                 self.truncate(start, &mut effects);
@@ -245,7 +241,8 @@ impl Acceptor {
                 self.persist(&mut effects);
             }
             StreamStart::Restart(start) if !known || start > self.state.flush_lsn => {
-                if start < self.state.commit_lsn || !start.is_valid() {
+                // What the two logs share may be committed: a restart can only go beyond it.
+                if start < self.state.commit_lsn || common > Some(start) || !start.is_valid() {
                     return vec![self.refuse(from, format!("can't restart the log at {start}"))];
                 }
                 self.restart(start, elected.history, &mut effects);

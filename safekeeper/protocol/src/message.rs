@@ -114,9 +114,8 @@ pub enum VoteTerm {
     /// The safekeeper's next: saves the round trip that asks for its term. When all safekeepers are in the same term, as they
     /// mostly are, their next one is the same too.
     Next,
-    /// This one. `gives_back` names a higher term that this safekeeper granted to this proposer, which has meanwhile won a
-    /// lower one and will never lead the higher.
-    Exactly { term: Term, gives_back: Option<Term> },
+    /// This one.
+    Exactly(Term),
 }
 
 /// See [`ProposerMessage::Vote`].

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use safekeeper_protocol::{Action, Proposer, ProposerId, ProposerMessage, ProposerSettings};
+use safekeeper_protocol::{Action, Proposer, ProposerId, ProposerMessage, ProposerSettings, message::MAX_WAL_BYTES_PER_MESSAGE};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinSet,
@@ -59,6 +59,7 @@ impl Driver {
             system_identifier: config.system_identifier,
             buffer_bytes: BUFFER_BYTES,
             window_bytes: WINDOW_BYTES,
+            message_bytes: MAX_WAL_BYTES_PER_MESSAGE,
         };
         let (event_sender, events) = mpsc::unbounded_channel();
         let mut peers = JoinSet::new();

@@ -16,30 +16,32 @@ impl Proposer {
         let connected: Vec<NodeId> =
             self.peers.iter().filter(|(_, peer)| !matches!(peer, Peer::Away)).map(|(node, _)| *node).collect();
         for node in connected {
-            self.ask(node, VoteTerm::Exactly { term, gives_back: None }, &mut actions);
+            self.ask(node, VoteTerm::Exactly(term), &mut actions);
         }
         actions
     }
 
     pub(super) fn handle_vote_reply(&mut self, from: NodeId, reply: VoteReply, actions: &mut Vec<Action>) {
         self.horizon = self.horizon.max(reply.remote_consistent_lsn);
-        let (term, granted) = (reply.term, reply.granted);
+        let (term, log_term) = (reply.term, reply.history.last_term());
         self.peers.insert(from, Peer::Voted(Box::new(reply)));
         match &self.phase {
             Phase::Campaign { .. } => self.count_votes(actions),
             Phase::Leader(leader) if term == leader.term => self.tell_elected(from, actions),
-            Phase::Leader(leader) if term < leader.term => {
-                self.ask(from, VoteTerm::Exactly { term: leader.term, gives_back: None }, actions);
+            Phase::Leader(leader) if term < leader.term => self.ask(from, VoteTerm::Exactly(leader.term), actions),
+            Phase::Leader(leader) if !leader.started => {
+                // Nothing has been written in this term: a higher one is taken, so that this safekeeper takes part too.
+                self.phase = Phase::Campaign { candidate: Some(term) };
+                actions.push(Action::RetryElection);
             }
-            Phase::Leader(leader) if granted => {
-                let vote = VoteTerm::Exactly { term: leader.term, gives_back: Some(term) };
-                self.ask(from, vote, actions);
-            }
-            Phase::Leader(leader) => {
-                let reason = format!("safekeeper {from} is in term {term}, this compute in {}", leader.term);
+            Phase::Leader(leader) if log_term > leader.term => {
+                let reason =
+                    format!("safekeeper {from} has WAL of term {log_term}, this compute leads {}", leader.term);
                 self.fence(reason, actions);
             }
-            Phase::Over => {}
+            // It voted for a candidate that has not been heard of again. If that one wins after all, the others will tell;
+            // if not, this safekeeper takes part from the next election on.
+            Phase::Leader(_) | Phase::Over => {}
         }
     }
 
@@ -64,7 +66,7 @@ impl Proposer {
         let below: Vec<NodeId> = replies.iter().filter(|(_, r)| r.term < term).map(|(node, _)| *node).collect();
         self.phase = Phase::Campaign { candidate: Some(term) };
         for node in below {
-            self.ask(node, VoteTerm::Exactly { term, gives_back: None }, actions);
+            self.ask(node, VoteTerm::Exactly(term), actions);
         }
     }
 
@@ -102,9 +104,14 @@ impl Proposer {
         let (Phase::Leader(leader), Some(Peer::Voted(reply))) = (&self.phase, self.peers.get(&node)) else { return };
         let common = leader.history.common_end(leader.wal.end(), &reply.history, reply.flush_lsn);
         let have_from = self.have_wal_from(leader, node);
+        let restart = self.restart_lsn();
         let start = match common {
-            Some(common) if reply.flush_lsn.is_valid() && common >= have_from => StreamStart::Continue(common),
-            Some(_) | None => StreamStart::Restart(self.restart_lsn()),
+            // What is above the restart position may be committed and must not go, even if nobody who could send what
+            // follows is connected now.
+            Some(common) if reply.flush_lsn.is_valid() && common >= have_from.min(restart) => {
+                StreamStart::Continue(common)
+            }
+            Some(_) | None => StreamStart::Restart(restart),
         };
         let log_start_lsn = reply.log_start_lsn;
         self.follow(node, start, log_start_lsn, actions);
@@ -137,11 +144,15 @@ impl Proposer {
     /// Where a safekeeper that lacks WAL which only the object store has starts anew: committed, in the object store, and
     /// not below what the others still hold.
     pub(super) fn restart_lsn(&self) -> Lsn {
-        let committed = match &self.phase {
-            Phase::Leader(leader) => leader.start_lsn.max(self.commit_lsn),
-            Phase::Campaign { .. } | Phase::Over => self.commit_lsn,
+        let (committed, known_stored) = match &self.phase {
+            // Terms are only forgotten below what the object store holds: whoever forgot them knew more than we may.
+            Phase::Leader(leader) => {
+                let first = leader.history.entries().first().map_or(Lsn::INVALID, |entry| entry.start_lsn);
+                (leader.start_lsn.max(self.commit_lsn), first.max(self.horizon))
+            }
+            Phase::Campaign { .. } | Phase::Over => (self.commit_lsn, self.horizon),
         };
-        self.horizon.min(committed).max(self.settings.branch_start_lsn)
+        known_stored.min(committed).max(self.settings.branch_start_lsn)
     }
 }
 

@@ -45,6 +45,8 @@ pub struct ProposerSettings {
     pub buffer_bytes: u64,
     /// Bytes that may be on the way to one safekeeper.
     pub window_bytes: u64,
+    /// Most WAL bytes in one message; at most [`crate::message::MAX_WAL_BYTES_PER_MESSAGE`].
+    pub message_bytes: usize,
     /// Breaks the rules on purpose, to show that the simulation notices.
     #[cfg(test)]
     pub fault: Option<Fault>,
@@ -152,8 +154,8 @@ impl Proposer {
             return actions;
         }
         let term = match &self.phase {
-            Phase::Leader(leader) => VoteTerm::Exactly { term: leader.term, gives_back: None },
-            Phase::Campaign { candidate: Some(term) } => VoteTerm::Exactly { term: *term, gives_back: None },
+            Phase::Leader(leader) => VoteTerm::Exactly(leader.term),
+            Phase::Campaign { candidate: Some(term) } => VoteTerm::Exactly(*term),
             Phase::Campaign { candidate: None } | Phase::Over => VoteTerm::Next,
         };
         self.ask(node, term, &mut actions);

@@ -3,7 +3,7 @@
 use types::{Lsn, NodeId};
 
 use super::{Action, Leadership, Peer, Phase, Proposer};
-use crate::message::{Append, AppendReply, Fetch, Fetched, MAX_WAL_BYTES_PER_MESSAGE, ProposerMessage, StreamStart};
+use crate::message::{Append, AppendReply, Fetch, Fetched, ProposerMessage, StreamStart};
 
 /// A safekeeper that has been told of the term.
 #[derive(Debug, Clone)]
@@ -147,12 +147,13 @@ impl Proposer {
             if follower.sent_lsn < leader.wal.start() {
                 if let (None, Some(donor)) = (follower.fetching_from, donor) {
                     follower.fetching_from = Some(donor);
-                    let message = ProposerMessage::Fetch(fetch_for(node, follower, leader));
+                    let message =
+                        ProposerMessage::Fetch(fetch_for(node, follower, leader, self.settings.message_bytes));
                     actions.push(Action::Send { to: donor, message });
                 }
                 break;
             }
-            let part = leader.wal.read(follower.sent_lsn, MAX_WAL_BYTES_PER_MESSAGE);
+            let part = leader.wal.read(follower.sent_lsn, self.settings.message_bytes);
             let begin = follower.sent_lsn;
             follower.sent_lsn += part.wal.len() as u64;
             follower.sent_boundary = follower.sent_boundary.max(part.boundary);
@@ -246,8 +247,8 @@ fn held_in_this_term(peer: &Peer) -> Lsn {
     }
 }
 
-fn fetch_for(node: NodeId, follower: &Follower, leader: &Leadership) -> Fetch {
-    let end = leader.wal.start().min(follower.sent_lsn + MAX_WAL_BYTES_PER_MESSAGE as u64);
+fn fetch_for(node: NodeId, follower: &Follower, leader: &Leadership, max_bytes: usize) -> Fetch {
+    let end = leader.wal.start().min(follower.sent_lsn + max_bytes as u64);
     Fetch { term: leader.term, on_behalf_of: node, begin: follower.sent_lsn, end }
 }
 

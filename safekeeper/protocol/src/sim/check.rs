@@ -1,0 +1,108 @@
+//! What must always hold.
+
+use std::collections::BTreeMap;
+
+use types::{Lsn, Term};
+
+use super::Disk;
+use crate::message::ProposerId;
+
+/// The truth as an observer of everything knows it.
+#[derive(Debug, Clone)]
+pub(crate) struct Observer {
+    start: Lsn,
+    /// All WAL that was ever reported committed.
+    committed: Vec<u8>,
+    leaders: BTreeMap<Term, ProposerId>,
+    /// Ends of records among the committed bytes.
+    boundaries: Vec<Lsn>,
+}
+
+impl Observer {
+    pub fn new(start: Lsn) -> Observer {
+        Observer { start, committed: Vec::new(), leaders: BTreeMap::new(), boundaries: vec![start] }
+    }
+
+    pub fn committed_end(&self) -> Lsn {
+        self.start + self.committed.len() as u64
+    }
+
+    /// Ends of committed records.
+    pub fn boundaries(&self) -> &[Lsn] {
+        &self.boundaries
+    }
+
+    /// A proposer leads a term from a position.
+    pub fn started(&mut self, term: Term, leader: ProposerId, start_lsn: Lsn) -> Result<(), String> {
+        let first = *self.leaders.entry(term).or_insert(leader);
+        if first != leader {
+            return Err(format!("term {term} has two leaders: {first:?} and {leader:?}"));
+        }
+        if start_lsn < self.start {
+            return Err(format!("term {term} starts at {start_lsn}, before the branch"));
+        }
+        Ok(())
+    }
+
+    /// A proposer, which started at `own_start` and wrote `own` since, says that WAL is committed up to `lsn`.
+    pub fn committed(&mut self, lsn: Lsn, own_start: Lsn, own: &[u8], disks: &[&Disk]) -> Result<(), String> {
+        if lsn > self.committed_end() {
+            let holders = disks.iter().filter(|disk| disk.flushed >= lsn && disk.start <= self.committed_end());
+            let held: Vec<&[u8]> = holders.map(|disk| disk.slice(self.committed_end(), lsn)).collect();
+            // Others may have a tail that was never committed.
+            let most = held.iter().max_by_key(|bytes| held.iter().filter(|other| other == bytes).count());
+            let Some(more) = most else { return Err(format!("{lsn} committed, but nobody holds it")) };
+            let more = more.to_vec();
+            self.append(&more)?;
+        }
+        for (position, byte) in (own_start.0..lsn.0).zip(own) {
+            if self.committed[(position - self.start.0) as usize] != *byte {
+                return Err(format!("committed WAL at {} is not its writer's", Lsn(position)));
+            }
+        }
+        self.held(disks)
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> Result<(), String> {
+        let mut rest = bytes;
+        self.committed.extend_from_slice(bytes);
+        let mut at = self.boundaries.last().copied().unwrap_or(self.start);
+        while let Some(length) = rest.first() {
+            at += u64::from(*length);
+            rest = rest.get(usize::from(*length)..).ok_or("a record was committed in part")?;
+            self.boundaries.push(at);
+        }
+        Ok(())
+    }
+
+    /// A majority holds everything committed, unchanged.
+    pub fn held(&self, disks: &[&Disk]) -> Result<(), String> {
+        let end = self.committed_end();
+        if self.committed.is_empty() {
+            return Ok(());
+        }
+        let holders = disks.iter().filter(|disk| disk.flushed >= end && self.agrees(disk, end)).count();
+        if holders < disks.len() / 2 + 1 {
+            return Err(format!("WAL was committed up to {end}, but only {holders} safekeepers hold it"));
+        }
+        Ok(())
+    }
+
+    /// A safekeeper has the right bytes up to a position that it says is committed.
+    pub fn knows_committed(&self, disk: &Disk, commit_lsn: Lsn) -> Result<(), String> {
+        if commit_lsn > self.committed_end().max(self.start) {
+            return Err(format!("a safekeeper takes {commit_lsn} for committed, it is {}", self.committed_end()));
+        }
+        if self.agrees(disk, commit_lsn) { Ok(()) } else { Err("a safekeeper has other committed WAL".to_owned()) }
+    }
+
+    fn agrees(&self, disk: &Disk, end: Lsn) -> bool {
+        let begin = disk.start.max(self.start);
+        let end = end.min(disk.end());
+        if begin >= end {
+            return true;
+        }
+        let known = &self.committed[(begin.0 - self.start.0) as usize..(end.0 - self.start.0) as usize];
+        known == disk.slice(begin, end)
+    }
+}
