@@ -6,6 +6,7 @@
 
 #![allow(dead_code)] // Each user of this module needs only some of it.
 
+pub mod damage;
 pub mod mask;
 pub mod names;
 pub mod server;
@@ -18,7 +19,8 @@ use std::{
     path::Path,
 };
 
-use dormouse_wal_redo::{RedoError, redo_page, restore_image};
+use damage::Damage;
+use dormouse_wal_redo::{Change, RedoError, changes, redo_page, restore_image};
 use store::Store;
 use types::{ForkNumber, Lsn, PAGE_BYTES, PageTag, RelTag, WAL_SEGMENT_BYTES};
 use wal::{
@@ -30,6 +32,9 @@ type Page = [u8; PAGE_BYTES];
 
 /// How many mismatches and errors are described in full.
 const DESCRIBED: usize = 20;
+
+/// Of how many applications of a record to a page one is repeated with damage.
+const DAMAGE_EVERY: u64 = 61;
 
 /// What happened to the records of one kind.
 #[derive(Clone, Copy, Debug, Default)]
@@ -46,6 +51,17 @@ pub struct Counts {
     pub mismatches: u64,
     /// Pages that redo refused.
     pub errors: u64,
+}
+
+impl Counts {
+    fn add(&mut self, other: &Counts) {
+        self.records += other.records;
+        self.redone += other.redone;
+        self.restored += other.restored;
+        self.compared += other.compared;
+        self.mismatches += other.mismatches;
+        self.errors += other.errors;
+    }
 }
 
 /// The outcome of a check.
@@ -108,6 +124,7 @@ pub fn check(before: &Path, after: &Path) -> Report {
         store: Store::new(before),
         changed_by: BTreeMap::new(),
         emptied_maps: BTreeSet::new(),
+        damage: Damage::default(),
         report: Report::default(),
     };
     let mut decoder = WalStreamDecoder::new(start);
@@ -155,35 +172,63 @@ struct Oracle {
     /// Pages of visibility maps whose bits Postgres has not logged: `CREATE DATABASE … STRATEGY wal_log` logs them as
     /// standard pages, and the whole map lies between `pd_lower` and `pd_upper`. Redo makes an empty map of that.
     emptied_maps: BTreeSet<PageTag>,
+    damage: Damage,
     report: Report,
 }
 
 impl Oracle {
+    /// Does what [`changes`] says of the record, then compares the pages of which it holds Postgres's image.
     fn apply(&mut self, record: &DecodedRecord) {
-        let kind = names::name(record);
         let mut counts = Counts { records: 1, ..Counts::default() };
-        self.apply_to_files(record);
+        let list = changes(record).unwrap_or_else(|error| {
+            counts.errors += 1;
+            self.report.problem(|| error.to_string());
+            Vec::new()
+        });
+        let mut touched = BTreeSet::new();
+        for change in list {
+            match change {
+                Change::Page { tag, will_init } => {
+                    touched.insert(tag);
+                    self.redo(&tag, will_init, record, &mut counts);
+                }
+                Change::TruncateRel { rel, blocks } => self.store.truncate(rel, blocks),
+                Change::DropRel(rel) => self.store.drop_rel(rel),
+                Change::CopyDatabase { src_spc, src_db, spc, db } => {
+                    self.store.copy_database((src_spc, src_db), (spc, db));
+                }
+                _not_about_pages => {}
+            }
+        }
         for block in &record.blocks {
-            self.redo(&block.tag(), record, &mut counts);
             if block.image.as_ref().is_some_and(|image| !image.apply) {
                 self.compare(block, record, &mut counts);
             }
         }
-        for tag in visibility_map_pages(record) {
-            self.redo_if_touched(&tag, record, &mut counts);
-        }
-        let total = self.report.kinds.entry(kind).or_default();
-        total.records += counts.records;
-        total.redone += counts.redone;
-        total.restored += counts.restored;
-        total.compared += counts.compared;
-        total.mismatches += counts.mismatches;
-        total.errors += counts.errors;
+        self.check_completeness(record, &touched, &mut counts);
+        self.report.kinds.entry(names::name(record)).or_default().add(&counts);
     }
 
-    fn redo(&mut self, tag: &PageTag, record: &DecodedRecord, counts: &mut Counts) {
+    /// Every page that `redo_page` would change is one that [`changes`] lists.
+    fn check_completeness(&mut self, record: &DecodedRecord, touched: &BTreeSet<PageTag>, counts: &mut Counts) {
+        // Of hints that were logged without an image there is nothing to redo.
+        let referred = record.blocks.iter().filter(|block| record.rmgr != rmgr::XLOG || block.image.is_some());
+        let implied = visibility_map_pages(record).into_iter().filter(|tag| {
+            let redone = redo_page(&mut self.store.read(tag), tag, record);
+            !matches!(redone, Err(RedoError::NotTouched { .. }))
+        });
+        let expected: BTreeSet<PageTag> = referred.map(|block| block.tag()).chain(implied).collect();
+        if expected != *touched {
+            counts.errors += 1;
+            self.report.problem(|| format!("{}: changes {touched:?} instead of {expected:?}", names::name(record)));
+        }
+    }
+
+    fn redo(&mut self, tag: &PageTag, will_init: bool, record: &DecodedRecord, counts: &mut Counts) {
         let block = record.blocks.iter().find(|block| block.tag() == *tag);
-        let mut page = self.store.read(tag);
+        // Where the page is made anew, its old content must not matter.
+        let mut page = if will_init { Box::new([0xA5; PAGE_BYTES]) } else { self.store.read(tag) };
+        self.damage.try_some(DAMAGE_EVERY, &page, tag, record);
         if let Err(error) = redo_page(&mut page, tag, record) {
             counts.errors += 1;
             self.report.problem(|| format!("{}: {error}", names::name(record)));
@@ -202,22 +247,6 @@ impl Oracle {
         }
         self.store.write(*tag, page);
         self.changed_by.insert(*tag, record.rmgr);
-    }
-
-    fn redo_if_touched(&mut self, tag: &PageTag, record: &DecodedRecord, counts: &mut Counts) {
-        let mut page = self.store.read(tag);
-        match redo_page(&mut page, tag, record) {
-            Ok(()) => {
-                counts.redone += 1;
-                self.store.write(*tag, page);
-                self.changed_by.insert(*tag, record.rmgr);
-            }
-            Err(RedoError::NotTouched { .. }) => {}
-            Err(error) => {
-                counts.errors += 1;
-                self.report.problem(|| error.to_string());
-            }
-        }
     }
 
     fn compare(&mut self, block: &wal::BlockRef, record: &DecodedRecord, counts: &mut Counts) {
@@ -247,36 +276,6 @@ impl Oracle {
         }
     }
 
-    /// What a record does to whole relations and databases.
-    fn apply_to_files(&mut self, record: &DecodedRecord) {
-        let data = &record.main_data;
-        let word = |at: usize| {
-            let bytes = data.get(at * 4..at * 4 + 4).expect("the record is long enough");
-            u32::from_le_bytes(bytes.try_into().expect("four bytes"))
-        };
-        match (record.rmgr, record.rmgr_info()) {
-            (rmgr::SMGR, 0x10) => {
-                let fork = ForkNumber::try_from(word(3) as u8).expect("a fork");
-                let rel = RelTag { spc: word(0), db: word(1), rel: word(2), fork };
-                self.store.truncate(rel, 0);
-            }
-            (rmgr::SMGR, 0x20) => {
-                self.truncate(word(0), RelFileNode::from_prefix(&data[4..]).expect("long enough"), word(4))
-            }
-            (rmgr::DBASE, 0x00) => self.store.copy_database((word(3), word(2)), (word(1), word(0))),
-            _nothing => {}
-        }
-    }
-
-    fn truncate(&mut self, blocks: u32, node: RelFileNode, flags: u32) {
-        if flags & 1 != 0 {
-            self.store.truncate(node.fork(ForkNumber::Main), blocks);
-        }
-        if flags & 2 != 0 {
-            self.store.truncate(node.fork(ForkNumber::Vm), blocks.div_ceil(vm::HEAP_BLOCKS_PER_PAGE));
-        }
-    }
-
     /// Compares all that redo wrote with the files of the stopped server.
     fn compare_with_files(&mut self, data_dir: &Path) {
         let mut problems = Vec::new();
@@ -289,6 +288,9 @@ impl Oracle {
             }
             // Dropped relations have no files any more.
             let Some(theirs) = store::read_file_page(data_dir, tag) else { continue };
+            if is_unlogged_hint(tag, rmgr, &theirs) {
+                continue;
+            }
             // Full-page images do not say what kind of page they hold.
             let rmgr = if rmgr == rmgr::XLOG { kind_of_page(&theirs) } else { rmgr };
             self.fill_emptied_map(tag, &mut ours, &theirs);
@@ -300,6 +302,12 @@ impl Oracle {
         }
         problems.into_iter().for_each(|problem| self.report.problem(|| problem));
     }
+}
+
+/// Pages that Postgres changes without WAL: the meta page of SP-GiST remembers pages with space, and SP-GiST prepares
+/// empty pages for another use.
+fn is_unlogged_hint(tag: &PageTag, rmgr: RmgrId, page: &Page) -> bool {
+    rmgr == rmgr::SPGIST && page[12] == 24 && page[13] == 0 || kind_of_page(page) == rmgr::SPGIST && tag.block == 0
 }
 
 /// The map pages that a record may change without referring to them.

@@ -109,3 +109,10 @@ VACUUM ranged;
 INSERT INTO ranged SELECT g, 'more' FROM generate_series(1, 40000) g;
 SELECT brin_summarize_new_values('ranged_id');
 SELECT brin_summarize_new_values('ranged_t');
+
+-- A root that is a leaf is vacuumed in its own way.
+CREATE TABLE spaced_little (p point);
+CREATE INDEX ON spaced_little USING spgist (p);
+INSERT INTO spaced_little SELECT point(g, g) FROM generate_series(1, 50) g;
+DELETE FROM spaced_little WHERE p[0] < 30;
+VACUUM spaced_little;
