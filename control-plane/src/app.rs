@@ -10,7 +10,7 @@ use crate::{
     compute::Computes,
     storage::Storage,
     store::{
-        Store,
+        self, Store,
         branches::BranchRow,
         catalog::{DatabaseRow, RoleRow},
         endpoints::EndpointRow,
@@ -119,7 +119,7 @@ impl App {
             proxy_host: self.address.proxy_host().to_owned(),
             suspend_timeout_seconds: row.suspend_timeout_seconds,
             provisioner: PROVISIONER.into(),
-            last_active: row.last_active,
+            last_active: state.last_active.map(store::at).or(row.last_active),
             started_at: row.started_at,
             suspended_at: row.suspended_at,
             created_at: row.created_at,

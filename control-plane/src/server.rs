@@ -1,13 +1,18 @@
 //! Puts the control plane together: keys, store, services, listener.
 
 use std::{
+    fs::File,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context;
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use wire::Scope;
@@ -28,6 +33,9 @@ use crate::{
 const SERVICE_TOKEN_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// How often what a stop interrupted is tried again.
 const CLEAN_UP_INTERVAL: Duration = Duration::from_secs(10);
+/// Longer than a control plane takes to put its computes to sleep.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(50);
+const LOCK_INTERVAL: Duration = Duration::from_millis(50);
 /// How long requests in flight may take at the end.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 const MIB: u64 = 1024 * 1024;
@@ -39,12 +47,15 @@ pub struct Server {
     app: Arc<App>,
     interrupted: Interrupted,
     stop_computes_at_exit: bool,
+    _lock: Flock<File>,
 }
 
 impl Server {
     /// Makes keys and directories at the first start, opens the store and takes the address. `shim` is where the shim is
     /// unless the settings name another.
     pub async fn bind(config: Config, shim: &Path) -> anyhow::Result<Server> {
+        std::fs::create_dir_all(config.log_dir()).with_context(|| format!("making {}", config.log_dir().display()))?;
+        let lock = lock(&config.data_dir).await?;
         let listener = match TcpListener::bind(config.listen).await {
             Ok(listener) => listener,
             Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => {
@@ -52,7 +63,6 @@ impl Server {
             }
             Err(e) => return Err(e).with_context(|| format!("listening on {}", config.listen)),
         };
-        std::fs::create_dir_all(config.log_dir()).with_context(|| format!("making {}", config.log_dir().display()))?;
         let keys = InstallationKeys::open_or_create(&config.data_dir)?;
         let store = Store::open(&config.database_path())?;
         let admin_key_hash = admin_key_hash(&store, &keys.paths.admin).await?;
@@ -70,7 +80,13 @@ impl Server {
         let url = format!("http://{}\n", listener.local_addr()?);
         std::fs::write(api_url_path(&config.data_dir), url).context("writing api.url")?;
         let interrupted = Interrupted::read(&app.store).await?;
-        Ok(Server { listener, app: Arc::new(app), interrupted, stop_computes_at_exit: config.stop_computes_at_exit })
+        Ok(Server {
+            listener,
+            app: Arc::new(app),
+            interrupted,
+            stop_computes_at_exit: config.stop_computes_at_exit,
+            _lock: lock,
+        })
     }
 
     /// The address that was taken.
@@ -97,6 +113,33 @@ impl Server {
         }
         tracing::info!("control plane has stopped");
         Ok(())
+    }
+}
+
+/// At most one control plane has a data directory: two would each think that they own its computes. One that was told to stop
+/// may still be putting computes to sleep, so it is waited for.
+async fn lock(data_dir: &Path) -> anyhow::Result<Flock<File>> {
+    let path = data_dir.join("control-plane.lock");
+    let deadline = Instant::now() + LOCK_TIMEOUT;
+    let mut told = false;
+    loop {
+        let file = File::options().create(true).truncate(false).write(true).open(&path);
+        let file = file.with_context(|| format!("opening {}", path.display()))?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((_, Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
+                if !told {
+                    tracing::warn!("another control plane has this data directory; waiting for it to stop");
+                    told = true;
+                }
+                tokio::time::sleep(LOCK_INTERVAL).await;
+            }
+            Err((_, Errno::EWOULDBLOCK)) => anyhow::bail!(
+                "another control plane runs with the data directory {}; stop it, or choose another with --data-dir",
+                data_dir.display()
+            ),
+            Err((_, error)) => return Err(error).with_context(|| format!("locking {}", path.display())),
+        }
     }
 }
 

@@ -17,6 +17,7 @@ use control_plane_api::{
     v2::Operation,
 };
 use parking_lot::{Mutex, RwLock};
+use time::OffsetDateTime;
 use types::{BranchId, BranchRef, EndpointId, Lsn};
 use wire::{Scope, TokenSigner};
 
@@ -29,7 +30,7 @@ use crate::{
     problem::Problem,
     storage::Storage,
     store::{
-        Store, branches, catalog,
+        self, Store, branches, catalog,
         endpoints::{self, EndpointRow},
         operations::{self, Action},
     },
@@ -125,6 +126,8 @@ pub(super) struct Running {
     pub(super) process: AgentProcess,
     pub(super) agent_socket: PathBuf,
     pub(super) postgres_socket: PathBuf,
+    /// When it last did something, as far as is known.
+    pub(super) last_active: Mutex<OffsetDateTime>,
 }
 
 /// Why a compute is put to sleep.
@@ -147,6 +150,8 @@ pub struct EndpointState {
     pub current: &'static str,
     /// What it is changing to.
     pub pending: Option<&'static str>,
+    /// When its running compute last did something.
+    pub last_active: Option<OffsetDateTime>,
 }
 
 impl Computes {
@@ -196,7 +201,7 @@ impl Computes {
     async fn wake_for(&self, endpoint: &EndpointId, operation: Option<String>) -> Result<Wake, Problem> {
         let route = self.route(endpoint).await?;
         if route.disabled {
-            return Err(Problem::Forbidden(format!("endpoint {endpoint} is disabled by its owner")));
+            return Err(disabled(endpoint));
         }
         let attempts_before = match self.awake(&route) {
             Ok(running) => return Ok(answer(&running, false)),
@@ -294,6 +299,7 @@ impl Computes {
                     process,
                     agent_socket: ready.agent_socket,
                     postgres_socket: ready.postgres_socket,
+                    last_active: Mutex::new(OffsetDateTime::now_utc()),
                 })
             }
             Err(error) => {
@@ -401,11 +407,12 @@ impl Computes {
         self.inner.launcher.kill(running.process);
         slot.state.lock().phase = Phase::Idle;
         let operation = began?;
+        let last_active = store::at(*running.last_active.lock());
         let (endpoint, branch, id) = (running.endpoint.clone(), slot.branch.clone(), operation.id);
         self.inner
             .store
             .call(move |db| {
-                endpoints::asleep(db, &endpoint, None)?;
+                endpoints::asleep(db, &endpoint, Some(last_active))?;
                 branches::set_settled(db, &branch.branch, settled)?;
                 operations::end(db, &id, None)?;
                 operations::get(db, &branch.project, &id)
@@ -430,11 +437,12 @@ impl Computes {
         tracing::warn!(endpoint = %running.endpoint, branch = %slot.branch, "compute died");
         self.inner.launcher.kill(running.process);
         slot.state.lock().phase = Phase::Idle;
+        let last_active = store::at(*running.last_active.lock());
         let (endpoint, branch) = (running.endpoint.clone(), slot.branch.branch.clone());
         self.inner
             .store
             .call(move |db| {
-                endpoints::asleep(db, &endpoint, None)?;
+                endpoints::asleep(db, &endpoint, Some(last_active))?;
                 branches::set_settled(db, &branch, None)
             })
             .await
@@ -518,13 +526,17 @@ impl Computes {
     pub fn state(&self, endpoint: &EndpointRow) -> EndpointState {
         let slot = self.inner.slots.lock().get(&endpoint.branch.branch).cloned();
         let phase = slot.map_or(Phase::Idle, |slot| slot.state.lock().phase.clone());
+        let last_active = match &phase {
+            Phase::Awake(running) if running.endpoint == endpoint.id => Some(*running.last_active.lock()),
+            Phase::Idle | Phase::Starting(_) | Phase::Awake(_) | Phase::Stopping(_) => None,
+        };
         let (current, pending) = match phase {
             Phase::Starting(id) if id == endpoint.id => ("init", Some("active")),
             Phase::Awake(running) if running.endpoint == endpoint.id => ("active", None),
             Phase::Stopping(id) if id == endpoint.id => ("active", Some("idle")),
             Phase::Idle | Phase::Starting(_) | Phase::Awake(_) | Phase::Stopping(_) => ("idle", None),
         };
-        EndpointState { current, pending }
+        EndpointState { current, pending, last_active }
     }
 
     /// An endpoint was changed or deleted: what is cached about it is void.
@@ -593,6 +605,9 @@ fn prepare_start(
     operation: Option<String>,
 ) -> Result<Prepared, Problem> {
     let row = endpoints::get(db, &branch.project, endpoint)?;
+    if row.disabled {
+        return Err(disabled(endpoint));
+    }
     let branch_row = branches::get(db, &branch.project, &branch.branch)?;
     branches::set_settled(db, &branch.branch, None)?;
     endpoints::agent_started(db, endpoint, process)?;
@@ -605,6 +620,10 @@ fn prepare_start(
 
 fn answer(running: &Running, cold: bool) -> Wake {
     Wake { endpoint: running.endpoint.clone(), postgres_socket: running.postgres_socket.clone(), cold }
+}
+
+fn disabled(endpoint: &EndpointId) -> Problem {
+    Problem::Forbidden(format!("endpoint {endpoint} is disabled by its owner"))
 }
 
 fn launch_problem(error: LaunchError) -> Problem {

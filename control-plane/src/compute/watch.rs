@@ -5,6 +5,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
+use time::OffsetDateTime;
+
 use super::{
     idle,
     manager::{Computes, Phase, Route, Running, SuspendReason},
@@ -52,6 +55,7 @@ pub(super) fn watch(computes: Computes, route: Arc<Route>, running: Arc<Running>
                 problem_logged = true;
             }
             let idle = Duration::from_millis(status.idle_ms);
+            *running.last_active.lock() = OffsetDateTime::now_utc() - idle;
             if may_sleep(&computes, &route, idle).await {
                 log_failure(put_to_sleep(&computes, &route, &running).await);
             }
@@ -114,6 +118,7 @@ impl Computes {
                 process,
                 agent_socket: directory.join(AGENT_SOCKET),
                 postgres_socket: directory.join(POSTGRES_SOCKET),
+                last_active: Mutex::new(OffsetDateTime::now_utc()),
             });
             let this = self.clone();
             tokio::spawn(async move {

@@ -25,8 +25,8 @@ use tokio::{
 
 use super::plan::{Service, local};
 
-/// Longest wait for a service to take connections at the first start.
-const READY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest wait for a service to take connections at the first start. One from before a crash may have to stop first.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
 const READY_INTERVAL: Duration = Duration::from_millis(20);
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
