@@ -221,7 +221,7 @@ impl Branches {
     pub async fn shut_down(&self, deadline: Instant) {
         let attached: Vec<_> = self.slots.lock().values().filter_map(|slot| slot.get().cloned()).collect();
         attached.iter().for_each(|branch| branch.close_feed());
-        let flushes = attached.iter().filter(|branch| !branch.is_clean()).map(async |branch: &Arc<Branch>| {
+        let flushes = attached.into_iter().filter(|branch| !branch.is_clean()).map(|branch| async move {
             match timeout_at(deadline, branch.flush()).await {
                 Ok(Ok(_)) => {}
                 Ok(Err(error)) => tracing::warn!(branch = %branch.name(), %error, "not written out at the end"),
