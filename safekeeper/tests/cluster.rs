@@ -16,7 +16,9 @@ use wire::Scope;
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_committed_can_be_read() {
     let cluster = Cluster::start(3).await;
+    let began = Instant::now();
     let mut compute = cluster.elect().await;
+    println!("first election: {:?}", began.elapsed());
     assert_eq!((compute.end, compute.proposer.commit_lsn()), (START, START));
     let mut waits = Vec::new();
     for _ in 0..50 {
@@ -28,6 +30,10 @@ async fn what_is_committed_can_be_read() {
     assert!(end.segment_number() > START.segment_number(), "more than one segment");
     assert!(cluster.read(START, end).await == compute.written);
     waits.sort();
+    compute.proposer.clone().finish().await;
+    let began = Instant::now();
+    assert_eq!(cluster.elect().await.end, end);
+    println!("next election: {:?}", began.elapsed());
     println!("commit of one record: median {:?}, longest {:?}", waits[25], waits[49]);
 }
 

@@ -3,7 +3,9 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use safekeeper_protocol::{Action, Proposer, ProposerId, ProposerMessage, ProposerSettings, message::MAX_WAL_BYTES_PER_MESSAGE};
+use safekeeper_protocol::{
+    Action, Proposer, ProposerId, ProposerMessage, ProposerSettings, message::MAX_WAL_BYTES_PER_MESSAGE,
+};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinSet,

@@ -1,1 +1,348 @@
-//! Scenarios.
+//! Stories of a few safekeepers and computes, each message delivered at once unless the story says otherwise.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use types::{Lsn, NodeId, Term};
+
+use crate::{
+    acceptor::{Acceptor, AcceptorState, ConnectionId, Effect},
+    history::{TermHistory, TermStart},
+    message::{AcceptorMessage, Append, Elected, Fetch, ProposerId, ProposerMessage, StreamStart, Vote, VoteTerm},
+    proposer::{Action, Proposer, ProposerSettings},
+    sim::{Disk, make_record},
+};
+
+const START: Lsn = Lsn(1000);
+const CONNECTION: ConnectionId = ConnectionId(1);
+
+struct Safekeeper {
+    acceptor: Acceptor,
+    disk: Disk,
+}
+
+impl Safekeeper {
+    fn new() -> Safekeeper {
+        Safekeeper { acceptor: Acceptor::new(AcceptorState::default()), disk: Disk::default() }
+    }
+
+    fn tell(&mut self, message: ProposerMessage) -> Vec<AcceptorMessage> {
+        let mut effects = self.acceptor.handle(CONNECTION, message);
+        effects.extend(self.acceptor.end_batch());
+        let replies = self.disk.perform(effects, None).expect("disk");
+        replies.into_iter().map(|(_, message)| message).collect()
+    }
+
+    fn flush_lsn(&self) -> Lsn {
+        self.acceptor.state().flush_lsn
+    }
+}
+
+struct Compute {
+    proposer: Proposer,
+    events: Vec<Action>,
+    round_trips: usize,
+}
+
+/// Safekeepers 1, 2, 3 and computes by name.
+struct Story {
+    safekeepers: BTreeMap<NodeId, Safekeeper>,
+    computes: BTreeMap<u128, Compute>,
+}
+
+impl Story {
+    fn new() -> Story {
+        let safekeepers = (1..=3).map(|n| (NodeId(n), Safekeeper::new())).collect();
+        Story { safekeepers, computes: BTreeMap::new() }
+    }
+
+    /// A compute that reaches these safekeepers.
+    fn compute(&mut self, name: u128, reaches: &[u64]) {
+        let settings = ProposerSettings {
+            id: ProposerId(name),
+            members: (1..=3).map(NodeId).collect(),
+            branch_start_lsn: START,
+            system_identifier: None,
+            buffer_bytes: 10_000,
+            window_bytes: 10_000,
+            message_bytes: 64,
+            fault: None,
+        };
+        let compute = Compute { proposer: Proposer::new(settings), events: Vec::new(), round_trips: 0 };
+        self.computes.insert(name, compute);
+        self.connect(name, reaches);
+    }
+
+    /// All connections come up at the same moment.
+    fn connect(&mut self, name: u128, nodes: &[u64]) {
+        let compute = self.computes.get_mut(&name).expect("compute");
+        let actions = nodes.iter().flat_map(|node| compute.proposer.connected(NodeId(*node))).collect();
+        self.deliver(name, actions);
+    }
+
+    fn write(&mut self, name: u128, records: u32) {
+        let pieces: Vec<Bytes> = (0..records).map(|n| make_record(Term(name as u64), n, 50).into()).collect();
+        let actions = self.computes.get_mut(&name).expect("compute").proposer.append(pieces);
+        self.deliver(name, actions);
+    }
+
+    fn deliver(&mut self, name: u128, actions: Vec<Action>) {
+        let compute = self.computes.get_mut(&name).expect("compute");
+        let mut actions = actions;
+        while !actions.is_empty() {
+            let mut answers = Vec::new();
+            for action in std::mem::take(&mut actions) {
+                match action {
+                    Action::Send { to, message } => {
+                        let safekeeper = self.safekeepers.get_mut(&to).expect("safekeeper");
+                        answers.extend(safekeeper.tell(message).into_iter().map(|answer| (to, answer)));
+                    }
+                    Action::RetryElection => actions.extend(compute.proposer.campaign()),
+                    event => compute.events.push(event),
+                }
+            }
+            let started = compute.proposer.is_leader();
+            compute.round_trips += usize::from(!started && !answers.is_empty());
+            actions.extend(answers.into_iter().flat_map(|(from, answer)| compute.proposer.handle(from, answer)));
+        }
+    }
+
+    fn started(&self, name: u128) -> Option<(Term, Lsn)> {
+        self.computes[&name].events.iter().find_map(|event| match event {
+            Action::Started { term, start_lsn } => Some((*term, *start_lsn)),
+            _ => None,
+        })
+    }
+
+    fn fenced(&self, name: u128) -> bool {
+        self.computes[&name].events.iter().any(|event| matches!(event, Action::Fenced { .. }))
+    }
+
+    fn commit(&self, name: u128) -> Lsn {
+        self.computes[&name].proposer.commit_lsn()
+    }
+
+    fn flushed(&self) -> [u64; 3] {
+        [1, 2, 3].map(|n| self.safekeepers[&NodeId(n)].flush_lsn().0)
+    }
+}
+
+#[test]
+fn the_first_compute_starts_the_log_where_the_branch_starts() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2, 3]);
+    assert_eq!(story.started(1), Some((Term(1), START)));
+    assert_eq!(story.computes[&1].round_trips, 2, "a vote and the news of the election");
+    story.write(1, 2);
+    assert_eq!((story.commit(1), story.flushed()), (Lsn(1100), [1100; 3]));
+}
+
+#[test]
+fn one_safekeeper_elects_nobody() {
+    let mut story = Story::new();
+    story.compute(1, &[2]);
+    assert_eq!(story.started(1), None);
+    story.connect(1, &[3]);
+    assert_eq!(story.started(1).map(|(_, start)| start), Some(START));
+}
+
+#[test]
+fn safekeepers_in_different_terms_are_brought_into_one() {
+    let mut story = Story::new();
+    for name in 1..=4 {
+        story.compute(name, &[3]);
+    }
+    story.compute(5, &[1, 2, 3]);
+    let (_, start) = story.started(5).expect("started");
+    story.write(5, 1);
+    assert_eq!((start, story.flushed()), (START, [1050; 3]), "the one that was ahead in terms takes part");
+}
+
+#[test]
+fn a_newer_term_fences_an_older_one() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2, 3]);
+    story.write(1, 1);
+    story.compute(2, &[1, 2]);
+    assert_eq!(story.started(2), Some((Term(2), Lsn(1050))));
+    story.write(1, 1);
+    assert!(story.fenced(1) && story.commit(1) == Lsn(1050));
+    story.write(2, 2);
+    // Safekeeper 3 took a record of the first compute that was never committed; it goes.
+    assert_eq!((story.commit(2), story.flushed()), (Lsn(1150), [1150, 1150, 1100]));
+    story.connect(2, &[3]);
+    assert_eq!(story.flushed(), [1150; 3]);
+    let bytes = |n| story.safekeepers[&NodeId(n)].disk.bytes.clone();
+    assert!(bytes(1) == bytes(3));
+}
+
+#[test]
+fn what_one_safekeeper_alone_holds_goes_when_logs_part() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2, 3]);
+    story.write(1, 1);
+    let disconnected = story.computes.get_mut(&1).expect("compute");
+    disconnected.proposer.disconnected(NodeId(2));
+    disconnected.proposer.disconnected(NodeId(3));
+    story.write(1, 3);
+    assert_eq!((story.commit(1), story.flushed()), (Lsn(1050), [1200, 1050, 1050]));
+    story.compute(2, &[2, 3]);
+    story.write(2, 1);
+    story.connect(2, &[1]);
+    assert_eq!((story.commit(2), story.flushed()), (Lsn(1100), [1100; 3]));
+    let bytes = |n| story.safekeepers[&NodeId(n)].disk.bytes.clone();
+    assert!(bytes(1) == bytes(2) && bytes(2) == bytes(3));
+}
+
+#[test]
+fn a_lagging_safekeeper_is_filled_from_another() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2]);
+    story.write(1, 9);
+    // Another compute, which has nothing in memory; messages carry less than what is missing.
+    story.compute(2, &[1, 2, 3]);
+    assert_eq!((story.flushed(), story.commit(2)), ([1450; 3], Lsn(1450)));
+}
+
+#[test]
+fn shared_wal_is_kept_even_if_nobody_can_send_what_follows() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2, 3]);
+    story.write(1, 2);
+    let first = story.computes.get_mut(&1).expect("compute");
+    first.proposer.disconnected(NodeId(3));
+    story.write(1, 2);
+    story.compute(2, &[1, 2]);
+    let second = story.computes.get_mut(&2).expect("compute");
+    second.proposer.disconnected(NodeId(1));
+    second.proposer.disconnected(NodeId(2));
+    // Safekeeper 3 has the first two records, committed ones; the fourth's end is where this term starts.
+    story.connect(2, &[3]);
+    assert_eq!(story.flushed(), [1200, 1200, 1100]);
+    story.connect(2, &[1]);
+    assert_eq!(story.flushed(), [1200; 3]);
+}
+
+fn elected(term: u64, proposer: u128, entries: &[(u64, u64)], start: StreamStart) -> ProposerMessage {
+    let entries = entries.iter().map(|&(t, l)| TermStart { term: Term(t), start_lsn: Lsn(l) }).collect();
+    let history = TermHistory::new(entries);
+    ProposerMessage::Elected(Elected { proposer: ProposerId(proposer), term: Term(term), history, start })
+}
+
+fn append(term: u64, begin: u64, wal: &[u8]) -> ProposerMessage {
+    let boundary = Lsn(begin + wal.len() as u64);
+    ProposerMessage::Append(Append {
+        term: Term(term),
+        begin: Lsn(begin),
+        wal: Bytes::copy_from_slice(wal),
+        boundary,
+        commit_lsn: Lsn::INVALID,
+        remote_consistent_lsn: Lsn::INVALID,
+    })
+}
+
+fn vote(term: VoteTerm, proposer: u128) -> ProposerMessage {
+    ProposerMessage::Vote(Vote { proposer: ProposerId(proposer), term, system_identifier: Some(7) })
+}
+
+/// Voted for proposer 1 in term 1 and took 60 bytes of it.
+fn one_with_wal() -> Safekeeper {
+    let mut safekeeper = Safekeeper::new();
+    safekeeper.tell(vote(VoteTerm::Next, 1));
+    safekeeper.tell(elected(1, 1, &[(1, 1000)], StreamStart::Restart(START)));
+    safekeeper.tell(append(1, 1000, &[7; 60]));
+    assert_eq!(safekeeper.flush_lsn(), Lsn(1060));
+    safekeeper
+}
+
+#[test]
+fn a_term_has_one_vote() {
+    let mut safekeeper = one_with_wal();
+    let mut granted = |term, proposer| match &safekeeper.tell(vote(term, proposer))[..] {
+        [AcceptorMessage::Vote(reply)] => (reply.granted, reply.term.0),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(granted(VoteTerm::Exactly(Term(1)), 2), (false, 1));
+    assert_eq!(granted(VoteTerm::Exactly(Term(1)), 1), (true, 1), "said again");
+    assert_eq!(granted(VoteTerm::Exactly(Term(4)), 2), (true, 4));
+    assert_eq!(granted(VoteTerm::Exactly(Term(3)), 1), (false, 4));
+    assert_eq!(granted(VoteTerm::Next, 1), (true, 5));
+    assert_eq!(safekeeper.disk.control.term, Term(5));
+}
+
+#[test]
+fn nothing_of_an_older_term_is_taken() {
+    let mut safekeeper = one_with_wal();
+    safekeeper.tell(vote(VoteTerm::Next, 2));
+    for message in [
+        append(1, 1060, &[8; 10]),
+        append(2, 1060, &[8; 10]),
+        elected(1, 1, &[(1, 1000)], StreamStart::Continue(Lsn(1000))),
+        ProposerMessage::Fetch(Fetch { term: Term(1), on_behalf_of: NodeId(9), begin: START, end: Lsn(1060) }),
+    ] {
+        let replies = safekeeper.tell(message);
+        assert!(matches!(replies[..], [AcceptorMessage::Refused { term: Term(2), .. }]), "{replies:?}");
+    }
+    assert_eq!(safekeeper.disk.bytes, [7; 60]);
+}
+
+#[test]
+fn late_news_of_an_election_takes_nothing_back() {
+    let mut safekeeper = one_with_wal();
+    safekeeper.tell(elected(1, 1, &[(1, 1000)], StreamStart::Continue(START)));
+    safekeeper.tell(elected(1, 1, &[(1, 1000)], StreamStart::Restart(START)));
+    assert_eq!((safekeeper.flush_lsn(), safekeeper.disk.bytes.len()), (Lsn(1060), 60));
+}
+
+#[test]
+fn a_winner_can_only_cut_where_the_logs_part() {
+    let mut safekeeper = one_with_wal();
+    safekeeper.tell(vote(VoteTerm::Next, 2));
+    for start in [StreamStart::Continue(Lsn(1030)), StreamStart::Continue(Lsn(1070)), StreamStart::Restart(Lsn(1050))] {
+        let replies = safekeeper.tell(elected(2, 2, &[(1, 1000), (2, 1060)], start));
+        assert!(matches!(replies[..], [AcceptorMessage::Refused { .. }]), "{replies:?}");
+    }
+    safekeeper.tell(elected(2, 2, &[(1, 1000), (2, 1040)], StreamStart::Continue(Lsn(1040))));
+    assert_eq!((safekeeper.flush_lsn(), safekeeper.disk.bytes.len()), (Lsn(1040), 40));
+}
+
+#[test]
+fn an_answer_comes_after_the_flush_and_one_flush_serves_many() {
+    let mut safekeeper = one_with_wal();
+    let acceptor = &mut safekeeper.acceptor;
+    let mut effects = acceptor.handle(CONNECTION, append(1, 1060, &[1; 8]));
+    effects.extend(acceptor.handle(CONNECTION, append(1, 1068, &[2; 8])));
+    effects.extend(acceptor.handle(CONNECTION, append(1, 1064, &[9; 8])));
+    effects.extend(acceptor.end_batch());
+    let kinds: Vec<&str> = effects
+        .iter()
+        .map(|effect| match effect {
+            Effect::WriteWal { .. } => "write",
+            Effect::FlushWal => "flush",
+            Effect::Reply { .. } => "reply",
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(kinds, ["write", "write", "flush", "reply"]);
+}
+
+#[test]
+fn wal_with_a_gap_and_a_foreign_cluster_are_refused() {
+    let mut safekeeper = one_with_wal();
+    assert!(matches!(safekeeper.tell(append(1, 1061, &[1; 8]))[..], [AcceptorMessage::Failed { .. }]));
+    let foreign = Vote { proposer: ProposerId(3), term: VoteTerm::Next, system_identifier: Some(8) };
+    assert!(matches!(safekeeper.tell(ProposerMessage::Vote(foreign))[..], [AcceptorMessage::Refused { .. }]));
+    assert_eq!(safekeeper.acceptor.state().term, Term(1));
+}
+
+#[test]
+fn part_of_a_record_counts_for_nothing() {
+    let mut safekeeper = one_with_wal();
+    let ProposerMessage::Append(whole) = append(1, 1060, &[1; 8]) else { unreachable!() };
+    let replies = safekeeper.tell(ProposerMessage::Append(Append { boundary: Lsn(1060), ..whole }));
+    assert!(
+        matches!(replies[..], [AcceptorMessage::Append(r)] if (r.flush_lsn, r.received_lsn) == (Lsn(1060), Lsn(1068)))
+    );
+    safekeeper.tell(vote(VoteTerm::Next, 2));
+    assert_eq!(safekeeper.disk.end(), Lsn(1060), "and goes with the next term");
+}
