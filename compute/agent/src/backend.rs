@@ -38,6 +38,8 @@ pub struct AgentBackend {
     pub reads: Mutex<SequentialReads>,
     /// Why the pageserver does not answer, when it does not.
     pub storage_problem: Mutex<Option<String>>,
+    /// Cancelled when reads shall fail rather than wait: Postgres cannot stop while a backend waits for a page.
+    pub give_up_reads: CancellationToken,
     /// Cancelled once Postgres is gone.
     pub stopping: CancellationToken,
 }
@@ -64,7 +66,7 @@ impl AgentBackend {
                     Ok(answer) => break self.done(pause, answer),
                     Err(error) => error,
                 },
-                () = self.stopping.cancelled() => return Err(BackendError::Stopping),
+                () = self.give_up_reads.cancelled() => return Err(BackendError::Stopping),
             };
             if let Some(reason) = self.proposer.fenced() {
                 return Err(BackendError::Fenced(reason));
@@ -77,7 +79,10 @@ impl AgentBackend {
                 tracing::warn!(%error, "reading {what}: trying again");
             }
             *self.storage_problem.lock() = Some(error.to_string());
-            tokio::time::sleep(pause).await;
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.give_up_reads.cancelled() => return Err(BackendError::Stopping),
+            }
             pause = (pause * 2).min(RETRY_MAX);
         }
     }

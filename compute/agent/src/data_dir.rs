@@ -2,11 +2,11 @@
 
 use std::{
     io::{self, Write},
-    os::unix::fs::{OpenOptionsExt, symlink},
+    os::unix::fs::{FileExt, OpenOptionsExt, symlink},
     path::{Component, Path, PathBuf},
 };
 
-use types::WAL_SEGMENT_BYTES;
+use types::{WAL_SEGMENT_BYTES, XLOG_PAGE_BYTES};
 use wire::pageserver::BaseFiles;
 
 use crate::{
@@ -136,14 +136,20 @@ impl DataDir {
         give(&path, self.owner).map_err(failed)
     }
 
-    /// Writes the start of a WAL segment file, which then has its full length.
-    pub fn write_segment(&self, name: &str, content: &[u8]) -> Result<(), DataDirError> {
+    /// Writes a WAL segment file of full length. Of the pages in `content` it writes the first, which names the cluster,
+    /// and those from offset `needed_from` on: nobody reads the others, and they cost memory.
+    pub fn write_segment(&self, name: &str, content: &[u8], needed_from: u64) -> Result<(), DataDirError> {
         let relative = format!("pg_wal/{name}");
-        self.write_file(&relative, content)?;
+        let from = (needed_from as usize).min(content.len());
+        let first = from.min(XLOG_PAGE_BYTES as usize);
+        self.write_file(&relative, &content[..first])?;
         let path = self.root.join(relative);
-        let grown =
-            std::fs::OpenOptions::new().write(true).open(&path).and_then(|file| file.set_len(WAL_SEGMENT_BYTES));
-        grown.map_err(|source| DataDirError::Io { path, source })
+        let write_rest = || {
+            let file = std::fs::OpenOptions::new().write(true).open(&path)?;
+            file.set_len(WAL_SEGMENT_BYTES)?;
+            file.write_all_at(&content[from..], from as u64)
+        };
+        write_rest().map_err(|source| DataDirError::Io { path: path.clone(), source })
     }
 
     /// Makes a directory below the data directory, each step of its path private and Postgres's own.

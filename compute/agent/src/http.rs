@@ -9,7 +9,10 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use control_plane_api::compute::{AgentStatus, CatalogSpec};
+use control_plane_api::{
+    compute::{AgentStatus, CatalogSpec, StopAnswer},
+    internal::ApiError,
+};
 use parking_lot::Mutex;
 use serde_json::json;
 use tokio::{
@@ -85,7 +88,7 @@ async fn stop(State(api): State<Arc<AgentApi>>) -> Response {
     // The loop that takes requests ends only with the compute.
     let asked = api.stops.send(answer_to).await.is_ok();
     match answer.await {
-        Ok(Ok(lsn)) => Json(json!({ "lsn": lsn })).into_response(),
+        Ok(Ok(lsn)) => Json(StopAnswer { commit_lsn: lsn }).into_response(),
         Ok(Err(error)) => failure(StatusCode::INTERNAL_SERVER_ERROR, error),
         Err(_) if asked => failure(StatusCode::SERVICE_UNAVAILABLE, "the compute ended meanwhile".to_owned()),
         Err(_) => failure(StatusCode::SERVICE_UNAVAILABLE, "the compute has ended".to_owned()),
@@ -106,5 +109,6 @@ async fn apply(State(api): State<Arc<AgentApi>>, Json(spec): Json<CatalogSpec>) 
 }
 
 fn failure(status: StatusCode, error: String) -> Response {
-    (status, Json(json!({ "error": error }))).into_response()
+    let code = String::new();
+    (status, Json(ApiError { code, message: error })).into_response()
 }

@@ -220,7 +220,7 @@ async fn serve(compute: Compute, listener: UnixListener, mut signals: Signals) -
     let proposer = compute.proposer.clone();
     let ended = tokio::select! {
         status = compute.postgres.wait_exit() => Err(AgentError::PostgresEnded(status)),
-        reason = fenced(&proposer) => Err(AgentError::Fenced(reason)),
+        fenced = proposer.wait_fenced() => Err(AgentError::Fenced(fenced.0)),
         request = stop_requests.recv() => { asker = request; Ok(()) }
         () = signals.any() => Ok(()),
     };
@@ -240,14 +240,6 @@ async fn serve(compute: Compute, listener: UnixListener, mut signals: Signals) -
     shutdown.cancel();
     let _ = tokio::time::timeout(stop::ANSWER_LIMIT, http).await;
     ended
-}
-
-/// Returns once a newer term has taken the branch: no WAL ever reaches that position.
-async fn fenced(proposer: &safekeeper_client::WalProposer) -> String {
-    match proposer.wait_committed(Lsn::MAX).await {
-        Err(fenced) => fenced.to_string(),
-        Ok(()) => "the proposer has ended".to_owned(),
-    }
 }
 
 /// The signals that stop a compute.

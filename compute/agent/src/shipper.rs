@@ -28,10 +28,17 @@ pub enum ShipError {
 
 /// Ships WAL. Calls may come from many backends at once.
 pub struct WalShipper {
-    local: Mutex<LocalWal>,
+    local: Mutex<Source>,
     proposer: WalProposer,
     cache: PageCache,
     waits: SyncMutex<Waits>,
+}
+
+/// Where WAL comes from.
+struct Source {
+    wal: LocalWal,
+    /// Set once something was read that the proposer did not take: nothing may be shipped behind that.
+    over: Option<String>,
 }
 
 /// Who waits for a quorum, and since when.
@@ -44,17 +51,23 @@ struct Waits {
 impl WalShipper {
     /// Ships what `local` reads, behind what `proposer` already has.
     pub fn new(local: LocalWal, proposer: WalProposer, cache: PageCache) -> Arc<Self> {
-        Arc::new(Self { local: Mutex::new(local), proposer, cache, waits: SyncMutex::default() })
+        Arc::new(Self {
+            local: Mutex::new(Source { wal: local, over: None }),
+            proposer,
+            cache,
+            waits: SyncMutex::default(),
+        })
     }
 
     /// Returns when a quorum holds every whole record in the local files: its end.
     pub async fn sync(&self) -> Result<Lsn, ShipError> {
         let (end, horizon) = {
             let mut local = self.local.lock().await;
-            while let Some(batch) = local.read_new()? {
-                self.append(batch.begin, batch.bytes)?;
+            self.check(&local)?;
+            while let Some(batch) = local.wal.read_new()? {
+                self.append(&mut local, batch.begin, batch.bytes)?;
             }
-            (local.position(), local.horizon())
+            (local.wal.position(), local.wal.horizon())
         };
         self.wait(end).await?;
         self.cache.set_shipped(end);
@@ -66,10 +79,12 @@ impl WalShipper {
     pub async fn append_file(&self, path: &str, content: &[u8], system_identifier: u64) -> Result<Lsn, ShipError> {
         let message = wal_redo::aux_file_main_data(path, content)?;
         let record = wal_redo::aux_file_record(&message);
-        // Taken until the end: the local files have nothing behind this position any more.
-        let local = self.local.lock().await;
-        let encoded = encode_record(local.position(), local.last_record(), system_identifier, &record);
-        self.append(encoded.begin, encoded.bytes)?;
+        // The local files have nothing behind this position any more, so nothing is shipped from them after this.
+        let mut local = self.local.lock().await;
+        self.check(&local)?;
+        let encoded = encode_record(local.wal.position(), local.wal.last_record(), system_identifier, &record);
+        self.append(&mut local, encoded.begin, encoded.bytes)?;
+        local.over = Some("the compute is stopping".to_owned());
         self.wait(encoded.end_lsn).await?;
         Ok(encoded.end_lsn)
     }
@@ -79,8 +94,15 @@ impl WalShipper {
         self.waits.lock().since.map_or(0, |since| since.elapsed().as_millis() as u64)
     }
 
-    fn append(&self, begin: Lsn, wal: Bytes) -> Result<(), ShipError> {
-        self.proposer.append(begin, wal).map_err(|fenced| ShipError::Fenced(fenced.to_string()))
+    fn check(&self, source: &Source) -> Result<(), ShipError> {
+        source.over.clone().or_else(|| self.proposer.fenced()).map_or(Ok(()), |reason| Err(ShipError::Fenced(reason)))
+    }
+
+    fn append(&self, source: &mut Source, begin: Lsn, wal: Bytes) -> Result<(), ShipError> {
+        self.proposer.append(begin, wal).map_err(|fenced| {
+            source.over = Some(fenced.0.clone());
+            ShipError::Fenced(fenced.0)
+        })
     }
 
     async fn wait(&self, end: Lsn) -> Result<(), ShipError> {
@@ -88,7 +110,7 @@ impl WalShipper {
             return Ok(());
         }
         let _waiting = Waiting::new(&self.waits);
-        self.proposer.wait_committed(end).await.map_err(|fenced| ShipError::Fenced(fenced.to_string()))
+        self.proposer.wait_committed(end).await.map_err(|fenced| ShipError::Fenced(fenced.0))
     }
 }
 

@@ -89,7 +89,7 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
     let opening = open_term(&base, elected.start_lsn, &control_settings, now_seconds())?;
     proposer
         .append(opening.record.begin, opening.record.bytes.clone())
-        .map_err(|fenced| StartError::Fenced(fenced.to_string()))?;
+        .map_err(|fenced| StartError::Fenced(fenced.0))?;
     prepared.write(&base, &opening)?;
     let backend = backend(spec, &dir, &elected, &opening, &proposer, pageserver, &prepared.cache);
     let server = ShimServer::bind(&dir.shim_socket(), backend.clone(), prepared.cache.clone())?;
@@ -108,7 +108,7 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
         catalog::apply(dir.root(), spec).await?;
         timings.step("catalog");
     }
-    proposer.wait_committed(opening.record.end_lsn).await.map_err(|fenced| StartError::Fenced(fenced.to_string()))?;
+    proposer.wait_committed(opening.record.end_lsn).await.map_err(|fenced| StartError::Fenced(fenced.0))?;
     timings.step("opening_committed");
     let ready = ComputeReady {
         agent_pid: std::process::id(),
@@ -168,6 +168,7 @@ async fn prepare(
         data.write_file("postgresql.conf", conf.as_bytes())?;
         data.write_file("pg_hba.conf", PG_HBA.as_bytes())?;
         data.write_file("pg_ident.conf", b"")?;
+        data.write_file("postgresql.auto.conf", b"")?;
         make_private_dir(&page_cache_dir, owner)?;
         let page_file = PageFile::claim(cache_config.pages_path.clone());
         let cache = PageCache::create(&cache_config)?;
@@ -182,8 +183,11 @@ impl Prepared {
     fn write(&self, base: &BaseFiles, opening: &Opening) -> Result<(), StartError> {
         self.data.write_base_files(base)?;
         self.data.write_file("global/pg_control", &opening.control_file)?;
+        let mut needed_from = opening.record.begin.page_start().segment_offset();
         for (name, content) in &opening.segments {
-            self.data.write_segment(name, content)?;
+            self.data.write_segment(name, content, needed_from)?;
+            // A record that is split between segments goes on at the start of the second.
+            needed_from = 0;
         }
         self.cache.set_unlogged(&base.unlogged)?;
         self.cache.set_shipped(base.lsn);
@@ -212,6 +216,7 @@ fn backend(
         last_written,
         reads: Mutex::default(),
         storage_problem: Mutex::default(),
+        give_up_reads: CancellationToken::new(),
         stopping: CancellationToken::new(),
     })
 }

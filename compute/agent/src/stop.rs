@@ -12,6 +12,9 @@ pub const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 /// Longest time for Postgres's fast shutdown, its checkpoint included. Its WAL is safe without one.
 const FAST_LIMIT: Duration = Duration::from_secs(30);
 
+/// From then on a page that storage does not give is an error for the backend that waits for it, so that it can leave.
+const READS_LIMIT: Duration = Duration::from_secs(5);
+
 /// Time between SIGQUIT and SIGKILL.
 const QUIT_LIMIT: Duration = Duration::from_secs(5);
 
@@ -28,7 +31,11 @@ const MAX_STATISTICS_BYTES: u64 = 4 * 1024 * 1024;
 pub async fn stop(compute: Compute) -> Result<Lsn, AgentError> {
     tracing::info!("stopping");
     compute.postgres.stop_fast();
-    let stopped = tokio::time::timeout(FAST_LIMIT, compute.postgres.wait_exit()).await;
+    let mut stopped = tokio::time::timeout(READS_LIMIT, compute.postgres.wait_exit()).await;
+    if stopped.is_err() {
+        compute.backend.give_up_reads.cancel();
+        stopped = tokio::time::timeout(FAST_LIMIT - READS_LIMIT, compute.postgres.wait_exit()).await;
+    }
     if stopped.is_err() {
         tracing::warn!("postgres did not stop within {} s: ending it without a checkpoint", FAST_LIMIT.as_secs());
         compute.postgres.stop_now(QUIT_LIMIT).await;
@@ -44,6 +51,7 @@ pub async fn stop(compute: Compute) -> Result<Lsn, AgentError> {
 
 /// Ends Postgres at once; what it has not shipped is given up.
 pub async fn abandon(compute: Compute) {
+    compute.backend.give_up_reads.cancel();
     if !compute.postgres.is_running() {
         tracing::error!(log = %compute.postgres.last_words(), "postgres ended by itself");
     }

@@ -1,0 +1,163 @@
+//! Real computes, a process each, on real safekeepers and a pageserver.
+
+mod world;
+
+use std::time::Duration;
+
+use tokio::time::timeout;
+use world::{ComputeOptions, World};
+
+const A_WHILE: Duration = Duration::from_secs(60);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_written_is_there_after_a_sleep() {
+    let world = World::start().await;
+    let mut compute = world.compute("a", ComputeOptions::default()).await;
+    let sql = compute.connect("postgres").await;
+    sql.batch_execute(
+        "CREATE TABLE kept (id int PRIMARY KEY, body text);
+         INSERT INTO kept SELECT g, repeat('x', 100) FROM generate_series(1, 50000) g;
+         UPDATE kept SET body = 'changed' WHERE id % 7 = 0;
+         DELETE FROM kept WHERE id % 11 = 0;
+         CREATE INDEX ON kept (body, id);
+         CREATE UNLOGGED TABLE scratch (i int);
+         INSERT INTO scratch SELECT generate_series(1, 1000);
+         CREATE TABLE gone (i int); DROP TABLE gone;
+         CREATE SEQUENCE counter; SELECT nextval('counter');",
+    )
+    .await
+    .expect("write");
+    let sum = "SELECT count(*), sum(id), count(*) FILTER (WHERE body = 'changed') FROM kept";
+    let before = world::row(&sql, sum).await;
+    assert_eq!(before[0], 50_000 - 4_545);
+    let end = compute.stop().await;
+    assert!(!compute.directory().exists(), "a clean stop leaves nothing");
+
+    // Little memory: most pages come from the pageserver, and evicted ones from the page cache.
+    let options = ComputeOptions { settings: &[("shared_buffers", "1MB")], ..ComputeOptions::default() };
+    let mut compute = world.compute("a", options).await;
+    assert_eq!(compute.ready.start_lsn, end);
+    let sql = compute.connect("postgres").await;
+    assert_eq!(world::row(&sql, sum).await, before);
+    assert_eq!(world::row(&sql, "SELECT count(*) FROM scratch").await, [0]);
+    let indexed = "SET enable_seqscan = off; SET enable_bitmapscan = off";
+    sql.batch_execute(indexed).await.expect("set");
+    assert_eq!(world::row(&sql, "SELECT count(*) FROM kept WHERE body = 'changed'").await, [before[2]]);
+    let statistics = "SELECT n_tup_ins FROM pg_stat_user_tables WHERE relname = 'kept'";
+    assert_eq!(world::row(&sql, statistics).await, [50_000], "statistics survive a clean stop");
+    let next = world::row(&sql, "SELECT nextval('counter')").await;
+    assert!(next[0] > 1, "a sequence never goes back");
+    for statement in ["UPDATE kept SET body = body || '!'", "VACUUM kept", "CHECKPOINT"] {
+        sql.batch_execute(statement).await.expect(statement);
+    }
+    let changed = world::row(&sql, "SELECT count(*), sum(id), sum(length(body)) FROM kept").await;
+    compute.stop().await;
+
+    let mut compute = world.compute("a", ComputeOptions::default()).await;
+    let sql = compute.connect("postgres").await;
+    assert_eq!(world::row(&sql, "SELECT count(*), sum(id), sum(length(body)) FROM kept").await, changed);
+    compute.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pages_that_fit_nowhere_come_back_from_storage() {
+    let world = World::start().await;
+    let options =
+        ComputeOptions { settings: &[("shared_buffers", "1MB")], cache_bytes: Some(2 << 20), ..Default::default() };
+    let mut compute = world.compute("s", options).await;
+    let sql = compute.connect("postgres").await;
+    sql.batch_execute("CREATE TABLE t (id int PRIMARY KEY, n int, filler text)").await.expect("create");
+    // A page may be let go only once its transaction has ended: many small ones write far more than the budget.
+    for part in 0..40 {
+        let insert = format!(
+            "INSERT INTO t SELECT g, 0, repeat(g::text, 40) FROM generate_series({}, {}) g",
+            part * 500,
+            part * 500 + 499
+        );
+        sql.batch_execute(&insert).await.expect("insert");
+    }
+    for round in 1..=3 {
+        for part in 0..20 {
+            let update = format!("UPDATE t SET n = n + id WHERE id % 20 = {part}");
+            sql.batch_execute(&update).await.unwrap_or_else(|error| panic!("round {round}: {error:?}"));
+        }
+        let seen = world::row(&sql, "SELECT count(*), sum(n::int8), count(DISTINCT id) FROM t").await;
+        assert_eq!(seen, [20_000, round * 19_999 * 10_000, 20_000]);
+        let whole = "SELECT count(*) FROM t WHERE filler <> repeat(id::text, 40)";
+        assert_eq!(world::row(&sql, whole).await, [0]);
+        let vacuum = if round == 2 { "VACUUM FULL t" } else { "VACUUM t" };
+        sql.batch_execute(vacuum).await.expect("vacuum");
+    }
+    compute.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn acknowledged_rows_survive_a_kill() {
+    let world = World::start().await;
+    let mut compute = world.compute("k", ComputeOptions::default()).await;
+    compute.connect("postgres").await.batch_execute("CREATE TABLE t (i int)").await.expect("create");
+    for round in 0..3 {
+        let sql = compute.connect("postgres").await;
+        let writer = tokio::spawn(async move {
+            let mut acknowledged = 0;
+            while sql.execute("INSERT INTO t VALUES ($1)", &[&acknowledged]).await.is_ok() {
+                acknowledged += 1;
+            }
+            acknowledged
+        });
+        tokio::time::sleep(Duration::from_millis(300 + 100 * round)).await;
+        compute.kill().await;
+        let acknowledged: i32 = timeout(A_WHILE, writer).await.expect("the connection ends").expect("writer");
+        assert!(acknowledged > 0, "something was written");
+        compute = world.compute("k", ComputeOptions::default()).await;
+        let sql = compute.connect("postgres").await;
+        let query = format!("SELECT count(*) FROM t WHERE i < {acknowledged}");
+        assert_eq!(world::row(&sql, &query).await, [i64::from(acknowledged)], "round {round}");
+        sql.batch_execute("TRUNCATE t").await.expect("truncate");
+    }
+    compute.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_compute_fences_the_first() {
+    let world = World::start().await;
+    let mut first = world.compute("one", ComputeOptions::default()).await;
+    let old = first.connect("postgres").await;
+    old.batch_execute("CREATE TABLE t (i int); INSERT INTO t VALUES (1)").await.expect("write");
+    let mut second = world.compute("two", ComputeOptions::default()).await;
+    assert!(second.ready.term > first.ready.term);
+    let refused = timeout(A_WHILE, old.batch_execute("INSERT INTO t VALUES (2)")).await.expect("an answer");
+    assert!(refused.is_err(), "nothing is acknowledged behind the fence");
+    let status = timeout(A_WHILE, first.exit()).await.expect("the first compute ends");
+    assert!(!status.success());
+    assert!(!first.directory().exists(), "it cleans up");
+    let sql = second.connect("postgres").await;
+    assert_eq!(world::row(&sql, "SELECT count(*), sum(i) FROM t").await, [1, 1]);
+    second.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn roles_and_databases_are_made_and_idleness_is_told() {
+    let world = World::start().await;
+    let mut compute = world.compute("c", ComputeOptions { catalog: true, ..ComputeOptions::default() }).await;
+    let sql = compute.connect_as("alice", "main").await;
+    sql.batch_execute("CREATE TABLE t (i int); INSERT INTO t VALUES (1); CREATE ROLE helper").await.expect("owner");
+    let refused = sql.batch_execute("GRANT pg_execute_server_program TO alice").await;
+    assert!(refused.is_err(), "no way to the host");
+    let (status, body) = compute.http("POST", "/apply", &world::catalog_json("bob", "other")).await;
+    assert_eq!(status, 200, "{body}");
+    let (status, body) = compute.http("POST", "/apply", &world::catalog_json("dormouse_admin", "other")).await;
+    assert_eq!(status, 400, "{body}");
+    compute.connect_as("bob", "other").await.batch_execute("CREATE TABLE t (i int)").await.expect("owner");
+
+    sql.batch_execute("BEGIN; INSERT INTO t VALUES (2)").await.expect("open transaction");
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    assert_eq!(compute.status().await.idle_ms, 0, "an open transaction is activity");
+    sql.batch_execute("COMMIT").await.expect("commit");
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    let status = compute.status().await;
+    assert!((1_000..10_000).contains(&status.idle_ms), "{status:?}");
+    assert_eq!(status.connections, 1, "{status:?}");
+    assert!(status.running && status.problem.is_none(), "{status:?}");
+    compute.stop().await;
+}

@@ -1,0 +1,153 @@
+//! An object store, three safekeepers, a pageserver and a branch; computes on demand.
+
+mod compute;
+
+use std::{
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use pageserver_client::PageserverClient;
+use tokio_util::sync::CancellationToken;
+use types::{BranchId, BranchRef, Generation, Lsn, NodeId, ProjectId};
+use wire::{Scope, TokenSigner, auth::TokenKeys, pageserver::BranchPoint};
+
+pub use compute::ComputeOptions;
+
+const BIN_DIR: &str = "/usr/lib/postgresql/15/bin";
+const LIFETIME: Duration = Duration::from_secs(3600);
+
+/// The services run inside the test's process; all ends with it.
+pub struct World {
+    branch: BranchRef,
+    branch_start: Lsn,
+    safekeepers: Vec<SocketAddr>,
+    pageserver: SocketAddr,
+    token: String,
+    /// On tmpfs, for compute directories.
+    runtime: tempfile::TempDir,
+    disk: tempfile::TempDir,
+    shutdown: CancellationToken,
+}
+
+impl World {
+    /// Starts everything, with one branch of a fresh template.
+    pub async fn start() -> World {
+        let _ = tracing_subscriber::fmt().with_env_filter("warn").with_test_writer().try_init();
+        let (runtime, disk) = (open_dir(Path::new("/dev/shm")), open_dir(&std::env::temp_dir()));
+        let keys = TokenKeys::generate().expect("keys");
+        let key_file = disk.path().join("token.pem");
+        std::fs::write(&key_file, &keys.public_pem).expect("key");
+        let signer = TokenSigner::from_pem(&keys.private_pem).expect("signer");
+        let shutdown = CancellationToken::new();
+
+        let mut safekeepers = Vec::new();
+        for id in 1..=3 {
+            let config = safekeeper::Config {
+                id: NodeId(id),
+                listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+                data_dir: disk.path().join(format!("safekeeper-{id}")),
+                token_public_key: key_file.clone(),
+                idle_seconds: 30,
+            };
+            let server = safekeeper::Server::bind(config).await.expect("safekeeper");
+            safekeepers.push(server.local_addr());
+            tokio::spawn(server.run(shutdown.clone()));
+        }
+
+        let store: pageserver::ObjectStoreConfig =
+            disk.path().join("objects").to_str().expect("path").parse().expect("store");
+        std::fs::create_dir_all(disk.path().join("objects")).expect("store");
+        let template = branch_ref("dormouse-template", "pg15");
+        pageserver::import_template(&store, &template, &template_pgdata(disk.path()), |_, _| {}).await.expect("import");
+        let service = signer.sign(Scope::Service, LIFETIME).expect("token");
+        let mut config = pageserver::Config::new(store, disk.path().join("pageserver"), key_file);
+        config.listen = SocketAddr::from(([127, 0, 0, 1], 0));
+        config.generation = Some(Generation(1));
+        config.token = service.clone();
+        let address = |(index, address): (usize, &SocketAddr)| pageserver::SafekeeperAddress {
+            id: NodeId(index as u64 + 1),
+            address: address.to_string(),
+        };
+        config.safekeepers = safekeepers.iter().enumerate().map(address).collect();
+        let server = pageserver::Server::bind(config).await.expect("pageserver");
+        let pageserver = server.local_addr();
+        tokio::spawn(server.run(shutdown.clone()));
+
+        let branch = branch_ref("p", "main");
+        let client = PageserverClient::new(pageserver.to_string(), service);
+        let branch_start = client.create_branch(&branch, &template, BranchPoint::Head).await.expect("branch");
+        let token = signer.sign(Scope::Branch { branch: branch.clone() }, LIFETIME).expect("token");
+        World { branch, branch_start, safekeepers, pageserver, token, runtime, disk, shutdown }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.shutdown.cancel();
+    }
+}
+
+/// A directory that Postgres's user may pass through.
+fn open_dir(parent: &Path) -> tempfile::TempDir {
+    let dir = tempfile::Builder::new().prefix("dm-agent-").tempdir_in(parent).expect("directory");
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).expect("permissions");
+    dir
+}
+
+fn branch_ref(project: &str, branch: &str) -> BranchRef {
+    BranchRef { project: ProjectId::new(project).expect("id"), branch: BranchId::new(branch).expect("id") }
+}
+
+/// A data directory fresh from `initdb`.
+fn template_pgdata(disk: &Path) -> PathBuf {
+    let dir = disk.join("template");
+    std::fs::create_dir(&dir).expect("directory");
+    std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o777)).expect("permissions");
+    let pgdata = dir.join("pgdata");
+    let mut initdb = as_postgres(&Path::new(BIN_DIR).join("initdb"));
+    initdb.args(["--no-sync", "-U", "dormouse_admin", "--encoding=UTF8", "--locale=C.UTF-8", "-D"]).arg(&pgdata);
+    let output = initdb.output().expect("initdb");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    pgdata
+}
+
+/// Postgres's programs do not run as root.
+fn as_postgres(program: &Path) -> Command {
+    if nix::unistd::Uid::effective().is_root() {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups"]).arg(program);
+        command
+    } else {
+        Command::new(program)
+    }
+}
+
+/// The numbers in a query's only row.
+pub async fn row(sql: &tokio_postgres::Client, query: &str) -> Vec<i64> {
+    let messages = sql.simple_query(query).await.unwrap_or_else(|error| panic!("{query}: {error:?}"));
+    let rows: Vec<_> = messages
+        .iter()
+        .filter_map(|message| match message {
+            tokio_postgres::SimpleQueryMessage::Row(row) => Some(row),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(rows.len(), 1, "{query}");
+    (0..rows[0].len()).map(|index| rows[0].get(index).unwrap_or("0").parse().expect("a number")).collect()
+}
+
+/// A catalog of one role and one database, which it owns.
+pub fn catalog_json(role: &str, database: &str) -> String {
+    let verifier = "SCRAM-SHA-256$4096:c2FsdA==$c3RvcmVk:c2VydmVy";
+    serde_json::json!({
+        "roles": [{ "name": role, "scram_verifier": verifier }],
+        "databases": [{ "name": database, "owner": role }],
+        "drop_roles": [],
+        "drop_databases": [],
+    })
+    .to_string()
+}
