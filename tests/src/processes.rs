@@ -36,10 +36,13 @@ fn read(path: PathBuf) -> Option<Process> {
     Some(Process { pid, parent, command })
 }
 
-/// The processes below `ancestor`, at any depth, and those in the compute directories below `runtime_dir`.
+/// All processes of Postgres, postmaster and children, that run in a compute directory below `runtime_dir`.
 pub fn postgres_below(runtime_dir: &std::path::Path) -> Vec<Process> {
-    let prefix = runtime_dir.to_string_lossy().into_owned();
-    all().into_iter().filter(|p| p.command.contains("postgres") && p.command.contains(&prefix)).collect()
+    let runs_there = |process: &Process| {
+        let link = |name: &str| std::fs::read_link(format!("/proc/{}/{name}", process.pid)).unwrap_or_default();
+        link("exe").file_name().is_some_and(|program| program == "postgres") && link("cwd").starts_with(runtime_dir)
+    };
+    all().into_iter().filter(runs_there).collect()
 }
 
 /// Children of `parent` whose command line contains `text`.

@@ -237,8 +237,9 @@ async fn lose_the_pageserver(
         "lose the pageserver: SIGKILL, its disk wiped",
         "Local disks are caches; the object store is the truth. The supervisor starts a new pageserver on an empty disk.",
     );
-    let old = cluster.kill_service("pageserver").await?;
     let disk = cluster.data_dir().join("pageserver");
+    processes::wait_until("the pageserver to write layers", Duration::from_secs(60), || disk.exists()).await?;
+    let old = cluster.kill_service("pageserver").await?;
     std::fs::remove_dir_all(&disk).with_context(|| disk.display().to_string())?;
     let after = sql::ask(&project.uri, CHECKSUM).await?;
     ensure!(after == before, "checksum is {after}, was {before}");
