@@ -3,7 +3,7 @@
 use std::{
     fs::{self, DirBuilder, File},
     net::{SocketAddr, TcpListener},
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -25,6 +25,15 @@ pub fn data_dir(asked: PathBuf) -> anyhow::Result<PathBuf> {
         DirBuilder::new().mode(mode).create(&path).with_context(|| format!("making {}", path.display()))?;
     }
     Ok(path)
+}
+
+/// A directory that only this user may enter: the data directory itself may have to be open to Postgres's user.
+pub fn private_dir(path: &Path) -> anyhow::Result<()> {
+    let made = || -> std::io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o700))
+    };
+    made().with_context(|| format!("making {}", path.display()))
 }
 
 /// Held while the installation runs.
@@ -65,6 +74,9 @@ mod tests {
         assert!(lock(&dir).expect_err("second").to_string().contains("--data-dir"));
         drop(held);
         lock(&dir).expect("free again");
+        private_dir(&dir.join("logs")).expect("made");
+        private_dir(&dir.join("logs")).expect("there");
+        assert_eq!(fs::metadata(dir.join("logs")).expect("directory").permissions().mode() & 0o777, 0o700);
         fs::remove_dir_all(base).expect("clean up");
 
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");

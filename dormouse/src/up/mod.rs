@@ -100,8 +100,18 @@ async fn run(arguments: UpArguments, log_format: LogFormat) -> anyhow::Result<Ex
     let postgres_user = host::postgres_user(arguments.postgres_user.as_deref())?;
     let object_store = match &arguments.object_store {
         Some(asked) => asked.clone(),
-        None => data_dir.join("object-store").display().to_string(),
+        None => {
+            let directory = data_dir.join("object-store");
+            checks::private_dir(&directory)?;
+            directory.display().to_string()
+        }
     };
+    for name in ["keys", "logs", "tls", "pageserver"] {
+        checks::private_dir(&data_dir.join(name))?;
+    }
+    for number in 1..=arguments.safekeepers {
+        checks::private_dir(&data_dir.join(format!("safekeeper-{number}")))?;
+    }
     let store = ObjectStoreConfig::parse(&object_store).context("--object-store")?;
     let user = postgres_user.as_deref();
     Box::pin(template::ensure(&store, &postgres_bin_dir, user))
