@@ -99,3 +99,6 @@ fn redo_block(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> 
         _unknown => Err(Fault::Unsupported("this resource manager's redo")),
     }
 }
+
+#[cfg(test)]
+mod tests;
