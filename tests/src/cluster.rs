@@ -160,6 +160,15 @@ impl Cluster {
         .await
     }
 
+    /// A connection as the superuser, over the private socket of an awake endpoint's compute.
+    pub async fn superuser(&self, endpoint: &str, database: &str) -> anyhow::Result<tokio_postgres::Client> {
+        let mut config = tokio_postgres::Config::new();
+        config.host_path(self.runtime_dir().join(endpoint)).user("dormouse_admin").dbname(database);
+        let (client, connection) = config.connect(tokio_postgres::NoTls).await?;
+        tokio::spawn(connection);
+        Ok(client)
+    }
+
     /// Process id of `dormouse up`.
     pub fn up_pid(&self) -> anyhow::Result<u32> {
         self.up.as_ref().map(Child::id).context("not up")

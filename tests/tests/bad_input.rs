@@ -21,14 +21,14 @@ async fn refuse_clients(cluster: &Cluster) -> anyhow::Result<()> {
 
     let error = failure(&project.uri.replace(password, "wrong")).await;
     assert!(error.contains("password authentication failed"), "{error}");
-    assert_eq!(api.state(&project.id, &project.endpoint).await?, "idle", "a wrong password wakes nothing");
+    assert_eq!(api.state(&project.id, &project.endpoint).await?, "init", "a wrong password wakes nothing");
 
     let error = failure(&project.uri.replace(&project.endpoint, "ep-no-such-thing-1")).await;
     assert!(error.contains("ep-no-such-thing-1") || error.contains("password authentication failed"), "{error}");
     let nameless = project.uri.split('?').next().unwrap_or_default().replace(&project.endpoint, "localhost");
     let error = failure(&format!("{nameless}?sslmode=require")).await;
     assert!(error.to_lowercase().contains("endpoint"), "says how to name an endpoint: {error}");
-    assert_eq!(api.state(&project.id, &project.endpoint).await?, "idle", "still asleep");
+    assert_eq!(api.state(&project.id, &project.endpoint).await?, "init", "still asleep");
 
     sql::psql(&project.uri, "create table t as select 1 a").await?;
     for (field, value) in [

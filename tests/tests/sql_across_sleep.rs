@@ -73,9 +73,10 @@ const BATTERY: &[(&str, &str)] = &[
         "select (select string_agg(gid, ',') from pg_prepared_xacts) || (select string_agg(a::text, ',') from prepared)",
     ),
     (
-        "create extension if not exists amcheck; create extension if not exists pg_trgm",
-        "select count(*) >= 10 from (select bt_index_check(c.oid, true) from pg_class c join pg_am a on a.oid = c.relam
-           where a.amname = 'btree' and c.relkind = 'i' and c.relpersistence = 'p') checked",
+        "create extension if not exists pg_trgm; create table words(w text);
+         insert into words select md5(g::text) from generate_series(1, 3000) g;
+         create index on words using gin(w gin_trgm_ops)",
+        "set enable_seqscan = off; select count(*) from words where w like '%abc%'",
     ),
     (
         "select lo_from_bytea(4711, decode(repeat('ab', 10000), 'hex'))",
@@ -126,6 +127,8 @@ async fn battery(cluster: &Cluster) -> anyhow::Result<()> {
     assert_eq!(sql::ask(&copy("file_copy"), "select a from inside").await?, "42", "another database");
     assert_eq!(sql::ask(&copy("wal_log"), "select 1").await?, "1", "a database copied through WAL");
 
+    check_with_amcheck(cluster, &project.endpoint, &database_of(&project.uri)).await?;
+
     let branch = api.create_branch(&project.id, json!({"parent_id": project.branch})).await?;
     assert_eq!(answers(&branch.uri).await?, before, "in a branch");
     sql::psql(&branch.uri, "commit prepared 'kept'").await?;
@@ -133,6 +136,26 @@ async fn battery(cluster: &Cluster) -> anyhow::Result<()> {
     assert_eq!(sql::ask(&branch.uri, rows).await?, "2", "a prepared transaction commits in the branch");
     assert_eq!(sql::ask(&project.uri, rows).await?, "1", "and stays prepared in the parent");
     Ok(())
+}
+
+/// Postgres's own checks of every heap and every B-tree of a database, as its superuser.
+async fn check_with_amcheck(cluster: &Cluster, endpoint: &str, database: &str) -> anyhow::Result<()> {
+    let client = cluster.superuser(endpoint, database).await?;
+    client.batch_execute("create extension if not exists amcheck").await?;
+    let btrees = "select count(bt_index_parent_check(c.oid, true)::text) from pg_class c join pg_am a on a.oid = c.relam
+        where a.amname = 'btree' and c.relkind = 'i' and c.relpersistence = 'p'";
+    let checked: i64 = sql::value(&client, btrees).await?.parse()?;
+    assert!(checked > 100, "only {checked} B-trees were checked");
+    let heaps = "select string_agg(c.relname || ': ' || v.msg, '; ') from pg_class c, verify_heapam(c.oid) v
+        where c.relkind in ('r', 't', 'm') and c.relpersistence = 'p'";
+    assert_eq!(sql::value(&client, heaps).await?, "", "heaps are sound");
+    Ok(())
+}
+
+/// The database in a connection string.
+fn database_of(uri: &str) -> String {
+    let address = uri.split('?').next().unwrap_or_default();
+    address.rsplit('/').next().unwrap_or_default().to_owned()
 }
 
 /// Each statement on its own, as psql would send a file.

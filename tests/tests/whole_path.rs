@@ -16,7 +16,7 @@ async fn a_database_sleeps_wakes_and_branches() -> anyhow::Result<()> {
 async fn life(cluster: &mut Cluster) -> anyhow::Result<()> {
     let api = cluster.api()?;
     let project = api.create_project("life").await?;
-    assert_eq!(api.state(&project.id, &project.endpoint).await?, "idle", "nothing is awake before it is used");
+    assert_eq!(api.state(&project.id, &project.endpoint).await?, "init", "nothing is awake before it is used");
 
     sql::psql(&project.uri, "create table t(id int primary key, v text)").await?;
     sql::psql(&project.uri, "insert into t select g, repeat('x', g % 100) from generate_series(1, 20000) g").await?;
