@@ -12,6 +12,8 @@ pub mod protocol;
 mod rels;
 mod shared;
 mod sys;
+#[cfg(test)]
+mod tests;
 
 pub use owner::{PageCache, PageCacheConfig, PageCacheStats};
 pub use page::{Keep, PageOrigin, is_zero, keep_for, normal_insert_lsn};

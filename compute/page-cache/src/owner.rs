@@ -66,10 +66,8 @@ impl PageCache {
         self.shared.header().horizon.fetch_max(lsn.0, Release);
     }
 
-    /// Publishes the end of the WAL that a quorum holds: from now on [`ShimBackend::get_page`] answers with what WAL up to
-    /// here says, or later. Never goes back.
-    ///
-    /// [`ShimBackend::get_page`]: https://docs.rs/dormouse-shim-server
+    /// Publishes the end of the WAL that a quorum holds: pages fetched from now on must be as WAL up to here says, or later.
+    /// Never goes back.
     pub fn set_shipped(&self, lsn: Lsn) {
         self.shared.header().shipped.fetch_max(lsn.0, Release);
     }

@@ -20,6 +20,17 @@ pub fn insert_lsn() -> u64 {
     }
 }
 
+/// Has Postgres write and sync its WAL up to `lsn`, which comes from [`insert_lsn`]. The caller holds no lock of ours:
+/// Postgres may leave by an error.
+pub fn flush_wal(lsn: u64) {
+    static SYMBOL: Symbol = Symbol::new(c"XLogFlush");
+    if let Some(found) = SYMBOL.find() {
+        // SAFETY: `void XLogFlush(XLogRecPtr record)`, `access/xlog.h`. Postgres itself calls it before it writes a page, under
+        // the same locks.
+        unsafe { std::mem::transmute::<*mut c_void, extern "C-unwind" fn(u64)>(found)(lsn) };
+    }
+}
+
 /// True in the postmaster: it lists database directories at start, to remove temporary files, and wants no relations.
 pub fn is_postmaster() -> bool {
     static SYMBOL: Symbol = Symbol::new(c"PostmasterPid");

@@ -145,12 +145,26 @@ impl Runtime {
         if extends && is_zero(page) {
             // Nothing to keep: the agent, too, answers zeroes for what no WAL describes.
             self.shared.discard(tag)?;
-        } else if state.unlogged {
-            self.shared.keep(tag, page, Keep::FOR_EVER)?;
         } else {
-            self.shared.keep(tag, page, keep_for(page, tag.rel.fork, origin, insert, self.shared.shipped()))?;
+            let keep = if state.unlogged {
+                Keep::FOR_EVER
+            } else {
+                keep_for(page, tag.rel.fork, origin, insert, self.shared.shipped())
+            };
+            self.keep_or_flush(tag, page, keep, insert)?;
         }
         if extends { self.shared.grow_rel(&tag.rel, tag.block + 1, insert) } else { Ok(()) }
+    }
+
+    /// When the budget is used up, pages may be waiting only for WAL that nobody has synced yet.
+    fn keep_or_flush(&self, tag: &PageTag, page: &Page, keep: Keep, insert: u64) -> Result<(), Errno> {
+        match self.shared.keep(tag, page, keep) {
+            Err(Errno(libc::ENOSPC)) if insert > self.shared.shipped() && insert != u64::MAX => {
+                postgres::flush_wal(insert);
+                self.shared.keep(tag, page, keep)
+            }
+            done => done,
+        }
     }
 
     /// Cuts or lengthens the segment's file. `EINVAL` when that is not a whole number of pages.
@@ -234,7 +248,135 @@ fn bytes_of(segment: &Segment, state: &RelState) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::CString;
+
+    use page_cache::{PageCache, PageCacheConfig, Shared, types::Lsn};
+
     use super::*;
+
+    /// A fork that no agent need be asked about, and the cache's files.
+    fn fork() -> (Runtime, PageCache, Segment) {
+        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let path =
+            |name: &str| std::env::temp_dir().join(format!("dormouse-shim-{}-{count}.{name}", std::process::id()));
+        let config = PageCacheConfig {
+            shm_path: path("index"),
+            pages_path: path("pages"),
+            clean_bytes: 64 << 10,
+            kept_bytes: 64 << 10,
+        };
+        let cache = PageCache::create(&config).expect("cache");
+        let c_path = |path: &std::path::Path| CString::new(path.to_str().expect("text")).expect("no NUL");
+        let shared = Shared::open(&c_path(&config.shm_path), &c_path(&config.pages_path)).expect("opens");
+        for path in [&config.shm_path, &config.pages_path] {
+            std::fs::remove_file(path).expect("remove");
+        }
+        let rel = RelTag { spc: 1663, db: 5, rel: 7, fork: ForkNumber::Main };
+        cache.prefill_rel_size(rel, None).expect("room");
+        (Runtime::for_test(shared), cache, Segment { rel, number: 0 })
+    }
+
+    const CREATE: OpenMode = OpenMode { create: true, exclusive: true, truncate: false };
+    const OPEN: OpenMode = OpenMode { create: false, exclusive: false, truncate: false };
+    const GIB: u64 = 1 << 30;
+
+    fn write(runtime: &Runtime, segment: &Segment, byte: u8, at: u64) -> Result<usize, Errno> {
+        runtime.write_segment(segment, &[byte; PAGE_BYTES], at, PageOrigin::Buffer)
+    }
+
+    #[test]
+    fn a_fork_is_created_once_and_is_gone_when_unlinked() {
+        let (runtime, _cache, first) = fork();
+        assert_eq!(runtime.open_segment(&first, OPEN), Err(Errno(libc::ENOENT)));
+        assert_eq!(runtime.open_segment(&first, CREATE), Ok(()));
+        assert_eq!(runtime.open_segment(&first, CREATE), Err(Errno(libc::EEXIST)));
+        assert_eq!(write(&runtime, &first, 1, 0), Ok(PAGE_BYTES));
+        // As `mdunlink` does it: cut to nothing, removed at the next checkpoint.
+        assert_eq!(runtime.truncate_segment(&first, 0), Ok(()));
+        assert_eq!(runtime.segment_bytes(&first), Ok(Some(0)));
+        assert_eq!(runtime.unlink_segment(&first), Ok(()));
+        assert_eq!(runtime.unlink_segment(&first), Err(Errno(libc::ENOENT)));
+        assert_eq!(write(&runtime, &first, 1, 0), Err(Errno(libc::EIO)));
+        assert_eq!(runtime.open_segment(&first, CREATE), Ok(()));
+        assert_eq!(runtime.read_segment(&first, &mut [0; 10], 0), Ok(0));
+    }
+
+    #[test]
+    fn segments_appear_and_go_with_their_blocks() {
+        let (runtime, _cache, first) = fork();
+        let second = Segment { number: 1, ..first };
+        runtime.open_segment(&first, CREATE).expect("creates");
+        assert_eq!(write(&runtime, &first, 1, GIB), Err(Errno(libc::EFBIG)));
+        assert_eq!(write(&runtime, &first, 1, GIB - PAGE), Ok(PAGE_BYTES));
+        assert_eq!(runtime.open_segment(&second, OPEN), Err(Errno(libc::ENOENT)));
+        assert_eq!(runtime.open_segment(&second, CREATE), Ok(()));
+        assert_eq!(runtime.segment_bytes(&second), Ok(None));
+        assert_eq!(write(&runtime, &second, 2, 0), Ok(PAGE_BYTES));
+        assert_eq!(runtime.segment_bytes(&second), Ok(Some(PAGE)));
+        let mut buf = [9; PAGE_BYTES + 10];
+        assert_eq!(runtime.read_segment(&second, &mut buf, 0), Ok(PAGE_BYTES));
+        assert_eq!((buf[0], buf[PAGE_BYTES - 1], buf[PAGE_BYTES]), (2, 2, 9));
+        assert_eq!(runtime.unlink_segment(&second), Ok(()));
+        assert_eq!(runtime.segment_bytes(&first), Ok(Some(GIB)));
+        assert_eq!(runtime.truncate_segment(&first, 3 * PAGE), Ok(()));
+        assert_eq!(runtime.truncate_segment(&second, 0), Ok(()));
+        assert_eq!(runtime.segment_bytes(&first), Ok(Some(3 * PAGE)));
+        // What was cut off is gone for good, and nobody need be asked what lies in the hole.
+        assert_eq!(runtime.allocate_segment(&first, GIB), Ok(()));
+        assert_eq!(runtime.read_segment(&first, &mut buf[..20], GIB - 10), Ok(10));
+        assert_eq!(buf[..10], [0; 10]);
+    }
+
+    #[test]
+    fn odd_lengths_are_read_and_written_too() {
+        let (runtime, _cache, first) = fork();
+        runtime.open_segment(&first, CREATE).expect("creates");
+        let data: Vec<u8> = (0..PAGE_BYTES * 3).map(|index| index as u8 | 1).collect();
+        let origin = PageOrigin::Copy;
+        assert_eq!(runtime.write_segment(&first, &data, 0, origin), Ok(data.len()));
+        assert_eq!(runtime.write_segment(&first, &[0xAA; 100], PAGE - 50, origin), Ok(100));
+        let mut buf = vec![0; PAGE_BYTES * 4];
+        assert_eq!(runtime.read_segment(&first, &mut buf, 1), Ok(data.len() - 1));
+        assert_eq!(buf[PAGE_BYTES - 51..PAGE_BYTES + 49], [0xAA; 100]);
+        assert_eq!((buf[0], buf[PAGE_BYTES * 3 - 2]), (data[1], data[PAGE_BYTES * 3 - 1]));
+    }
+
+    #[test]
+    fn a_full_budget_is_disk_full_until_a_fork_goes() {
+        let (runtime, cache, first) = fork();
+        let other = Segment { rel: RelTag { rel: 8, ..first.rel }, number: 0 };
+        cache.prefill_rel_size(other.rel, None).expect("room");
+        runtime.open_segment(&first, CREATE).expect("creates");
+        runtime.open_segment(&other, CREATE).expect("creates");
+        for block in 0..8 {
+            assert_eq!(write(&runtime, &first, 1, block * PAGE), Ok(PAGE_BYTES));
+        }
+        assert_eq!(write(&runtime, &other, 1, 0), Err(Errno(libc::ENOSPC)));
+        assert_eq!(runtime.segment_bytes(&other), Ok(Some(0)));
+        cache.set_horizon(Lsn(1 << 50));
+        assert_eq!(write(&runtime, &other, 1, 0), Err(Errno(libc::ENOSPC)), "insert positions are unknown here");
+        assert_eq!(write(&runtime, &first, 2, 0), Ok(PAGE_BYTES));
+        runtime.unlink_segment(&first).expect("unlinks");
+        assert_eq!(write(&runtime, &other, 1, 0), Ok(PAGE_BYTES));
+        assert_eq!(cache.stats().kept_bytes, PAGE);
+    }
+
+    #[test]
+    fn an_init_fork_makes_its_relation_unlogged() {
+        let (runtime, cache, first) = fork();
+        let init = Segment { rel: first.rel.with_fork(ForkNumber::Init), number: 0 };
+        cache.prefill_rel_size(init.rel, None).expect("room");
+        runtime.open_segment(&first, CREATE).expect("creates");
+        runtime.open_segment(&init, CREATE).expect("creates");
+        let fsm = Segment { rel: first.rel.with_fork(ForkNumber::Fsm), number: 0 };
+        assert_eq!(runtime.open_segment(&fsm, OPEN), Err(Errno(libc::ENOENT)));
+        assert!(runtime.state(&first.rel).expect("known").unlogged);
+        runtime.unlink_segment(&first).expect("unlinks");
+        runtime.unlink_segment(&init).expect("unlinks");
+        runtime.open_segment(&first, CREATE).expect("creates");
+        assert!(!runtime.state(&first.rel).expect("known").unlogged);
+    }
 
     #[test]
     fn a_fork_is_cut_into_segments() {
@@ -243,7 +385,6 @@ mod tests {
             let state = RelState { blocks, unlogged: false, trunc_to: 0, trunc_lsn: 0 };
             [0, 1, 2].map(|number| bytes_of(&Segment { rel, number }, &state))
         };
-        const GIB: u64 = 1 << 30;
         assert_eq!(lengths(None), [None, None, None]);
         assert_eq!(lengths(Some(0)), [Some(0), None, None]);
         assert_eq!(lengths(Some(131_072)), [Some(GIB), None, None]);

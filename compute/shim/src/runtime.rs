@@ -74,6 +74,11 @@ impl Runtime {
         Some(Runtime { shared, socket, roots: [trim(root.to_bytes()), trim(real_path(root).to_bytes())] })
     }
 
+    #[cfg(test)]
+    pub fn for_test(shared: Shared) -> Runtime {
+        Runtime { shared, socket: c"/nowhere", roots: [b"/nowhere", b"/nowhere"] }
+    }
+
     /// What a path names, if it is one of ours.
     fn name(&self, path: &[u8]) -> Named {
         if path.first() != Some(&b'/') {

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub mod replay;
+
 use std::{
     fs,
     os::unix::{fs::chown, process::CommandExt},
@@ -124,6 +126,16 @@ pub struct PlainDirectory {
 }
 
 impl PlainDirectory {
+    pub fn new(pgdata: &Path) -> PlainDirectory {
+        PlainDirectory {
+            pgdata: pgdata.to_owned(),
+            fail_wal: AtomicBool::new(false),
+            fail_pages: AtomicBool::new(false),
+            pages_read: AtomicU64::new(0),
+            wal_syncs: AtomicU64::new(0),
+        }
+    }
+
     fn dir(&self, spc: Oid, db: Oid) -> PathBuf {
         if spc == oids::GLOBAL_TABLESPACE {
             return self.pgdata.join("global");
@@ -136,7 +148,27 @@ impl PlainDirectory {
         self.dir(rel.spc, rel.db).join(format!("{}{}{suffix}", rel.rel, rel.fork.suffix()))
     }
 
-    fn size(&self, rel: &RelTag) -> Option<BlockNumber> {
+    /// A page, zeroes past the end.
+    pub fn page(&self, tag: &PageTag) -> [u8; PAGE_BYTES] {
+        use std::os::unix::fs::FileExt;
+        let mut page = [0; PAGE_BYTES];
+        if let Ok(file) = fs::File::open(self.file(&tag.rel, tag.block / REL_SEGMENT_BLOCKS)) {
+            let offset = u64::from(tag.block % REL_SEGMENT_BLOCKS) * PAGE_BYTES as u64;
+            // Short or nothing past the end.
+            let _ = file.read_at(&mut page, offset).expect("readable");
+        }
+        page
+    }
+
+    /// All forks of a database directory.
+    pub fn list(&self, spc: Oid, db: Oid) -> Vec<(RelTag, BlockNumber)> {
+        let Ok(entries) = fs::read_dir(self.dir(spc, db)) else { return Vec::new() };
+        let names = entries.map(|entry| entry.expect("entry").file_name().into_string().expect("text"));
+        let rels = names.filter_map(|name| relation_file(spc, db, &name));
+        rels.filter_map(|rel| Some((rel, self.size(&rel)?))).collect()
+    }
+
+    pub fn size(&self, rel: &RelTag) -> Option<BlockNumber> {
         let metadata = fs::metadata(self.file(rel, 0)).ok()?;
         Some((metadata.len() / PAGE_BYTES as u64) as BlockNumber)
     }
@@ -145,20 +177,11 @@ impl PlainDirectory {
 #[async_trait]
 impl ShimBackend for PlainDirectory {
     async fn get_page(&self, tag: PageTag) -> Result<PageAnswer, BackendError> {
-        use std::os::unix::fs::FileExt;
         if self.fail_pages.load(Relaxed) {
             return Err(BackendError::Storage("told to fail".to_owned()));
         }
         self.pages_read.fetch_add(1, Relaxed);
-        let read = |block: BlockNumber| {
-            let mut page = vec![0; PAGE_BYTES];
-            if let Ok(file) = fs::File::open(self.file(&tag.rel, block / REL_SEGMENT_BLOCKS)) {
-                // Short or nothing past the end: zeroes.
-                let offset = u64::from(block % REL_SEGMENT_BLOCKS) * PAGE_BYTES as u64;
-                let _ = file.read_at(&mut page, offset).expect("readable");
-            }
-            bytes::Bytes::from(page)
-        };
+        let read = |block| bytes::Bytes::copy_from_slice(&self.page(&PageTag { rel: tag.rel, block }));
         let end = self.size(&tag.rel).unwrap_or(0).min(tag.block + 4);
         let prefetched = (tag.block + 1..end).map(|block| (PageTag { rel: tag.rel, block }, read(block))).collect();
         Ok(PageAnswer { page: read(tag.block), prefetched })
@@ -169,10 +192,7 @@ impl ShimBackend for PlainDirectory {
     }
 
     async fn list_rels(&self, spc: Oid, db: Oid) -> Result<Vec<(RelTag, BlockNumber)>, BackendError> {
-        let Ok(entries) = fs::read_dir(self.dir(spc, db)) else { return Ok(Vec::new()) };
-        let names = entries.map(|entry| entry.expect("entry").file_name().into_string().expect("text"));
-        let rels = names.filter_map(|name| relation_file(spc, db, &name));
-        Ok(rels.filter_map(|rel| Some((rel, self.size(&rel)?))).collect())
+        Ok(self.list(spc, db))
     }
 
     async fn sync_wal(&self) -> Result<(), BackendError> {
@@ -310,9 +330,9 @@ impl Drop for Server {
 }
 
 /// A server under the shim, and its agent's part.
-pub struct Shimmed {
+pub struct Shimmed<B = PlainDirectory> {
     pub server: Server,
-    pub backend: Arc<PlainDirectory>,
+    pub backend: Arc<B>,
     pub cache: PageCache,
     shutdown: CancellationToken,
     runtime: tokio::runtime::Runtime,
@@ -321,6 +341,13 @@ pub struct Shimmed {
 impl Shimmed {
     /// Starts a server in `dir/name` whose relations are those of the cluster `dir/original`.
     pub fn start(dir: &Path, name: &str, options: &Options) -> Shimmed {
+        Shimmed::start_on(dir, name, options, |_| Arc::new(PlainDirectory::new(&dir.join("original"))))
+    }
+}
+
+impl<B: ShimBackend> Shimmed<B> {
+    /// As [`Shimmed::start`], with a backend of one's own.
+    pub fn start_on(dir: &Path, name: &str, options: &Options, make: impl FnOnce(&PageCache) -> Arc<B>) -> Shimmed<B> {
         let pgdata = dir.join(name);
         copy_without_relations(&dir.join("original"), &pgdata);
         let socket = dir.join(format!("{name}.agent"));
@@ -332,13 +359,7 @@ impl Shimmed {
         };
         let cache = PageCache::create(&config).expect("page cache");
         cache.set_unlogged(&init_forks(&dir.join("original"))).expect("unlogged relations");
-        let backend = Arc::new(PlainDirectory {
-            pgdata: dir.join("original"),
-            fail_wal: AtomicBool::new(false),
-            fail_pages: AtomicBool::new(false),
-            pages_read: AtomicU64::new(0),
-            wal_syncs: AtomicU64::new(0),
-        });
+        let backend = make(&cache);
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("tokio");
         let shutdown = CancellationToken::new();

@@ -1,0 +1,205 @@
+//! Tests of the cache as several processes see it.
+
+use std::{ffi::CString, sync::Arc};
+
+use types::{ForkNumber, Lsn, PAGE_BYTES, PageTag, RelTag};
+
+use crate::{Errno, Keep, Page, PageCache, PageCacheConfig, Shared};
+
+const PAGE: u64 = PAGE_BYTES as u64;
+const REL: RelTag = RelTag { spc: 1663, db: 5, rel: 7, fork: ForkNumber::Main };
+
+fn tag(block: u32) -> PageTag {
+    PageTag { rel: REL, block }
+}
+
+fn filled(byte: u8) -> Page {
+    [byte; PAGE_BYTES]
+}
+
+/// A cache for so many clean and kept pages: the agent's handle and a backend's.
+fn cache(clean: u64, kept: u64, rels: u32) -> (PageCache, Arc<Shared>) {
+    use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let count = COUNT.fetch_add(1, Relaxed);
+    let path =
+        |name: &str| std::env::temp_dir().join(format!("dormouse-page-cache-{}-{count}.{name}", std::process::id()));
+    let config = PageCacheConfig {
+        shm_path: path("index"),
+        pages_path: path("pages"),
+        clean_bytes: clean * PAGE,
+        kept_bytes: kept * PAGE,
+    };
+    let owner = PageCache::create_with_max_rels(&config, rels).expect("cache");
+    let c_path = |path: &std::path::Path| CString::new(path.to_str().expect("text")).expect("no NUL");
+    let shared = Shared::open(&c_path(&config.shm_path), &c_path(&config.pages_path)).expect("opens");
+    std::fs::remove_file(&config.shm_path).expect("remove");
+    std::fs::remove_file(&config.pages_path).expect("remove");
+    (owner, Arc::new(shared))
+}
+
+fn read(shared: &Shared, block: u32) -> Option<u8> {
+    let mut page = filled(0);
+    shared.read(&tag(block), &mut page).expect("readable").then(|| {
+        assert!(page.iter().all(|byte| *byte == page[0]), "a torn page");
+        page[0]
+    })
+}
+
+#[test]
+fn what_the_agent_deposits_a_backend_reads() {
+    let (owner, shared) = cache(4, 4, 16);
+    owner.prefill_page(tag(1), &filled(7)).expect("room");
+    assert_eq!((read(&shared, 1), read(&shared, 2)), (Some(7), None));
+    assert_eq!(owner.stats().clean_bytes, PAGE);
+}
+
+#[test]
+fn clean_pages_make_way_and_kept_ones_do_not() {
+    let (owner, shared) = cache(4, 4, 16);
+    for block in 0..4 {
+        shared.keep(&tag(block), &filled(1), Keep::FOR_EVER).expect("room");
+    }
+    for block in 10..30 {
+        owner.prefill_page(tag(block), &filled(2)).expect("room");
+    }
+    assert!((0..4).all(|block| read(&shared, block) == Some(1)));
+    assert_eq!((10..30).filter(|block| read(&shared, *block).is_some()).count(), 4);
+    assert_eq!(shared.keep(&tag(5), &filled(1), Keep::FOR_EVER), Err(Errno(libc::ENOSPC)));
+    shared.keep(&tag(0), &filled(3), Keep::FOR_EVER).expect("overwriting needs no room");
+    assert_eq!((owner.stats().clean_bytes, owner.stats().kept_bytes), (4 * PAGE, 4 * PAGE));
+}
+
+#[test]
+fn a_kept_page_goes_when_its_transactions_have_ended_and_storage_has_its_wal() {
+    let (owner, shared) = cache(1, 2, 16);
+    let keep = Keep { lsn: 100, insert: 200, soft: false };
+    shared.keep(&tag(0), &filled(1), keep).expect("room");
+    shared.keep(&tag(1), &filled(1), keep).expect("room");
+    let more = |block| shared.keep(&tag(block), &filled(2), Keep::FOR_EVER);
+    owner.set_horizon(Lsn(99));
+    owner.set_shipped(Lsn(300));
+    assert_eq!(more(2), Err(Errno(libc::ENOSPC)), "a transaction in progress may have written the page");
+    owner.set_horizon(Lsn(100));
+    assert_eq!(more(2), Ok(()));
+
+    let (owner, shared) = cache(1, 1, 16);
+    shared.keep(&tag(0), &filled(1), keep).expect("room");
+    owner.set_horizon(Lsn(199));
+    let more = |block| shared.keep(&tag(block), &filled(2), Keep::FOR_EVER);
+    assert_eq!(more(2), Err(Errno(libc::ENOSPC)), "storage does not know what was logged before the page came");
+    owner.set_shipped(Lsn(200));
+    assert_eq!(more(2), Ok(()));
+}
+
+#[test]
+fn soft_pages_go_only_when_nothing_else_can() {
+    let (owner, shared) = cache(1, 2, 16);
+    shared.keep(&tag(0), &filled(1), Keep { lsn: 0, insert: 0, soft: true }).expect("room");
+    shared.keep(&tag(1), &filled(1), Keep { lsn: 5, insert: 5, soft: false }).expect("room");
+    owner.set_horizon(Lsn(10));
+    shared.keep(&tag(2), &filled(1), Keep::FOR_EVER).expect("the logged page goes");
+    assert_eq!(owner.stats().kept_bytes, 2 * PAGE);
+    shared.keep(&tag(3), &filled(1), Keep::FOR_EVER).expect("then the soft one");
+    assert_eq!(shared.keep(&tag(4), &filled(1), Keep::FOR_EVER), Err(Errno(libc::ENOSPC)));
+}
+
+#[test]
+fn an_older_version_than_the_dropped_one_is_refused() {
+    let (owner, shared) = cache(1, 1, 16);
+    shared.keep(&tag(0), &filled(1), Keep { lsn: 100, insert: 200, soft: false }).expect("room");
+    owner.set_horizon(Lsn(300));
+    shared.keep(&tag(1), &filled(1), Keep::FOR_EVER).expect("room");
+    // Page 0 is clean now, and leaves for another.
+    for block in 50..60 {
+        shared.deposit(&tag(block), &filled(2), 300).expect("deposit");
+    }
+    assert_eq!(read(&shared, 0), None);
+    assert_eq!(shared.deposit(&tag(0), &filled(9), 199), Ok(false), "asked for before the page was dropped");
+    assert_eq!(shared.deposit(&tag(0), &filled(9), 200), Ok(true));
+    assert_eq!(read(&shared, 0), Some(9));
+}
+
+#[test]
+fn pages_beyond_a_cut_are_refused_until_storage_has_seen_it() {
+    let (owner, shared) = cache(8, 8, 16);
+    owner.prefill_rel_size(REL, Some(10)).expect("room");
+    shared.keep(&tag(7), &filled(1), Keep::FOR_EVER).expect("room");
+    shared.cut_rel(&REL, 5, 1000).expect("exists");
+    shared.discard_range(REL, 5, 10).expect("discards");
+    assert_eq!(read(&shared, 7), None);
+    shared.grow_rel(&REL, 10, 1001).expect("exists");
+    assert_eq!(shared.deposit(&tag(7), &filled(2), 999), Ok(false));
+    assert_eq!(shared.deposit(&tag(12), &filled(2), 2000), Ok(false));
+    assert_eq!(shared.deposit(&tag(7), &filled(2), 1000), Ok(true));
+    let state = shared.rel_state(&REL).expect("known").expect("known").expect("no reset");
+    assert_eq!((state.blocks, state.trunc_to, state.trunc_lsn), (Some(10), 5, 1000));
+    // A second cut before storage knows of the first: both count.
+    shared.cut_rel(&REL, 8, 1100).expect("exists");
+    let state = shared.rel_state(&REL).expect("known").expect("known").expect("no reset");
+    assert_eq!((state.blocks, state.trunc_to, state.trunc_lsn), (Some(8), 5, 1100));
+}
+
+#[test]
+fn forks_that_storage_can_tell_of_make_way_for_others() {
+    let (owner, shared) = cache(4, 4, 8);
+    let rel = |number| RelTag { rel: number, ..REL };
+    for number in 0..100 {
+        owner.prefill_rel_size(rel(number), Some(number)).expect("unchanged ones make way");
+    }
+    for number in 200..208 {
+        assert_eq!(shared.create_rel(&rel(number), 50), Ok(true));
+    }
+    assert_eq!(shared.create_rel(&rel(300), 50), Err(Errno(libc::ENOSPC)));
+    shared.remove_rel(&rel(200), 60).expect("exists");
+    assert_eq!(shared.create_rel(&rel(300), 50), Err(Errno(libc::ENOSPC)), "storage has not seen the removal");
+    owner.set_shipped(Lsn(60));
+    assert_eq!(shared.create_rel(&rel(300), 70), Ok(true));
+    assert!(shared.rel_state(&rel(200)).expect("answers").is_none());
+}
+
+#[test]
+fn an_unlogged_relation_waits_for_its_reset() {
+    let (owner, shared) = cache(4, 4, 16);
+    owner.set_unlogged(&[REL.with_fork(ForkNumber::Init)]).expect("room");
+    assert!(shared.rel_state(&REL).expect("answers").expect("known").is_err());
+    shared.finish_reset(&REL, 3).expect("exists");
+    shared.finish_reset(&REL, 9).expect("a late one changes nothing");
+    let state = shared.rel_state(&REL).expect("answers").expect("known").expect("reset");
+    assert_eq!((state.blocks, state.unlogged), (Some(3), true));
+    let fsm = REL.with_fork(ForkNumber::Fsm);
+    shared.create_rel(&fsm, 5).expect("room");
+    assert!(shared.rel_state(&fsm).expect("answers").expect("known").expect("reset").unlogged);
+}
+
+#[test]
+fn many_at_once_neither_tear_pages_nor_lose_slots() {
+    let (owner, shared) = cache(16, 48, 16);
+    owner.set_horizon(Lsn(1000));
+    let threads: Vec<_> = (0..4u32)
+        .map(|thread| {
+            let shared = shared.clone();
+            std::thread::spawn(move || {
+                for round in 0..3000u32 {
+                    let block = (round * 7 + thread * 13) % 80;
+                    let keep = Keep { lsn: 10, insert: 10, soft: false };
+                    match round % 4 {
+                        0 => shared.keep(&tag(block), &filled(thread as u8 + 1), keep).expect("room can be made"),
+                        1 => assert!(shared.deposit(&tag(block), &filled(9), 2000).is_ok()),
+                        2 => assert!(read(&shared, block).is_none_or(|byte| byte > 0)),
+                        _ => shared.discard(&tag(block)).expect("discards"),
+                    }
+                }
+            })
+        })
+        .collect();
+    threads.into_iter().for_each(|thread| thread.join().expect("no panic"));
+    let cached = (0..80).filter(|block| read(&shared, *block).is_some()).count() as u64;
+    let stats = owner.stats();
+    assert_eq!(stats.clean_bytes + stats.kept_bytes, cached * PAGE);
+    (0..80).for_each(|block| shared.discard(&tag(block)).expect("discards"));
+    assert_eq!((owner.stats().clean_bytes, owner.stats().kept_bytes), (0, 0));
+    for block in 0..48 {
+        shared.keep(&tag(block), &filled(1), Keep::FOR_EVER).expect("all slots are there again");
+    }
+}
