@@ -1,6 +1,6 @@
 //! Branches: made from a parent at its head, at a position or at a time; deleted with their computes.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use control_plane_api::v2::{BranchCreated, BranchFields, BranchRequest};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339, macros::datetime};
@@ -23,6 +23,8 @@ use crate::{
     },
 };
 
+/// Storage that has not answered by then may be waiting for WAL that nobody tells it about.
+const STORAGE_PATIENCE: Duration = Duration::from_secs(1);
 /// WAL counts microseconds from here.
 const POSTGRES_EPOCH: OffsetDateTime = datetime!(2000-01-01 0:00 UTC);
 
@@ -49,13 +51,15 @@ impl Point {
                 if time > OffsetDateTime::now_utc() {
                     return Err(Problem::Invalid("parent_timestamp is in the future".into()));
                 }
-                let since = (time - POSTGRES_EPOCH).whole_microseconds();
-                i64::try_from(since)
-                    .map(Point::Time)
-                    .map_err(|_| Problem::Invalid("parent_timestamp is too old".into()))
+                wal_time(time).map(Point::Time).ok_or_else(|| Problem::Invalid("parent_timestamp is too old".into()))
             }
         }
     }
+}
+
+/// Microseconds since 2000, as in WAL.
+fn wal_time(time: OffsetDateTime) -> Option<i64> {
+    i64::try_from((time - POSTGRES_EPOCH).whole_microseconds()).ok()
 }
 
 /// What a new branch's rows are made from.
@@ -127,7 +131,8 @@ async fn make(
         Point::Lsn(lsn) => at_lsn(app, begun.parent.clone(), head, lsn).await?,
         Point::Time(timestamp_us) => at_time(app, begun.parent.clone(), head, timestamp_us).await?,
     };
-    let start = app.storage.create_branch(&begun.branch, &ancestor.branch, BranchPoint::Lsn(lsn)).await?;
+    let creation = app.storage.create_branch(&begun.branch, &ancestor.branch, BranchPoint::Lsn(lsn));
+    let start = patiently(app, &ancestor.branch, creation).await?;
     tracing::info!(branch = %begun.branch, ancestor = %ancestor.branch, lsn = %start, "branch was made");
     let branch = begun.branch.clone();
     let parent = begun.parent.clone();
@@ -179,7 +184,13 @@ async fn at_lsn(app: &App, parent: BranchRow, head: Lsn, lsn: Lsn) -> Result<(Br
 async fn at_time(app: &App, parent: BranchRow, head: Lsn, timestamp_us: i64) -> Result<(BranchRow, Lsn), Problem> {
     let (mut ancestor, mut end) = (parent, head);
     loop {
-        let found = app.storage.lsn_by_timestamp(&ancestor.branch, timestamp_us, end).await;
+        refuse_before_root(&ancestor, timestamp_us)?;
+        if timestamp_us < created_us(&ancestor)? && ancestor.parent.is_none() {
+            let message = format!("parent_timestamp is before the project was made, {}", ancestor.created_at);
+            return Err(Problem::Invalid(message));
+        }
+        let search = app.storage.lsn_by_timestamp(&ancestor.branch, timestamp_us, end);
+        let found = patiently(app, &ancestor.branch, search).await;
         let reason = match found {
             Ok(lsn) if lsn >= ancestor.start_lsn => return Ok((ancestor, lsn.min(end))),
             Ok(lsn) => format!("its state is that of {lsn}, in the history of its own parent"),
@@ -191,6 +202,43 @@ async fn at_time(app: &App, parent: BranchRow, head: Lsn, timestamp_us: i64) -> 
         ancestor = parent_of(app, &ancestor)
             .await?
             .ok_or_else(|| Problem::Invalid(format!("parent_timestamp is not in the branch's history: {reason}")))?;
+    }
+}
+
+/// A root branch has no commits from before it was made: the template's state is not a point of its history.
+fn refuse_before_root(branch: &BranchRow, timestamp_us: i64) -> Result<(), Problem> {
+    let made = OffsetDateTime::parse(&branch.created_at, &Rfc3339).ok().filter(|_| branch.parent.is_none());
+    let made_us = made.and_then(wal_time);
+    match made_us {
+        Some(made_us) if timestamp_us < made_us => {
+            Err(Problem::Invalid(format!("parent_timestamp is before the start of the history, {}", branch.created_at)))
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
+fn created_us(row: &BranchRow) -> Result<i64, Problem> {
+    let damaged = || Problem::Internal(format!("creation time of branch {}", row.branch));
+    let time = OffsetDateTime::parse(&row.created_at, &Rfc3339).map_err(|_| damaged())?;
+    i64::try_from((time - POSTGRES_EPOCH).whole_microseconds()).map_err(|_| damaged())
+}
+
+/// Waits for storage, which may be waiting for WAL of a sleeping branch: after a while its end is settled again.
+async fn patiently<T>(
+    app: &App,
+    branch: &BranchRef,
+    request: impl Future<Output = Result<T, Problem>>,
+) -> Result<T, Problem> {
+    let nudge = async {
+        tokio::time::sleep(STORAGE_PATIENCE).await;
+        if let Err(error) = app.computes.settle_again(branch).await {
+            tracing::warn!(%branch, %error, "settling a branch whose WAL does not arrive");
+        }
+        std::future::pending().await
+    };
+    tokio::select! {
+        done = request => done,
+        never = nudge => never,
     }
 }
 

@@ -464,10 +464,28 @@ impl Computes {
         }
         let wanted = branch.clone();
         let row = self.inner.store.call(move |db| branches::get(db, &wanted.project, &wanted.branch)).await?;
-        if let Some(settled) = row.settled_lsn {
-            return Ok(settled);
+        match row.settled_lsn {
+            Some(settled) => Ok(settled),
+            None => self.settle(branch, row.start_lsn).await,
         }
-        let head = self.inner.storage.settle(branch, row.start_lsn).await?;
+    }
+
+    /// Has safekeepers agree again on the end of a sleeping branch's WAL. They may have forgotten, in a crash, how much of it
+    /// is committed, and pageservers get no more than that; without a compute nobody else would tell them.
+    pub async fn settle_again(&self, branch: &BranchRef) -> Result<(), Problem> {
+        let slot = self.slot(branch);
+        let _turn = slot.turn.lock().await;
+        if !matches!(slot.state.lock().phase, Phase::Idle) {
+            return Ok(());
+        }
+        let wanted = branch.clone();
+        let row = self.inner.store.call(move |db| branches::get(db, &wanted.project, &wanted.branch)).await?;
+        self.settle(branch, row.start_lsn).await.map(|_| ())
+    }
+
+    /// The caller holds the turn, and no compute runs.
+    async fn settle(&self, branch: &BranchRef, start_lsn: Lsn) -> Result<Lsn, Problem> {
+        let head = self.inner.storage.settle(branch, start_lsn).await?;
         let id = branch.branch.clone();
         self.inner.store.call(move |db| branches::set_settled(db, &id, Some(head))).await?;
         Ok(head)

@@ -49,6 +49,8 @@ struct FakeStorage {
     branches: Mutex<BTreeMap<BranchRef, (BranchRef, Lsn)>>,
     settled: AtomicU32,
     failing: std::sync::atomic::AtomicBool,
+    /// WAL arrives only once it was settled.
+    forgetful: std::sync::atomic::AtomicBool,
 }
 
 #[async_trait]
@@ -56,6 +58,9 @@ impl Storage for FakeStorage {
     async fn create_branch(&self, branch: &BranchRef, ancestor: &BranchRef, at: BranchPoint) -> Result<Lsn, Problem> {
         if self.failing.load(Ordering::Relaxed) {
             return Err(Problem::Unavailable("pageserver is away".into()));
+        }
+        while self.forgetful.load(Ordering::Relaxed) && self.settled.load(Ordering::Relaxed) == 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
         let lsn = match at {
             BranchPoint::Lsn(lsn) => lsn,
@@ -422,8 +427,11 @@ async fn branches_leave_their_parent_where_asked() {
     let found = world.storage.branches.lock().iter().find(|(b, _)| b.branch == id).map(|(_, at)| at.clone());
     let (ancestor, lsn) = found.expect("made");
     assert_eq!((ancestor.branch.as_str(), lsn), (text(&made["branch"]["id"]), Lsn(0x1800)));
-    let timed = branch(json!({"branch": {"parent_timestamp": "2000-01-01T00:00:00.006Z"}})).await;
-    assert_eq!(timed["branch"]["parent_lsn"], "0/1770", "6000 microseconds");
+    let now = time::OffsetDateTime::now_utc().format(&time::format_description::well_known::Rfc3339).expect("time");
+    let timed = branch(json!({"branch": {"parent_timestamp": now}})).await;
+    assert_eq!(timed["branch"]["parent_lsn"], "0/3000", "what storage finds, but no further than the head");
+    let early = json!({"branch": {"parent_timestamp": "2001-01-01T00:00:00Z"}});
+    assert_eq!(world.api(Method::POST, &branches, early).await.0, 400, "before the project was made");
 
     let (status, error) = world.api(Method::DELETE, &format!("{branches}/{dev}"), Value::Null).await;
     assert_eq!((status, text(&error["code"])), (409, "BRANCH_HAS_CHILDREN"));
@@ -431,6 +439,17 @@ async fn branches_leave_their_parent_where_asked() {
     assert_eq!(world.api(Method::DELETE, &format!("{branches}/{old}"), Value::Null).await.0, 200);
     assert_eq!(world.api(Method::DELETE, &format!("{branches}/{dev}"), Value::Null).await.0, 200);
     assert_eq!(world.wake(&dev_endpoint).await.0, 404);
+}
+
+#[tokio::test]
+async fn a_branch_whose_wal_does_not_arrive_is_settled_again() {
+    let world = World::new().await;
+    let made = world.project().await;
+    let base = format!("/projects/{}", text(&made["project"]["id"]));
+    world.post(&format!("{base}/endpoints/{}/suspend", text(&made["endpoints"][0]["id"])), Value::Null).await;
+    world.storage.forgetful.store(true, Ordering::Relaxed);
+    world.post(&format!("{base}/branches"), json!({})).await;
+    assert_eq!(world.storage.settled.load(Ordering::Relaxed), 1);
 }
 
 #[tokio::test]
