@@ -72,6 +72,7 @@ impl WalShipper {
         self.wait(end).await?;
         self.cache.set_shipped(end);
         self.cache.set_horizon(horizon);
+        tracing::trace!(lsn = %end, %horizon, "WAL is committed");
         Ok(end)
     }
 

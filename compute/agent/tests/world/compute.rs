@@ -168,22 +168,29 @@ fn target_dir() -> PathBuf {
     test.ancestors().nth(2).expect("target/<profile>/deps/<test>").to_owned()
 }
 
+/// Builds what `cargo test --test compute` alone would not: the agent's program and the shim.
+fn build() {
+    static BUILT: OnceLock<()> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        for target in [&["-p", "dormouse-shim"][..], &["-p", "dormouse-compute-agent", "--example", "compute"]] {
+            let status = std::process::Command::new(&cargo).args(["build", "-q"]).args(target).status();
+            assert!(status.expect("cargo").success());
+        }
+    });
+}
+
 fn agent_program() -> PathBuf {
+    build();
     target_dir().join("examples/compute")
 }
 
-/// The shim, built, and copied to where Postgres's user can read it.
+/// The shim, copied to where Postgres's user can read it.
 fn shim_library(disk: &Path) -> PathBuf {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    let built = BUILT.get_or_init(|| {
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let status = std::process::Command::new(cargo).args(["build", "-q", "-p", "dormouse-shim"]).status();
-        assert!(status.expect("cargo").success());
-        target_dir().join("libdormouse_shim.so")
-    });
+    build();
     let copy = disk.join("libdormouse_shim.so");
     if !copy.exists() {
-        std::fs::copy(built, &copy).expect("copy");
+        std::fs::copy(target_dir().join("libdormouse_shim.so"), &copy).expect("copy");
     }
     copy
 }
