@@ -185,10 +185,6 @@ async fn at_time(app: &App, parent: BranchRow, head: Lsn, timestamp_us: i64) -> 
     let (mut ancestor, mut end) = (parent, head);
     loop {
         refuse_before_root(&ancestor, timestamp_us)?;
-        if timestamp_us < created_us(&ancestor)? && ancestor.parent.is_none() {
-            let message = format!("parent_timestamp is before the project was made, {}", ancestor.created_at);
-            return Err(Problem::Invalid(message));
-        }
         let search = app.storage.lsn_by_timestamp(&ancestor.branch, timestamp_us, end);
         let found = patiently(app, &ancestor.branch, search).await;
         let reason = match found {
@@ -215,12 +211,6 @@ fn refuse_before_root(branch: &BranchRow, timestamp_us: i64) -> Result<(), Probl
         }
         Some(_) | None => Ok(()),
     }
-}
-
-fn created_us(row: &BranchRow) -> Result<i64, Problem> {
-    let damaged = || Problem::Internal(format!("creation time of branch {}", row.branch));
-    let time = OffsetDateTime::parse(&row.created_at, &Rfc3339).map_err(|_| damaged())?;
-    i64::try_from((time - POSTGRES_EPOCH).whole_microseconds()).map_err(|_| damaged())
 }
 
 /// Waits for storage, which may be waiting for WAL of a sleeping branch: after a while its end is settled again.
