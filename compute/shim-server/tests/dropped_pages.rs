@@ -65,3 +65,18 @@ fn pgbench_within_a_small_budget() {
     assert!(shimmed.backend.pages_read() > 1000, "{} pages read", shimmed.backend.pages_read());
     shimmed.stop();
 }
+
+#[test]
+#[ignore = "minutes, and PostgreSQL's sources"]
+fn the_core_regression_suite_within_a_small_budget() {
+    let dir = directory();
+    initdb(&dir.path().join("original"));
+    run(std::process::Command::new("cp").arg("-a").arg(dir.path().join("original")).arg(dir.path().join("plain")));
+    let options = small(64 << 20);
+    let plain = Server::start(dir.path(), "plain", &options.settings, &[]);
+    let shimmed = start(dir.path(), &options);
+    regress::compare(dir.path(), &plain, &shimmed.server);
+    eprintln!("{} pages read", shimmed.backend.pages_read());
+    plain.stop();
+    shimmed.stop();
+}

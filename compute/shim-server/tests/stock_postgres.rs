@@ -151,63 +151,13 @@ fn unlogged_relations_start_as_their_init_forks() {
     shimmed.stop();
 }
 
-/// Needs PostgreSQL's sources (`DORMOUSE_TEST_PGSRC`), a C compiler and minutes.
 #[test]
 #[ignore = "minutes, and PostgreSQL's sources"]
 fn the_core_regression_suite_gives_the_same_results() {
-    let sources = std::env::var("DORMOUSE_TEST_PGSRC").expect("DORMOUSE_TEST_PGSRC names PostgreSQL's sources");
     let dir = directory();
     let options = Options { settings: vec!["shared_buffers=4MB".to_owned()], ..Options::default() };
     let (plain, shimmed) = pair(dir.path(), &options);
-    let regress = dir.path().join("regress");
-    run(std::process::Command::new("cp").arg("-r").arg(Path::new(&sources).join("src/test/regress")).arg(&regress));
-    let include = run(std::process::Command::new("pg_config").arg("--includedir-server"));
-    run(std::process::Command::new("cc")
-        .args(["-shared", "-fPIC", "-O1", "-I", include.trim(), "-o"])
-        .args([regress.join("regress.so"), regress.join("regress.c")]));
-    for name in ["refint.so", "autoinc.so"] {
-        run(std::process::Command::new("cp").arg(postgres_bin("../lib").join(name)).arg(&regress));
-    }
-    run(std::process::Command::new("chown").args(["-R", "postgres"]).arg(&regress));
-    let results = |server: &Server, name: &str| {
-        let out = dir.path().join(name);
-        fs::create_dir(&out).expect("mkdir");
-        give_to_postgres(&out);
-        let output = server
-            .client("../lib/pgxs/src/test/regress/pg_regress")
-            .args(["--use-existing", "--dbname=regression", "--max-connections=10", "--user=dormouse_admin"])
-            .arg(format!("--bindir={}", postgres_bin("").display()))
-            .arg(format!("--dlpath={}", regress.display()))
-            .arg(format!("--inputdir={}", regress.display()))
-            .arg(format!("--outputdir={}", out.display()))
-            .arg(format!("--schedule={}", regress.join("parallel_schedule").display()))
-            .arg(format!("--host={}", server.dir.display()))
-            .output()
-            .expect("pg_regress");
-        eprintln!(
-            "{name}: {}",
-            String::from_utf8_lossy(&output.stdout).lines().rev().take(12).collect::<Vec<_>>().join("\n")
-        );
-        out.join("results")
-    };
-    plain.sql("create database regression template template0");
-    shimmed.server.sql("create database regression template template0");
-    let (left, right) = (results(&plain, "out-plain"), results(&shimmed.server, "out-shimmed"));
-    let mut differing = Vec::new();
-    for entry in fs::read_dir(&left).expect("results") {
-        let name = entry.expect("entry").file_name();
-        let diff = std::process::Command::new("diff")
-            .arg("-u")
-            .arg(left.join(&name))
-            .arg(right.join(&name))
-            .output()
-            .expect("diff");
-        if !diff.status.success() {
-            eprintln!("{}", String::from_utf8_lossy(&diff.stdout).lines().take(40).collect::<Vec<_>>().join("\n"));
-            differing.push(name);
-        }
-    }
-    assert!(differing.is_empty(), "{differing:?}");
+    regress::compare(dir.path(), &plain, &shimmed.server);
     plain.stop();
     shimmed.stop();
 }

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub mod regress;
 pub mod replay;
 
 use std::{
@@ -78,11 +79,7 @@ pub fn shim_library() -> &'static Path {
         let status = Command::new(env!("CARGO")).args(["build", "--quiet", "-p", "dormouse-shim"]).status();
         assert!(status.expect("cargo").success());
         let own = std::env::current_exe().expect("own path");
-        let built = own.parent().and_then(Path::parent).expect("target directory").join("libdormouse_shim.so");
-        // Postgres's user may not be able to see the target directory.
-        let copy = std::env::temp_dir().join(format!("dormouse-shim-{}.so", std::process::id()));
-        fs::copy(&built, &copy).expect("the library was built");
-        copy
+        own.parent().and_then(Path::parent).expect("target directory").join("libdormouse_shim.so")
     })
 }
 
@@ -373,7 +370,10 @@ impl<B: ShimBackend> Shimmed<B> {
         }
         let required = required_settings().into_iter().map(|(name, value)| format!("{name}={value}"));
         let settings: Vec<String> = required.chain(options.settings.iter().cloned()).collect();
-        let environment = shim_environment(shim_library(), &pgdata, &socket, &config);
+        // Postgres's user may not be able to see the target directory.
+        let library = dir.join("shim.so");
+        fs::copy(shim_library(), &library).expect("the library was built");
+        let environment = shim_environment(&library, &pgdata, &socket, &config);
         let server = Server::start(dir, name, &settings, &environment);
         // Everybody who needs it has the mapping, or inherits it.
         fs::remove_file(&config.shm_path).expect("remove");
