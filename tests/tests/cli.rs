@@ -41,7 +41,7 @@ async fn daily_work(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 async fn json(cluster: &Cluster, arguments: &[&str]) -> anyhow::Result<serde_json::Value> {
-    let text = dormouse(cluster, &[&["--output", "json"], arguments].concat()).await?;
+    let text = dormouse(cluster, &[arguments, &["--output", "json"]].concat()).await?;
     serde_json::from_str(&text).with_context(|| text.clone())
 }
 
