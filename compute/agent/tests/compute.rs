@@ -166,3 +166,43 @@ async fn roles_and_databases_are_made_and_idleness_is_told() {
     assert!(status.running && status.problem.is_none(), "{status:?}");
     compute.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crashed_backend_ends_the_compute_and_loses_nothing() {
+    let world = World::start().await;
+    let mut compute = world.compute("x", ComputeOptions::default()).await;
+    let sql = compute.connect("postgres").await;
+    sql.batch_execute("CREATE TABLE t AS SELECT g FROM generate_series(1, 1000) g").await.expect("write");
+    let backend = world::row(&sql, "SELECT pg_backend_pid()").await[0];
+    let pid = nix::unistd::Pid::from_raw(backend as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("kill");
+    let status = timeout(A_WHILE, compute.exit()).await.expect("the compute ends");
+    assert!(!status.success() && !compute.directory().exists());
+    let mut compute = world.compute("x", ComputeOptions::default()).await;
+    let sql = compute.connect("postgres").await;
+    assert_eq!(world::row(&sql, "SELECT count(*) FROM t").await, [1000]);
+    // SIGTERM is a clean stop too.
+    let pid = nix::unistd::Pid::from_raw(compute.ready.agent_pid as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("terminate");
+    assert!(timeout(A_WHILE, compute.exit()).await.expect("the compute ends").success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_start_says_why() {
+    let world = World::start().await;
+    let refused = world.try_compute("t", ComputeOptions { token: Some("x.y.z"), ..Default::default() }).await;
+    let error = refused.err().expect("a bad token");
+    assert!(error.starts_with("election:"), "{error}");
+    let settings: &[_] = &[("fsync", "off")];
+    let refused = world.try_compute("t", ComputeOptions { settings, ..Default::default() }).await;
+    assert!(refused.err().expect("a fixed setting").contains("fsync may not be changed"));
+    let settings: &[_] = &[("shared_buffers", "nonsense")];
+    let refused = world.try_compute("t", ComputeOptions { settings, ..Default::default() }).await;
+    let error = refused.err().expect("a bad value");
+    assert!(error.contains("invalid value for parameter"), "{error}");
+    let mut compute = world.compute("t", ComputeOptions::default()).await;
+    let refused = world.try_compute("t", ComputeOptions::default()).await;
+    assert!(refused.err().expect("in use").contains("another compute is running"));
+    assert!(compute.directory().exists());
+    compute.stop().await;
+}

@@ -30,6 +30,8 @@ pub struct ComputeOptions {
     pub catalog: bool,
     /// Limit of each of the page cache's two budgets.
     pub cache_bytes: Option<u64>,
+    /// Instead of the branch's.
+    pub token: Option<&'static str>,
 }
 
 /// A running compute; killed when dropped.
@@ -43,6 +45,11 @@ pub struct Compute {
 impl World {
     /// Starts a compute of this name and waits until it is ready.
     pub async fn compute(&self, name: &str, options: ComputeOptions) -> Compute {
+        self.try_compute(name, options).await.unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// As [`World::compute`]; an error says what the agent printed and logged.
+    pub async fn try_compute(&self, name: &str, options: ComputeOptions) -> Result<Compute, String> {
         let directory = self.runtime.path().join(name);
         let log = self.disk.path().join(format!("{name}.log"));
         let spec = serde_json::to_vec(&self.spec(name, &directory, &options)).expect("spec");
@@ -63,9 +70,13 @@ impl World {
         match serde_json::from_str(&line) {
             Ok(AgentEvent::Ready(ready)) => {
                 eprintln!("{name}: {:?}", ready.timings_us);
-                Compute { child, directory, log, ready }
+                Ok(Compute { child, directory, log, ready })
             }
-            other => panic!("{other:?}\n{}", std::fs::read_to_string(&log).unwrap_or_default()),
+            Ok(AgentEvent::Failed { error }) => {
+                assert!(!child.wait().await.expect("wait").success());
+                Err(error)
+            }
+            Err(error) => panic!("{error}: {line}\n{}", std::fs::read_to_string(&log).unwrap_or_default()),
         }
     }
 
@@ -84,7 +95,7 @@ impl World {
             page_cache_dir: self.disk.path().join("cache").join(name),
             safekeepers: self.safekeepers.iter().enumerate().map(address).collect(),
             pageserver: self.pageserver.to_string(),
-            token: self.token.clone(),
+            token: options.token.map_or_else(|| self.token.clone(), str::to_owned),
             postgres_bin_dir: BIN_DIR.into(),
             shim_path: shim_library(self.disk.path()),
             postgres_user: Some("postgres".to_owned()),
