@@ -6,11 +6,12 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use types::{WAL_SEGMENT_BYTES, XLOG_PAGE_BYTES};
+use types::WAL_SEGMENT_BYTES;
 use wire::pageserver::BaseFiles;
 
 use crate::{
     compute_dir::ComputePaths,
+    opening::WalSegment,
     owner::{Owner, give, make_private_dir},
 };
 
@@ -136,20 +137,17 @@ impl DataDir {
         give(&path, self.owner).map_err(failed)
     }
 
-    /// Writes a WAL segment file of full length. Of the pages in `content` it writes the first, which names the cluster,
-    /// and those from offset `needed_from` on: nobody reads the others, and they cost memory.
-    pub fn write_segment(&self, name: &str, content: &[u8], needed_from: u64) -> Result<(), DataDirError> {
-        let relative = format!("pg_wal/{name}");
-        let from = (needed_from as usize).min(content.len());
-        let first = from.min(XLOG_PAGE_BYTES as usize);
-        self.write_file(&relative, &content[..first])?;
+    /// Writes a WAL segment file of full length, with holes.
+    pub fn write_segment(&self, segment: &WalSegment) -> Result<(), DataDirError> {
+        let relative = format!("pg_wal/{}", segment.name);
+        self.write_file(&relative, b"")?;
         let path = self.root.join(relative);
-        let write_rest = || {
+        let write_pieces = || {
             let file = std::fs::OpenOptions::new().write(true).open(&path)?;
             file.set_len(WAL_SEGMENT_BYTES)?;
-            file.write_all_at(&content[from..], from as u64)
+            segment.pieces.iter().try_for_each(|(offset, bytes)| file.write_all_at(bytes, *offset))
         };
-        write_rest().map_err(|source| DataDirError::Io { path: path.clone(), source })
+        write_pieces().map_err(|source| DataDirError::Io { path: path.clone(), source })
     }
 
     /// Makes a directory below the data directory, each step of its path private and Postgres's own.

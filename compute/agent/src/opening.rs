@@ -2,12 +2,13 @@
 //!
 //! Every start looks to Postgres like the start after a clean stop, whether or not there was one: nothing to recover.
 
-use types::Lsn;
+use types::{Lsn, WAL_SEGMENT_BYTES};
 use wal::{
     CheckPoint, ControlFile,
     checkpoint::{CheckPointError, shutdown_record},
     control_file::ControlFileError,
-    encode::{EncodedRecord, encode_record, record_start_at, segment_with},
+    encode::{EncodedRecord, encode_record, record_start_at},
+    v15::wal::page_header,
 };
 use wire::pageserver::BaseFiles;
 
@@ -20,10 +21,19 @@ pub struct Opening {
     pub record: EncodedRecord,
     /// Content of `global/pg_control`.
     pub control_file: Vec<u8>,
-    /// Files of `pg_wal` by name.
-    pub segments: Vec<(String, Vec<u8>)>,
+    /// Files of `pg_wal`.
+    pub segments: Vec<WalSegment>,
     /// The cluster's identifier.
     pub system_identifier: u64,
+}
+
+/// A segment file: what must be in it. All else may be a hole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WalSegment {
+    /// Its name.
+    pub name: String,
+    /// Offsets and bytes.
+    pub pieces: Vec<(u64, Vec<u8>)>,
 }
 
 /// Base files that no Postgres can start from.
@@ -59,8 +69,31 @@ pub fn open_term(base: &BaseFiles, start: Lsn, settings: &ControlSettings, now: 
     let record = encode_record(start, base.prev_record_lsn, system_identifier, &shutdown_record(&checkpoint));
     control.set_shutdown_at(record.start_lsn, &checkpoint);
     set_settings(&mut control, settings);
-    let segments = segment_with(&record, system_identifier);
+    let segments = segments_with(&record, system_identifier);
     Ok(Opening { record, control_file: control.to_bytes().to_vec(), segments, system_identifier })
+}
+
+/// The segments that hold `record`: its pages, and the header of a segment's first page, which names the cluster. Postgres
+/// looks at nothing else, and up to 16 MiB of other pages would have to be written at each start.
+fn segments_with(record: &EncodedRecord, system_identifier: u64) -> Vec<WalSegment> {
+    let begin = record.begin;
+    let page = begin.page_start();
+    // A record that starts with its page brings the page's header along.
+    let mut bytes = if page == begin { Vec::new() } else { page_header(page, 0, system_identifier) };
+    bytes.resize(begin.page_offset() as usize, 0);
+    bytes.extend_from_slice(&record.bytes);
+    let mut pieces = Vec::new();
+    if page.segment_offset() != 0 {
+        pieces.push((0, page_header(page.segment_start(), 0, system_identifier)));
+    }
+    let rest = bytes.split_off(bytes.len().min((WAL_SEGMENT_BYTES - page.segment_offset()) as usize));
+    pieces.push((page.segment_offset(), bytes));
+    let mut segments = vec![WalSegment { name: page.segment_file_name(), pieces }];
+    if !rest.is_empty() {
+        let next = page.segment_start() + WAL_SEGMENT_BYTES;
+        segments.push(WalSegment { name: next.segment_file_name(), pieces: vec![(0, rest)] });
+    }
+    segments
 }
 
 fn set_settings(control: &mut ControlFile, settings: &ControlSettings) {
@@ -80,8 +113,7 @@ mod tests {
     use super::*;
     use bytes::Bytes;
     use std::collections::BTreeMap;
-    use types::WAL_SEGMENT_BYTES;
-    use wal::{WalStreamDecoder, control_file::Contents};
+    use wal::{WalStreamDecoder, control_file::Contents, encode::segment_with};
 
     fn control_file() -> Bytes {
         let mut control = ControlFile { contents: <Contents as zerocopy_zeroed::Zeroed>::zeroed() };
@@ -142,6 +174,15 @@ mod tests {
             assert_eq!({ checkpoint.next_xid }, 1000);
             let expected = if at == segment - 64 { 2 } else { 1 };
             assert_eq!(opening.segments.len(), expected, "{at:x}");
+            for (sparse, (name, whole)) in opening.segments.iter().zip(segment_with(&opening.record, 77)) {
+                assert_eq!(sparse.name, name);
+                for (offset, bytes) in &sparse.pieces {
+                    let end = *offset as usize + bytes.len();
+                    assert_eq!(whole[*offset as usize..end], *bytes, "{at:x} at {offset:x}");
+                }
+                let last = sparse.pieces.last().map_or(0, |(offset, bytes)| *offset as usize + bytes.len());
+                assert!(whole[last..].iter().all(|byte| *byte == 0));
+            }
         }
     }
 

@@ -38,6 +38,8 @@ const FIXED: &[(&str, &str)] = &[
     ("restart_after_crash", "off"),
     ("logging_collector", "off"),
     ("log_destination", "stderr"),
+    // In the compute's directory, so that a killed Postgres leaves nothing behind in /dev/shm.
+    ("dynamic_shared_memory_type", "mmap"),
 ];
 
 /// What else must not be set from outside: paths and programs of the host, and whatever assumes a local, lasting WAL.

@@ -90,6 +90,7 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
     proposer
         .append(opening.record.begin, opening.record.bytes.clone())
         .map_err(|fenced| StartError::Fenced(fenced.0))?;
+    timings.step("opening");
     prepared.write(&base, &opening)?;
     let backend = backend(spec, &dir, &elected, &opening, &proposer, pageserver, &prepared.cache);
     let server = ShimServer::bind(&dir.shim_socket(), backend.clone(), prepared.cache.clone())?;
@@ -183,11 +184,8 @@ impl Prepared {
     fn write(&self, base: &BaseFiles, opening: &Opening) -> Result<(), StartError> {
         self.data.write_base_files(base)?;
         self.data.write_file("global/pg_control", &opening.control_file)?;
-        let mut needed_from = opening.record.begin.page_start().segment_offset();
-        for (name, content) in &opening.segments {
-            self.data.write_segment(name, content, needed_from)?;
-            // A record that is split between segments goes on at the start of the second.
-            needed_from = 0;
+        for segment in &opening.segments {
+            self.data.write_segment(segment)?;
         }
         self.cache.set_unlogged(&base.unlogged)?;
         self.cache.set_shipped(base.lsn);
