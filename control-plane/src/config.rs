@@ -51,18 +51,26 @@ pub struct Config {
     /// The shim to load into Postgres [default: the one inside this program].
     #[arg(long, env = "DORMOUSE_SHIM_PATH")]
     pub shim_path: Option<PathBuf>,
-    /// Most clean pages that a compute keeps on local disk, MiB.
-    #[arg(long, default_value_t = 1024)]
-    pub page_cache_mib: u64,
-    /// Most evicted dirty pages that a compute keeps on local disk, MiB; over it statements fail with "disk full".
-    #[arg(long, default_value_t = 8192)]
-    pub kept_pages_mib: u64,
+    /// See [`PageCacheLimits`].
+    #[command(flatten)]
+    pub page_cache: PageCacheLimits,
     /// Longest wait for a compute to take connections, seconds.
     #[arg(long, default_value_t = 60)]
     pub wake_timeout_seconds: u64,
     /// Put all computes to sleep when the control plane stops, instead of leaving them to the next one.
     #[arg(long)]
     pub stop_computes_at_exit: bool,
+}
+
+/// How much local disk a compute may use for pages.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct PageCacheLimits {
+    /// Most clean pages that a compute keeps on local disk, MiB.
+    #[arg(long, default_value_t = 1024, env = "DORMOUSE_PAGE_CACHE_MIB")]
+    pub page_cache_mib: u64,
+    /// Most evicted dirty pages that a compute keeps on local disk, MiB; over it statements fail with "disk full".
+    #[arg(long, default_value_t = 8192, env = "DORMOUSE_KEPT_PAGES_MIB")]
+    pub kept_pages_mib: u64,
 }
 
 impl Config {

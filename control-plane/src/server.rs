@@ -178,8 +178,8 @@ fn compute_settings(config: &Config, shim: &Path) -> anyhow::Result<ComputeSetti
         postgres_bin_dir: host::postgres_bin_dir(config.postgres_bin_dir.as_deref())?,
         shim_path: config.shim_path.clone().unwrap_or_else(|| shim.to_owned()),
         postgres_user: host::postgres_user(config.postgres_user.as_deref())?,
-        page_cache_bytes: config.page_cache_mib.saturating_mul(MIB),
-        kept_pages_bytes: config.kept_pages_mib.saturating_mul(MIB),
+        page_cache_bytes: config.page_cache.page_cache_mib.saturating_mul(MIB),
+        kept_pages_bytes: config.page_cache.kept_pages_mib.saturating_mul(MIB),
         wake_timeout: config.wake_timeout(),
     })
 }

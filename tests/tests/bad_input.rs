@@ -19,16 +19,18 @@ async fn refuse_clients(cluster: &Cluster) -> anyhow::Result<()> {
     let project = api.create_project("strict").await?;
     let password = project.uri.split(':').nth(2).and_then(|rest| rest.split('@').next()).context("no password")?;
 
+    api.wait_state(&project.id, &project.endpoint, "active", Duration::from_secs(30)).await?;
+    api.suspend(&project.id, &project.endpoint).await?;
     let error = failure(&project.uri.replace(password, "wrong")).await;
     assert!(error.contains("password authentication failed"), "{error}");
-    assert_eq!(api.state(&project.id, &project.endpoint).await?, "init", "a wrong password wakes nothing");
+    assert_eq!(api.state(&project.id, &project.endpoint).await?, "idle", "a wrong password wakes nothing");
 
     let error = failure(&project.uri.replace(&project.endpoint, "ep-no-such-thing-1")).await;
     assert!(error.contains("ep-no-such-thing-1") || error.contains("password authentication failed"), "{error}");
     let nameless = project.uri.split('?').next().unwrap_or_default().replace(&project.endpoint, "localhost");
     let error = failure(&format!("{nameless}?sslmode=require")).await;
     assert!(error.to_lowercase().contains("endpoint"), "says how to name an endpoint: {error}");
-    assert_eq!(api.state(&project.id, &project.endpoint).await?, "init", "still asleep");
+    assert_eq!(api.state(&project.id, &project.endpoint).await?, "idle", "still asleep");
 
     sql::psql(&project.uri, "create table t as select 1 a").await?;
     for (field, value) in [

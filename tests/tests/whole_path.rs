@@ -16,7 +16,10 @@ async fn a_database_sleeps_wakes_and_branches() -> anyhow::Result<()> {
 async fn life(cluster: &mut Cluster) -> anyhow::Result<()> {
     let api = cluster.api()?;
     let project = api.create_project("life").await?;
-    assert_eq!(api.state(&project.id, &project.endpoint).await?, "init", "nothing is awake before it is used");
+    // A new project's compute is started at once, to make its role and database.
+    api.wait_state(&project.id, &project.endpoint, "active", Duration::from_secs(30)).await?;
+    let (status, _) = api.call("POST".parse()?, "/projects", Some(json!({"project": {"name": "x".repeat(500)}}))).await?;
+    assert!((400..500).contains(&status), "an endless name is refused: {status}");
 
     sql::psql(&project.uri, "create table t(id int primary key, v text)").await?;
     sql::psql(&project.uri, "insert into t select g, repeat('x', g % 100) from generate_series(1, 20000) g").await?;

@@ -31,6 +31,18 @@ pub fn flush_wal(lsn: u64) {
     }
 }
 
+/// Has Postgres sync what it has inserted into WAL beyond `shipped`; nothing when a quorum holds it all.
+///
+/// Needed before a page of a visibility map is fetched: its bits are cleared before the record that says so is inserted, and
+/// the page may be written, and let go, in between. The one who clears keeps the page pinned until the record is inserted, so
+/// when it is read again, that record is in WAL: synced, it is part of what storage answers.
+pub fn flush_wal_inserted(shipped: u64) {
+    let inserted = insert_lsn();
+    if inserted != u64::MAX && inserted > shipped {
+        flush_wal(inserted);
+    }
+}
+
 /// True in the postmaster: it lists database directories at start, to remove temporary files, and wants no relations.
 pub fn is_postmaster() -> bool {
     static SYMBOL: Symbol = Symbol::new(c"PostmasterPid");

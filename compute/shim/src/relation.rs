@@ -89,6 +89,9 @@ impl Runtime {
             page.fill(0);
             return Ok(());
         }
+        if tag.rel.fork == ForkNumber::Vm {
+            postgres::flush_wal_inserted(shipped);
+        }
         agent::get_page(self.socket, tag, page)?;
         // A cache that takes no more pages is no reason to fail.
         let _ = self.shared.deposit(tag, page, shipped);

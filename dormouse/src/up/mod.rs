@@ -69,6 +69,8 @@ pub struct UpArguments {
     /// The user that Postgres runs as when Dormouse is root [default: postgres if there is one, else nobody]
     #[arg(long, env = "DORMOUSE_POSTGRES_USER")]
     postgres_user: Option<String>,
+    #[command(flatten)]
+    page_cache: control_plane::config::PageCacheLimits,
 }
 
 /// An installation whose settings were found good.

@@ -118,11 +118,11 @@ async fn demo(arguments: &Arguments, table: &mut Table) -> anyhow::Result<()> {
 
 async fn tour(arguments: &Arguments, cluster: &Cluster, table: &mut Table) -> anyhow::Result<()> {
     let api = cluster.api()?;
-    table.step("create a project through the REST API", "A project is a branch of the template: no initdb, no copy.");
+    table.step("create a project through the REST API", "A project is a branch of the template: no initdb, no copy. Its compute starts in the background.");
     let project = api.create_project("demo").await?;
     table.done(format!("project {}, branch {}, endpoint {}", project.id, project.branch, project.endpoint));
 
-    table.step("first psql through the proxy", "The endpoint sleeps; the proxy checks the password, wakes it and connects.");
+    table.step("first psql through the proxy", "The proxy checks the password, waits until the compute has made its role and database, and connects.");
     let version = sql::psql(&project.uri, "select version()").await?;
     table.done(version.split(" on ").next().unwrap_or_default());
 
