@@ -16,12 +16,15 @@ pub struct LayerSet {
     images: Vec<Arc<Layer>>,
 }
 
-/// The layers to look into, in this order.
+/// Where to look, in this order.
 pub struct SearchPath {
     /// Newest first.
-    pub layers: Vec<Arc<Layer>>,
-    /// An image set was reached: what is not found in `layers` the branch itself does not have.
-    pub ends_in_image: bool,
+    pub deltas: Vec<Arc<Layer>>,
+    /// Only what the deltas have after this counts: what is older is in the image set already. (A delta may begin before
+    /// an image set and end behind it: a database copy stores values ahead of its record.)
+    pub deltas_after: Lsn,
+    /// Of one image set.
+    pub images: Vec<Arc<Layer>>,
 }
 
 impl LayerSet {
@@ -70,10 +73,50 @@ impl LayerSet {
         let after = image.unwrap_or(after);
         let overlaps = |meta: &LayerMeta| meta.first_key <= last && meta.last_key >= first;
         let wanted = |meta: &LayerMeta| meta.end_lsn > after && meta.start_lsn < at && overlaps(meta);
-        let mut layers: Vec<_> = self.deltas.iter().rev().filter(|layer| wanted(&layer.meta)).cloned().collect();
-        if let Some(lsn) = image {
-            layers.extend(self.images_at(lsn).filter(|layer| overlaps(&layer.meta)).cloned());
-        }
-        SearchPath { layers, ends_in_image: image.is_some() }
+        let deltas = self.deltas.iter().rev().filter(|layer| wanted(&layer.meta)).cloned().collect();
+        let of_image = image.into_iter().flat_map(|lsn| self.images_at(lsn));
+        let images = of_image.filter(|layer| overlaps(&layer.meta)).cloned().collect();
+        SearchPath { deltas, deltas_after: after, images }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use object_store::path::Path;
+
+    fn layer(kind: LayerKind, start: u64, end: u64) -> Arc<Layer> {
+        let meta = LayerMeta {
+            name: format!("{start}-{end}"),
+            kind,
+            first_key: Key::MIN,
+            last_key: Key::MAX,
+            start_lsn: Lsn(start),
+            end_lsn: Lsn(end),
+            size_bytes: 1,
+            index_offset: 0,
+            entries: 1,
+        };
+        Layer::new(meta, Path::from("x"))
+    }
+
+    fn ends(layers: &[Arc<Layer>]) -> Vec<u64> {
+        layers.iter().map(|layer| layer.meta.end_lsn.0).collect()
+    }
+
+    #[test]
+    fn a_search_ends_at_the_newest_image_set_that_is_not_too_new() {
+        let deltas = [(0, 10), (10, 20), (20, 35), (30, 40)].map(|(start, end)| layer(LayerKind::Delta, start, end));
+        let images = [10, 30].map(|lsn| layer(LayerKind::Image, lsn, lsn));
+        let set = LayerSet::new(deltas.into_iter().chain(images));
+        let search = |after, at| {
+            let path = set.search(Key::MIN, Key::MAX, Lsn(after), Lsn(at));
+            (ends(&path.deltas), path.deltas_after.0, ends(&path.images))
+        };
+        assert_eq!(search(0, 25), (vec![35, 20], 10, vec![10]));
+        assert_eq!(search(12, 25), (vec![35, 20], 12, vec![]));
+        assert_eq!(search(0, 9), (vec![10], 0, vec![]));
+        // The third delta begins before the image set: what it has up to there must not be taken for newer.
+        assert_eq!(search(0, 40), (vec![40, 35], 30, vec![30]));
     }
 }

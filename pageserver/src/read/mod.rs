@@ -182,7 +182,9 @@ impl Branch {
         let mut complete = false;
         let view = self.view(|memory| complete = complete || memory.find(key, after, at, &mut found));
         if !complete {
-            for layer in view.layers.search(key, key, after, at).layers {
+            let path = view.layers.search(key, key, after, at);
+            let deltas = path.deltas.iter().map(|layer| (layer, path.deltas_after));
+            for (layer, after) in deltas.chain(path.images.iter().map(|layer| (layer, after))) {
                 if layer.find(&self.shared().remote, key, after, at, &mut found).await? {
                     complete = true;
                     break;
@@ -222,7 +224,8 @@ impl Branch {
         };
         let view =
             self.view(|memory| memory.scan(first, last).for_each(|(key, lsn, value)| keep(key, lsn, value.clone())));
-        for layer in view.layers.search(first, last, Lsn(0), at).layers {
+        let path = view.layers.search(first, last, Lsn(0), at);
+        for layer in path.deltas.iter().chain(&path.images) {
             layer.scan(&self.shared().remote, first, last, &mut keep).await?;
         }
         Ok(newest)

@@ -30,7 +30,11 @@ impl Cluster {
             eprintln!("skipped: no PostgreSQL 15 in {BINARIES}");
             return None;
         }
-        let directory = tempfile::Builder::new().prefix("pageserver-test-").tempdir().expect("directory");
+        let directory = tempfile::Builder::new()
+            .prefix("pageserver-test-")
+            .disable_cleanup(std::env::var_os("KEEPDIR").is_some())
+            .tempdir()
+            .expect("directory");
         let cluster = Cluster { directory, running: false };
         cluster.own(cluster.directory.path());
         let pgdata = cluster.pgdata();
@@ -62,7 +66,9 @@ impl Cluster {
 
     pub fn start(&mut self, settings: &[&str]) {
         let socket = self.directory.path().to_str().expect("utf-8").to_owned();
-        let mut options = format!("-k {socket} -c listen_addresses='' -c max_prepared_transactions=10 -c fsync=off");
+        let mut options = format!(
+            "-k {socket} -c listen_addresses='' -c max_prepared_transactions=10 -c fsync=off -c lock_timeout=20s"
+        );
         settings.iter().for_each(|setting| options.push_str(&format!(" -c {setting}")));
         let log = self.directory.path().join("log");
         let (pgdata, log) = (self.pgdata(), log.to_str().expect("utf-8").to_owned());
