@@ -1,10 +1,13 @@
 //! A compute's private directory and what is where in it.
 
 use std::{
+    collections::hash_map::DefaultHasher,
     fs::{File, OpenOptions},
+    hash::{Hash, Hasher},
     io,
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
 use nix::fcntl::{Flock, FlockArg};
@@ -16,6 +19,10 @@ const POSTGRES_SOCKET: &str = ".s.PGSQL.5432";
 
 /// Longest address of a Unix socket, bytes, without the closing zero (`sockaddr_un.sun_path`).
 const MAX_SOCKET_PATH_BYTES: usize = 107;
+
+/// How often and how fast the removal of what a killed compute left is tried again.
+const REMOVE_ATTEMPTS: u32 = 50;
+const REMOVE_PAUSE: Duration = Duration::from_millis(20);
 
 /// Claimed for this process: no other agent uses the directory as long as this lives, and a dead one's claim is void.
 /// Dropped, it is removed with everything in it.
@@ -29,6 +36,8 @@ pub struct ComputeDir {
 #[derive(Debug, Clone)]
 pub struct ComputePaths {
     root: PathBuf,
+    /// Different for every claim.
+    nonce: u32,
 }
 
 impl std::ops::Deref for ComputeDir {
@@ -83,7 +92,7 @@ impl ComputeDir {
             return Err(ComputeDirError::InUse(root.to_owned()));
         }
         remove_contents(root).map_err(failed)?;
-        Ok(ComputeDir { paths: ComputePaths { root: root.to_owned() }, _claim: claim })
+        Ok(ComputeDir { paths: ComputePaths { root: root.to_owned(), nonce: nonce() }, _claim: claim })
     }
 }
 
@@ -113,9 +122,10 @@ impl ComputePaths {
         self.root.join("agent.sock")
     }
 
-    /// The socket on which the agent answers the shim.
+    /// The socket on which the agent answers the shim. Its name is new each time: a backend of a compute that was killed may
+    /// outlive it by a moment, and must not be told by the next agent that its WAL is safe.
     pub fn shim_socket(&self) -> PathBuf {
-        self.root.join("shim.sock")
+        self.root.join(format!("shim.{:08x}", self.nonce))
     }
 
     /// The page cache's shared index.
@@ -134,6 +144,13 @@ impl Drop for ComputeDir {
     }
 }
 
+/// Of the process and the time: two claims of one directory differ in at least one.
+fn nonce() -> u32 {
+    let mut hasher = DefaultHasher::new();
+    (std::process::id(), SystemTime::now()).hash(&mut hasher);
+    hasher.finish() as u32
+}
+
 fn check_path(root: &Path) -> Result<(), ComputeDirError> {
     if !root.is_absolute() {
         return Err(ComputeDirError::Relative(root.to_owned()));
@@ -149,7 +166,20 @@ fn open_directory(root: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(root)
 }
 
+/// Removes all that is in a directory. What a killed compute has not yet let go of may still be growing: tried again.
 fn remove_contents(root: &Path) -> io::Result<()> {
+    for _ in 0..REMOVE_ATTEMPTS {
+        match remove_contents_once(root) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotFound) => {
+                std::thread::sleep(REMOVE_PAUSE);
+            }
+            done => return done,
+        }
+    }
+    remove_contents_once(root)
+}
+
+fn remove_contents_once(root: &Path) -> io::Result<()> {
     for entry in std::fs::read_dir(root)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
@@ -179,6 +209,14 @@ mod tests {
         assert!(root.exists());
         drop(first);
         assert!(!root.exists());
+    }
+
+    #[test]
+    fn the_shims_socket_is_another_each_time_and_its_name_is_no_longer_than_postgres_has() {
+        let claim = || ComputeDir::claim(&scratch("nonce"), None).expect("claim").shim_socket();
+        let (first, second) = (claim(), claim());
+        assert_ne!(first, second);
+        assert!(first.file_name().expect("name").len() <= POSTGRES_SOCKET.len());
     }
 
     #[test]

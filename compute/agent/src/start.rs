@@ -158,7 +158,7 @@ async fn prepare(
 ) -> Result<Prepared, StartError> {
     let cache_config = PageCacheConfig {
         shm_path: dir.page_cache_index(),
-        pages_path: PageFile::path_in(&spec.page_cache_dir, &spec.endpoint),
+        pages_path: PageFile::path_in(&spec.page_cache_dir, &spec.endpoint, dir.root()),
         clean_bytes: spec.page_cache_bytes,
         kept_bytes: spec.kept_pages_bytes,
     };
@@ -171,7 +171,7 @@ async fn prepare(
         data.write_file("pg_ident.conf", b"")?;
         data.write_file("postgresql.auto.conf", b"")?;
         make_private_dir(&page_cache_dir, owner)?;
-        let page_file = PageFile::claim(cache_config.pages_path.clone());
+        let page_file = PageFile::claim(cache_config.pages_path.clone())?;
         let cache = PageCache::create(&cache_config)?;
         give(&cache_config.shm_path, owner)?;
         give(&cache_config.pages_path, owner)?;

@@ -113,6 +113,7 @@ async fn acknowledged_rows_survive_a_kill() {
         tokio::time::sleep(Duration::from_millis(300 + 100 * round)).await;
         compute.kill().await;
         let acknowledged: i32 = timeout(A_WHILE, writer).await.expect("the connection ends").expect("writer");
+        eprintln!("round {round}: {acknowledged} commits before the kill");
         assert!(acknowledged > 0, "something was written");
         compute = world.compute("k", ComputeOptions::default()).await;
         let sql = compute.connect("postgres").await;
