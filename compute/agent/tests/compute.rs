@@ -60,6 +60,39 @@ async fn what_was_written_is_there_after_a_sleep() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn segment_switches_prepared_transactions_and_copied_databases_survive() {
+    let world = World::start().await;
+    let mut compute = world.compute("p", ComputeOptions::default()).await;
+    let sql = compute.connect("postgres").await;
+    sql.batch_execute("CREATE TABLE t (i int); INSERT INTO t VALUES (1)").await.expect("write");
+    sql.batch_execute("SELECT pg_switch_wal()").await.expect("switch");
+    sql.batch_execute("INSERT INTO t VALUES (2)").await.expect("write");
+    for statement in ["BEGIN", "INSERT INTO t VALUES (40)", "SAVEPOINT s", "INSERT INTO t VALUES (60)"] {
+        sql.batch_execute(statement).await.expect(statement);
+    }
+    sql.batch_execute("PREPARE TRANSACTION 'kept'").await.expect("prepare");
+    sql.batch_execute("CREATE DATABASE by_wal").await.expect("create");
+    sql.batch_execute("CREATE DATABASE by_file STRATEGY file_copy").await.expect("create");
+    sql.batch_execute("SELECT pg_switch_wal()").await.expect("switch");
+    compute.stop().await;
+    let mut compute = world.compute("p", ComputeOptions::default()).await;
+    let sql = compute.connect("postgres").await;
+    assert_eq!(world::row(&sql, "SELECT count(*), sum(i) FROM t").await, [2, 3]);
+    sql.batch_execute("COMMIT PREPARED 'kept'").await.expect("commit");
+    assert_eq!(world::row(&sql, "SELECT count(*), sum(i) FROM t").await, [4, 103]);
+    for database in ["by_wal", "by_file"] {
+        let sql = compute.connect(database).await;
+        assert_eq!(world::row(&sql, "SELECT count(*) FROM pg_class WHERE relname = 'pg_class'").await, [1]);
+        sql.batch_execute("CREATE TABLE t AS SELECT attrelid, attname FROM pg_attribute").await.expect(database);
+    }
+    compute.kill().await;
+    let mut compute = world.compute("p", ComputeOptions::default()).await;
+    let sql = compute.connect("by_file").await;
+    assert!(world::row(&sql, "SELECT count(*) FROM t").await[0] > 1000);
+    compute.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pages_that_fit_nowhere_come_back_from_storage() {
     let world = World::start().await;
     let options =
