@@ -11,7 +11,7 @@ use std::{
 };
 
 use pageserver_client::PageserverClient;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use types::{BranchId, BranchRef, Generation, Lsn, NodeId, ProjectId};
 use wire::{Scope, TokenSigner, auth::TokenKeys, pageserver::BranchPoint};
 
@@ -31,6 +31,7 @@ pub struct World {
     runtime: tempfile::TempDir,
     disk: tempfile::TempDir,
     shutdown: CancellationToken,
+    services: TaskTracker,
 }
 
 impl World {
@@ -42,7 +43,7 @@ impl World {
         let key_file = disk.path().join("token.pem");
         std::fs::write(&key_file, &keys.public_pem).expect("key");
         let signer = TokenSigner::from_pem(&keys.private_pem).expect("signer");
-        let shutdown = CancellationToken::new();
+        let (shutdown, services) = (CancellationToken::new(), TaskTracker::new());
 
         let mut safekeepers = Vec::new();
         for id in 1..=3 {
@@ -55,7 +56,7 @@ impl World {
             };
             let server = safekeeper::Server::bind(config).await.expect("safekeeper");
             safekeepers.push(server.local_addr());
-            tokio::spawn(server.run(shutdown.clone()));
+            services.spawn(server.run(shutdown.clone()));
         }
 
         let store: pageserver::ObjectStoreConfig =
@@ -75,19 +76,23 @@ impl World {
         config.safekeepers = safekeepers.iter().enumerate().map(address).collect();
         let server = pageserver::Server::bind(config).await.expect("pageserver");
         let pageserver = server.local_addr();
-        tokio::spawn(server.run(shutdown.clone()));
+        services.spawn(server.run(shutdown.clone()));
 
         let branch = branch_ref("p", "main");
         let client = PageserverClient::new(pageserver.to_string(), service);
         let branch_start = client.create_branch(&branch, &template, BranchPoint::Head).await.expect("branch");
         let token = signer.sign(Scope::Branch { branch: branch.clone() }, LIFETIME).expect("token");
-        World { branch, branch_start, safekeepers, pageserver, token, runtime, disk, shutdown }
+        World { branch, branch_start, safekeepers, pageserver, token, runtime, disk, shutdown, services }
     }
 }
 
 impl Drop for World {
     fn drop(&mut self) {
         self.shutdown.cancel();
+        self.services.close();
+        // They write to the directories that are removed next.
+        let ended = tokio::time::timeout(Duration::from_secs(20), self.services.wait());
+        let _ = tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(ended));
     }
 }
 
