@@ -8,7 +8,10 @@ use std::{
 
 use page_cache::Shared;
 
-use crate::path::{self, Named};
+use crate::{
+    orphan,
+    path::{self, Named},
+};
 
 /// Longest path, as Linux has it.
 const PATH_MAX: usize = 4096;
@@ -58,6 +61,7 @@ fn start() -> Option<&'static Runtime> {
     unsafe { *RUNTIME.0.get() = Some(started) };
     STATE.store(ACTIVE, Release);
     note_cwd();
+    orphan::die_with_the_postmaster();
     runtime()
 }
 
