@@ -137,7 +137,7 @@ impl ShimBackend for AgentBackend {
         match self.shipper.sync().await {
             Ok(_) => Ok(()),
             Err(ShipError::Fenced(reason)) => Err(BackendError::Fenced(reason)),
-            Err(error @ (ShipError::Local(_) | ShipError::Path(_))) => {
+            Err(error @ ShipError::Local(_)) => {
                 tracing::error!(%error, "cannot ship WAL");
                 Err(BackendError::Storage(error.to_string()))
             }

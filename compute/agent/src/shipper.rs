@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use page_cache::PageCache;
+use page_cache::{Page, PageCache};
 use parking_lot::Mutex as SyncMutex;
 use safekeeper_client::WalProposer;
 use tokio::{sync::Mutex, time::Instant};
-use types::Lsn;
-use wal::encode::encode_record;
+use types::{Lsn, PageTag};
+use wal::encode::{RecordToWrite, encode_record};
 
 use crate::local_wal::{LocalWal, LocalWalError};
 
@@ -21,9 +21,6 @@ pub enum ShipError {
     /// The local files.
     #[error(transparent)]
     Local(#[from] LocalWalError),
-    /// A file that may not be kept under this path.
-    #[error(transparent)]
-    Path(#[from] wal_redo::AuxPathError),
 }
 
 /// Ships WAL. Calls may come from many backends at once.
@@ -76,18 +73,26 @@ impl WalShipper {
         Ok(end)
     }
 
-    /// Writes a record of the agent's own behind everything that Postgres, which has ended, has written.
-    pub async fn append_file(&self, path: &str, content: &[u8], system_identifier: u64) -> Result<Lsn, ShipError> {
-        let message = wal_redo::aux_file_main_data(path, content)?;
-        let record = wal_redo::aux_file_record(&message);
+    /// Writes records of the agent's own behind everything that Postgres, which has ended, has written. Returns their end
+    /// when a quorum holds them. Nothing can be shipped after this.
+    pub async fn append_last(&self, records: &[RecordToWrite<'_>], system_identifier: u64) -> Result<Lsn, ShipError> {
         // The local files have nothing behind this position any more, so nothing is shipped from them after this.
         let mut local = self.local.lock().await;
         self.check(&local)?;
-        let encoded = encode_record(local.wal.position(), local.wal.last_record(), system_identifier, &record);
-        self.append(&mut local, encoded.begin, encoded.bytes)?;
+        let (mut end, mut last_record) = (local.wal.position(), local.wal.last_record());
+        for record in records {
+            let encoded = encode_record(end, last_record, system_identifier, record);
+            (end, last_record) = (encoded.end_lsn, encoded.start_lsn);
+            self.append(&mut local, encoded.begin, encoded.bytes)?;
+        }
         local.over = Some("the compute is stopping".to_owned());
-        self.wait(encoded.end_lsn).await?;
-        Ok(encoded.end_lsn)
+        self.wait(end).await?;
+        Ok(end)
+    }
+
+    /// The sequences that Postgres has written and that WAL alone would leave ahead of where they were.
+    pub fn sequences(&self, limit: usize) -> std::io::Result<Vec<(PageTag, Page)>> {
+        self.cache.sequences(limit)
     }
 
     /// How long the longest-waiting caller has been waiting for a quorum, in milliseconds; 0 when nobody waits.

@@ -2,7 +2,12 @@
 
 use std::{io, path::Path, time::Duration};
 
-use types::Lsn;
+use page_cache::Page;
+use types::{Lsn, PageTag};
+use wal::{
+    encode::{BlockToWrite, RecordToWrite},
+    v15::{rmgr, xlog},
+};
 
 use crate::{AgentError, shipper::ShipError, start::Compute};
 
@@ -26,6 +31,9 @@ const STATISTICS_FILE: &str = "pg_stat/pgstat.stat";
 
 /// Statistics over this size are not kept: they are worth less than the WAL they take.
 const MAX_STATISTICS_BYTES: u64 = 4 * 1024 * 1024;
+
+/// Most sequences that are kept exactly; others have gaps, as after a crash.
+const MAX_SEQUENCES: usize = 1024;
 
 /// Stops Postgres, ships all it has written and its statistics. Returns the end of the branch's WAL, which a quorum holds.
 pub async fn stop(compute: Compute) -> Result<Lsn, AgentError> {
@@ -64,13 +72,48 @@ async fn ship_last(compute: &Compute) -> Result<Lsn, ShipError> {
     if !compute.postgres.ended_well() {
         return Ok(end);
     }
-    match read_statistics(&compute.dir.pgdata().join(STATISTICS_FILE)) {
-        Ok(Some(content)) => compute.shipper.append_file(STATISTICS_FILE, &content, compute.system_identifier).await,
-        Ok(None) => Ok(end),
-        Err(error) => {
-            tracing::warn!(%error, "the statistics are lost");
-            Ok(end)
+    let farewell = Farewell::collect(compute);
+    compute.shipper.append_last(&farewell.records(), compute.system_identifier).await
+}
+
+/// What WAL does not tell and is worth keeping over a sleep. What can't be had is left out, with a warning.
+#[derive(Default)]
+struct Farewell {
+    /// WAL is up to 32 values ahead of these.
+    sequences: Vec<(PageTag, Page)>,
+    /// Logical messages with small files: the statistics, without which autovacuum is blind.
+    files: Vec<Vec<u8>>,
+}
+
+impl Farewell {
+    fn collect(compute: &Compute) -> Farewell {
+        let sequences = compute.shipper.sequences(MAX_SEQUENCES);
+        let sequences = sequences.inspect_err(|error| tracing::warn!(%error, "sequences will have gaps"));
+        let mut farewell = Farewell { sequences: sequences.unwrap_or_default(), files: Vec::new() };
+        match read_statistics(&compute.dir.pgdata().join(STATISTICS_FILE)) {
+            Ok(Some(content)) => farewell.keep_file(STATISTICS_FILE, &content),
+            Ok(None) => {}
+            Err(error) => tracing::warn!(%error, "the statistics are lost"),
         }
+        farewell
+    }
+
+    fn keep_file(&mut self, path: &str, content: &[u8]) {
+        match wal_redo::aux_file_main_data(path, content) {
+            Ok(message) => self.files.push(message),
+            Err(error) => tracing::warn!(%error, path, "a file is not kept"),
+        }
+    }
+
+    fn records(&self) -> Vec<RecordToWrite<'_>> {
+        let sequences = self.sequences.iter().map(|(tag, page)| RecordToWrite {
+            xid: 0,
+            rmgr: rmgr::XLOG,
+            info: xlog::FPI,
+            main_data: &[],
+            blocks: vec![BlockToWrite { tag: *tag, page }],
+        });
+        sequences.chain(self.files.iter().map(|message| wal_redo::aux_file_record(message))).collect()
     }
 }
 

@@ -103,6 +103,17 @@ impl PageCache {
         Ok(self.shared.deposit(&tag, page, as_of.0)?)
     }
 
+    /// The sequences that Postgres has written, as it left them; for when it has ended. At most `limit`.
+    pub fn sequences(&self, limit: usize) -> io::Result<Vec<(PageTag, Page)>> {
+        let mut pages = Vec::new();
+        self.shared.for_each_sequence(|tag, page| {
+            if pages.len() < limit {
+                pages.push((tag, *page));
+            }
+        })?;
+        Ok(pages)
+    }
+
     /// True when the page is cached.
     pub fn contains(&self, tag: PageTag) -> io::Result<bool> {
         Ok(self.shared.contains(&tag)?)

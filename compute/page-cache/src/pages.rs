@@ -79,6 +79,21 @@ impl Shared {
         if self.contains(tag)? { Ok(()) } else { self.keep(tag, page, keep) }
     }
 
+    /// Shows the kept pages of main forks whose loss would cost only a gap: sequences. For when Postgres has ended.
+    pub fn for_each_sequence(&self, mut visit: impl FnMut(PageTag, &Page)) -> Result<(), Errno> {
+        let used = self.header().fresh_slot.load(Relaxed).min(self.sizes.slots());
+        let mut page = [0; PAGE_BYTES];
+        for index in 0..used {
+            let soft = self.slot(index).state.load(Relaxed) == SlotState::Soft as u32;
+            if let Some(tag) = self.peek(index).filter(|tag| soft && tag.rel.fork == ForkNumber::Main)
+                && self.read(&tag, &mut page)?
+            {
+                visit(tag, &page);
+            }
+        }
+        Ok(())
+    }
+
     fn overwrite_kept(&self, tag: &PageTag, page: &Page, keep: Keep) -> Result<bool, Errno> {
         let bucket = self.bucket_of(hash_page(tag));
         let _guard = self.lock_bucket(bucket)?;
