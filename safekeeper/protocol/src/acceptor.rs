@@ -7,8 +7,8 @@ use types::{Lsn, Term};
 use crate::{
     history::TermHistory,
     message::{
-        AcceptorMessage, Append, AppendReply, BranchStatus, Elected, Fetch, MAX_WAL_BYTES_PER_MESSAGE, ProposerId,
-        ProposerMessage, StreamStart, Vote, VoteReply, VoteTerm,
+        AcceptorMessage, Append, AppendReply, BranchStatus, Elected, Fetch, Goodbye, MAX_WAL_BYTES_PER_MESSAGE,
+        ProposerId, ProposerMessage, StreamStart, Vote, VoteReply, VoteTerm,
     },
 };
 
@@ -26,6 +26,8 @@ pub struct Acceptor {
     state: AcceptorState,
     /// `state.flush_lsn` as last persisted.
     persisted_flush_lsn: Lsn,
+    /// `state.commit_lsn` as last persisted.
+    persisted_commit_lsn: Lsn,
     /// End of the bytes written, durable or not.
     write_lsn: Lsn,
     /// Last end of a whole record at or below `write_lsn`.
@@ -36,6 +38,10 @@ pub struct Acceptor {
     unflushed: bool,
     /// Who waits for an acknowledgement.
     to_acknowledge: Vec<ConnectionId>,
+    /// Who said goodbye and waits for the answer.
+    leaving: Vec<ConnectionId>,
+    /// A proposer's connection has ended since the last batch.
+    proposer_gone: bool,
 }
 
 /// A connection, numbered by the driver.
@@ -90,11 +96,14 @@ impl Acceptor {
         let end = state.flush_lsn;
         Acceptor {
             persisted_flush_lsn: end,
+            persisted_commit_lsn: state.commit_lsn,
             write_lsn: end,
             boundary: end,
             leader_commit_lsn: state.commit_lsn,
             unflushed: false,
             to_acknowledge: Vec::new(),
+            leaving: Vec::new(),
+            proposer_gone: false,
             state,
         }
     }
@@ -124,18 +133,32 @@ impl Acceptor {
             ProposerMessage::Elected(elected) => self.handle_elected(from, elected),
             ProposerMessage::Append(append) => self.handle_append(from, append),
             ProposerMessage::Fetch(fetch) => self.handle_fetch(from, fetch),
+            ProposerMessage::Goodbye(goodbye) => self.handle_goodbye(from, goodbye),
         }
+    }
+
+    /// Notes that a proposer's connection has ended: nobody may tell this safekeeper the commit position again for long, so
+    /// that [`Acceptor::end_batch`] stores it.
+    pub fn proposer_gone(&mut self) {
+        self.proposer_gone = true;
     }
 
     /// Flushes and acknowledges all appends since the last call.
     pub fn end_batch(&mut self) -> Vec<Effect> {
         let mut effects = Vec::new();
         self.flush(&mut effects);
-        if self.state.flush_lsn.0 >= self.persisted_flush_lsn.0 + PERSIST_EVERY_BYTES {
+        let left = std::mem::take(&mut self.proposer_gone) || !self.leaving.is_empty();
+        if self.state.flush_lsn.0 >= self.persisted_flush_lsn.0 + PERSIST_EVERY_BYTES
+            || (left && self.state.commit_lsn > self.persisted_commit_lsn)
+        {
             self.persist(&mut effects);
         }
         for to in std::mem::take(&mut self.to_acknowledge) {
             effects.push(Effect::Reply { to, message: AcceptorMessage::Append(self.append_reply()) });
+        }
+        let (term, commit_lsn) = (self.state.history.last_term(), self.state.commit_lsn);
+        for to in std::mem::take(&mut self.leaving) {
+            effects.push(Effect::Reply { to, message: AcceptorMessage::Goodbye { term, commit_lsn } });
         }
         effects
     }
@@ -285,6 +308,16 @@ impl Acceptor {
         effects
     }
 
+    fn handle_goodbye(&mut self, from: ConnectionId, goodbye: Goodbye) -> Vec<Effect> {
+        let s = &self.state;
+        if goodbye.term != s.term || s.history.last_term() != goodbye.term {
+            return vec![self.refuse(from, format!("term {} does not lead here", goodbye.term))];
+        }
+        self.leader_commit_lsn = self.leader_commit_lsn.max(goodbye.commit_lsn);
+        self.leaving.push(from);
+        Vec::new()
+    }
+
     fn handle_fetch(&mut self, from: ConnectionId, fetch: Fetch) -> Vec<Effect> {
         let s = &self.state;
         if fetch.term != s.term {
@@ -310,7 +343,8 @@ impl Acceptor {
 
     fn append_reply(&self) -> AppendReply {
         AppendReply {
-            term: self.state.term,
+            // Not the term of a vote given since: that one's log is not here yet.
+            term: self.state.history.last_term(),
             flush_lsn: self.state.flush_lsn,
             received_lsn: self.write_lsn,
             commit_lsn: self.state.commit_lsn,
@@ -320,6 +354,7 @@ impl Acceptor {
 
     fn persist(&mut self, effects: &mut Vec<Effect>) {
         self.persisted_flush_lsn = self.state.flush_lsn;
+        self.persisted_commit_lsn = self.state.commit_lsn;
         effects.push(Effect::Persist(Box::new(self.state.clone())));
     }
 

@@ -19,4 +19,4 @@ mod tests;
 pub use acceptor::{Acceptor, AcceptorState, ConnectionId, Effect};
 pub use history::{HistoryError, TermHistory, TermStart};
 pub use message::{AcceptorMessage, ProposerId, ProposerMessage};
-pub use proposer::{Action, Proposer, ProposerSettings};
+pub use proposer::{Action, Proposer, ProposerSettings, RecordScanner};

@@ -106,6 +106,8 @@ pub enum ProposerMessage {
     Append(Append),
     /// Asks for WAL that another safekeeper lacks; answered with [`Fetched`] or [`AcceptorMessage::FetchRefused`].
     Fetch(Fetch),
+    /// The proposer ends; answered with [`AcceptorMessage::Goodbye`] once what it says is stored.
+    Goodbye(Goodbye),
 }
 
 /// Which term a vote is asked for.
@@ -189,6 +191,15 @@ pub struct Fetch {
     pub end: Lsn,
 }
 
+/// See [`ProposerMessage::Goodbye`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Goodbye {
+    /// The proposer's term.
+    pub term: Term,
+    /// Up to here a majority holds the WAL.
+    pub commit_lsn: Lsn,
+}
+
 /// From a safekeeper to a proposer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AcceptorMessage {
@@ -206,6 +217,8 @@ pub enum AcceptorMessage {
     Failed { reason: String },
     /// The branch has been deleted.
     Deleted,
+    /// To a [`Goodbye`]: this commit position is stored.
+    Goodbye { term: Term, commit_lsn: Lsn },
 }
 
 /// See [`AcceptorMessage::Vote`].

@@ -1,28 +1,35 @@
 //! The task that owns the proposer's state machine.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use safekeeper_protocol::{
     Action, Proposer, ProposerId, ProposerMessage, ProposerSettings, message::MAX_WAL_BYTES_PER_MESSAGE,
 };
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{Notify, mpsc, oneshot, watch},
     task::JoinSet,
     time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 use types::{BranchRef, NodeId};
 
 use super::{
     ElectError, Elected, Progress, ProposerConfig,
     peer::{PeerEvent, PeerTask},
+    scanner::WalScanner,
 };
 
 const BUFFER_BYTES: u64 = 64 * 1024 * 1024;
 const WINDOW_BYTES: u64 = 16 * 1024 * 1024;
 const HEARTBEAT: Duration = Duration::from_secs(1);
-const FINISH_LIMIT: Duration = Duration::from_secs(2);
+const FINISH_LIMIT: Duration = Duration::from_secs(3);
+/// See [`ProposerSettings::stranded_heartbeats`].
+const STRANDED_HEARTBEATS: u32 = 3;
 const WAITING_LOG_INTERVAL: Duration = Duration::from_secs(5);
 /// A split election is tried again after a random time up to this.
 const ELECTION_RETRY_MS: u64 = 50;
@@ -45,6 +52,10 @@ pub(super) struct Driver {
     _peers: JoinSet<()>,
     retry_at: Option<Instant>,
     finishing: Option<(oneshot::Sender<()>, Instant)>,
+    /// Safekeepers whose connection may yet come up: the attempt under way has not failed.
+    trying: BTreeSet<NodeId>,
+    /// Has peers connect without a pause.
+    hurry: Vec<(NodeId, Arc<Notify>)>,
     over: bool,
 }
 
@@ -62,7 +73,11 @@ impl Driver {
             buffer_bytes: BUFFER_BYTES,
             window_bytes: WINDOW_BYTES,
             message_bytes: MAX_WAL_BYTES_PER_MESSAGE,
+            stranded_heartbeats: STRANDED_HEARTBEATS,
+            scanner: WalScanner::boxed,
         };
+        let trying = settings.members.iter().copied().collect();
+        let mut hurry = Vec::new();
         let (event_sender, events) = mpsc::unbounded_channel();
         let mut peers = JoinSet::new();
         for (node, address) in config.safekeepers {
@@ -72,7 +87,9 @@ impl Driver {
                 token: config.token.clone(),
                 branch: config.branch.clone(),
                 events: event_sender.clone(),
+                hurry: Arc::new(Notify::new()),
             };
+            hurry.push((node, Arc::clone(&task.hurry)));
             peers.spawn(task.run());
         }
         Driver {
@@ -85,6 +102,8 @@ impl Driver {
             _peers: peers,
             retry_at: None,
             finishing: None,
+            trying,
+            hurry,
             over: false,
         }
     }
@@ -141,13 +160,24 @@ impl Driver {
                 Command::Finish(reply) => self.finishing = Some((reply, Instant::now() + FINISH_LIMIT)),
             }
         }
-        let actions = self.proposer.append(pieces);
+        let mut actions = self.proposer.append(pieces);
+        if self.finishing.is_some() {
+            actions.extend(self.proposer.finish());
+            // Those that are away are given another chance to hear how far the log is committed.
+            for (node, hurry) in &self.hurry {
+                if !self.links.contains_key(node) {
+                    self.trying.insert(*node);
+                    hurry.notify_one();
+                }
+            }
+        }
         self.perform(actions);
     }
 
     fn take_event(&mut self, event: PeerEvent) {
         let actions = match event {
             PeerEvent::Connected { node, epoch, link } => {
+                self.trying.remove(&node);
                 self.links.insert(node, (epoch, link));
                 self.proposer.connected(node)
             }
@@ -159,6 +189,10 @@ impl Driver {
                 self.proposer.disconnected(node)
             }
             PeerEvent::Received { .. } | PeerEvent::Disconnected { .. } => return,
+            PeerEvent::Unreachable { node } => {
+                self.trying.remove(&node);
+                return;
+            }
             PeerEvent::Denied { reason } => {
                 if let Some(result) = self.result.take() {
                     let _ = result.send(Err(ElectError::Denied(reason)));
@@ -192,6 +226,12 @@ impl Driver {
                     }
                 }
                 Action::Committed { lsn } => self.progress.send_modify(|p| p.commit_lsn = lsn),
+                Action::Reelected { term, start_lsn } => {
+                    info!(branch = %self.branch, %term, lsn = %start_lsn, "a higher term won, for a safekeeper that had been left behind");
+                }
+                Action::Damaged { donor, on_behalf_of, reason } => {
+                    error!(branch = %self.branch, safekeeper = %donor, reason, "a safekeeper's WAL is damaged; {on_behalf_of} does not get it");
+                }
                 Action::Fenced { reason } => self.end(ElectError::Fenced(reason)),
                 Action::BranchDeleted => self.end(ElectError::Deleted),
                 Action::RetryElection => {
@@ -227,7 +267,7 @@ impl Driver {
 
     fn check_finished(&mut self) {
         let Some((_, deadline)) = &self.finishing else { return };
-        let told = self.proposer.all_connected_know_commit() && self.proposer.commit_lsn() == self.proposer.end_lsn();
+        let told = self.proposer.is_finished() && self.trying.is_empty();
         if told || *deadline <= Instant::now() {
             self.over = true;
         }

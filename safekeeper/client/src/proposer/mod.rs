@@ -2,6 +2,7 @@
 
 mod driver;
 mod peer;
+mod scanner;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -136,7 +137,8 @@ impl WalProposer {
         fenced.map_or_else(|| self.stopped(), |reason| Fenced(reason.to_string()))
     }
 
-    /// Tells all reachable safekeepers the last commit position and closes the connections. Takes at most 2 seconds.
+    /// Waits until everything is committed and all reachable safekeepers have stored that it is, and closes the connections.
+    /// One that is waiting to be reached again is tried at once. Takes at most 3 seconds.
     pub async fn finish(self) {
         let (reply, finished) = oneshot::channel();
         if self.commands.send(Command::Finish(reply)).is_ok() {

@@ -1,11 +1,11 @@
 //! The connection to one safekeeper, kept up.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use safekeeper_protocol::{AcceptorMessage, ProposerMessage, message::RequestBody};
 use tokio::{
     net::tcp::{OwnedReadHalf, OwnedWriteHalf},
-    sync::mpsc,
+    sync::{Notify, mpsc},
     time::{sleep, timeout},
 };
 use tracing::{debug, info, warn};
@@ -23,10 +23,27 @@ const MAX_MESSAGES_PER_WRITE: usize = 64;
 
 /// What happens on a connection. `epoch` tells one connection from the next.
 pub(super) enum PeerEvent {
-    Connected { node: NodeId, epoch: u64, link: mpsc::UnboundedSender<ProposerMessage> },
-    Received { node: NodeId, epoch: u64, message: AcceptorMessage },
-    Disconnected { node: NodeId, epoch: u64 },
-    Denied { reason: String },
+    Connected {
+        node: NodeId,
+        epoch: u64,
+        link: mpsc::UnboundedSender<ProposerMessage>,
+    },
+    Received {
+        node: NodeId,
+        epoch: u64,
+        message: AcceptorMessage,
+    },
+    Disconnected {
+        node: NodeId,
+        epoch: u64,
+    },
+    /// An attempt to connect has failed; the next follows after a pause.
+    Unreachable {
+        node: NodeId,
+    },
+    Denied {
+        reason: String,
+    },
 }
 
 pub(super) struct PeerTask {
@@ -35,6 +52,8 @@ pub(super) struct PeerTask {
     pub token: String,
     pub branch: BranchRef,
     pub events: mpsc::UnboundedSender<PeerEvent>,
+    /// Ends the pause before the next attempt.
+    pub hurry: Arc<Notify>,
 }
 
 impl PeerTask {
@@ -59,7 +78,10 @@ impl PeerTask {
                 warn!(branch = %self.branch, safekeeper = %self.node, %error, "safekeeper away, will go on trying");
             }
             quiet = true;
-            sleep(backoff).await;
+            tokio::select! {
+                () = sleep(backoff) => {}
+                () = self.hurry.notified() => {}
+            }
             backoff = (backoff * 2).min(LONGEST_BACKOFF);
         }
     }
@@ -69,7 +91,10 @@ impl PeerTask {
         let opened = Connection::open(&self.address, &self.token, &self.branch, RequestBody::Propose).await;
         let Connection { mut reader, mut writer } = match opened {
             Ok(connection) => connection,
-            Err(error) => return (error, false),
+            Err(error) => {
+                let _ = self.events.send(PeerEvent::Unreachable { node: self.node });
+                return (error, false);
+            }
         };
         let (link, outgoing) = mpsc::unbounded_channel();
         // Told before the greeting is answered: the vote goes out with it.

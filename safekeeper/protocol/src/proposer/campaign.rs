@@ -2,14 +2,14 @@
 
 use types::{Lsn, NodeId, Term};
 
-use super::{Action, Leadership, Peer, Phase, Proposer, buffer::WalBuffer, streaming::Follower};
+use super::{Action, Leadership, Office, Peer, Phase, Proposer, buffer::WalBuffer, streaming::Follower};
 use crate::message::{Elected, ProposerMessage, StreamStart, VoteReply, VoteTerm};
 
 impl Proposer {
     /// Asks all connected safekeepers for a term above all that were seen.
     pub fn campaign(&mut self) -> Vec<Action> {
         let mut actions = Vec::new();
-        let Phase::Campaign { candidate } = &mut self.phase else { return actions };
+        let Phase::Campaign { candidate, .. } = &mut self.phase else { return actions };
         let seen = self.peers.values().filter_map(voted).map(|reply| reply.term).max();
         let term = Term(seen.max(*candidate).unwrap_or_default().0 + 1);
         *candidate = Some(term);
@@ -25,28 +25,86 @@ impl Proposer {
         self.horizon = self.horizon.max(reply.remote_consistent_lsn);
         let (term, log_term) = (reply.term, reply.history.last_term());
         self.peers.insert(from, Peer::Voted(Box::new(reply)));
-        match &self.phase {
+        if let Some(reason) = self.deposed_by(from, log_term) {
+            return self.fence(reason, actions);
+        }
+        match &mut self.phase {
             Phase::Campaign { .. } => self.count_votes(actions),
             Phase::Leader(leader) if term == leader.term => self.tell_elected(from, actions),
-            Phase::Leader(leader) if term < leader.term => self.ask(from, VoteTerm::Exactly(leader.term), actions),
+            Phase::Leader(leader) if term < leader.term => {
+                let term = leader.term;
+                self.ask(from, VoteTerm::Exactly(term), actions);
+            }
             Phase::Leader(leader) if !leader.started => {
-                // Nothing has been written in this term: a higher one is taken, so that this safekeeper takes part too.
-                self.phase = Phase::Campaign { candidate: Some(term) };
+                // Nothing has been committed in this term: a higher one is taken, so that this safekeeper takes part too.
+                self.campaign_from(term);
                 actions.push(Action::RetryElection);
             }
-            Phase::Leader(leader) if log_term > leader.term => {
-                let reason =
-                    format!("safekeeper {from} has WAL of term {log_term}, this compute leads {}", leader.term);
-                self.fence(reason, actions);
-            }
             // It voted for a candidate that has not been heard of again. If that one wins after all, the others will tell;
-            // if not, this safekeeper takes part from the next election on.
-            Phase::Leader(_) | Phase::Over => {}
+            // if not, see `recover_stranded`.
+            Phase::Leader(leader) => {
+                if term > leader.stranded_term {
+                    (leader.stranded_term, leader.stranded_beats) = (term, 0);
+                }
+            }
+            Phase::Over => {}
         }
     }
 
+    /// Why a log with this last term deposes the proposer in office: somebody else has led since.
+    fn deposed_by(&self, node: NodeId, log_term: Term) -> Option<String> {
+        #[cfg(test)]
+        if self.settings.fault == Some(super::Fault::ReelectAfterOthers) {
+            return None;
+        }
+        let own = match &self.phase {
+            Phase::Leader(leader) if leader.in_office() => leader.term,
+            Phase::Campaign { office: Some(office), .. } => office.last_term(),
+            Phase::Leader(_) | Phase::Campaign { .. } | Phase::Over => return None,
+        };
+        (log_term > own).then(|| format!("safekeeper {node} has WAL of term {log_term}, this compute led {own}"))
+    }
+
+    /// Back to asking for votes, above this term; a log in office is kept.
+    fn campaign_from(&mut self, term: Term) {
+        let office = match std::mem::replace(&mut self.phase, Phase::Over) {
+            Phase::Leader(leader) => leader.into_office(),
+            Phase::Campaign { office, .. } => office,
+            Phase::Over => return,
+        };
+        self.phase = Phase::Campaign { candidate: Some(term), office };
+    }
+
+    /// Looks after safekeepers in a term above the leader's: they voted for a candidate that nobody has heard of since, and
+    /// would sit out for as long as this proposer leads. They are asked again, which shows whether anything has happened
+    /// there; if not, a term above theirs is taken.
+    ///
+    /// That is an election like any other, and as safe: the new term starts at the end of the newest log of a majority, and
+    /// that log must be one of this proposer's own terms, so that all of it is in the proposer's memory or on safekeepers and
+    /// what follows it can be sent on. Had another proposer committed anything in between, one of the majority would have
+    /// shown its term.
+    pub(super) fn recover_stranded(&mut self, actions: &mut Vec<Action>) {
+        let majority = self.majority();
+        let Phase::Leader(leader) = &mut self.phase else { return };
+        let term = leader.term;
+        let is_stranded = |peer: &Peer| voted(peer).is_some_and(|reply| reply.term > term);
+        let stranded: Vec<NodeId> =
+            self.peers.iter().filter(|(_, peer)| is_stranded(peer)).map(|(node, _)| *node).collect();
+        if !leader.started || stranded.is_empty() {
+            leader.stranded_beats = 0;
+            return;
+        }
+        leader.stranded_beats += 1;
+        let connected = self.peers.values().filter(|peer| !matches!(peer, Peer::Away)).count();
+        if leader.stranded_beats < self.settings.stranded_heartbeats || connected < majority {
+            return stranded.into_iter().for_each(|node| self.ask(node, VoteTerm::Exactly(term), actions));
+        }
+        self.campaign_from(term);
+        actions.extend(self.campaign());
+    }
+
     fn count_votes(&mut self, actions: &mut Vec<Action>) {
-        let Phase::Campaign { candidate } = self.phase else { return };
+        let Phase::Campaign { candidate, .. } = self.phase else { return };
         let replies: Vec<(NodeId, &VoteReply)> =
             self.peers.iter().filter_map(|(node, peer)| voted(peer).map(|reply| (*node, reply))).collect();
         let Some(highest) = replies.iter().map(|(_, reply)| reply.term).max() else { return };
@@ -64,7 +122,7 @@ impl Proposer {
         }
         // Safekeepers were in different terms: those below join the highest.
         let below: Vec<NodeId> = replies.iter().filter(|(_, r)| r.term < term).map(|(node, _)| *node).collect();
-        self.phase = Phase::Campaign { candidate: Some(term) };
+        self.campaign_from(term);
         for node in below {
             self.ask(node, VoteTerm::Exactly(term), actions);
         }
@@ -81,14 +139,48 @@ impl Proposer {
         let Some((donor, reply)) = best else { return };
         let start_lsn = if reply.flush_lsn.is_valid() { reply.flush_lsn } else { self.settings.branch_start_lsn };
         let history = reply.history.clone().without_terms_below(self.horizon).with(term, start_lsn);
-        let wal = WalBuffer::starting_at(start_lsn);
-        self.phase = Phase::Leader(Leadership { term, start_lsn, history, donor, wal, started: false });
+        let last_log_term = reply.history.last_term();
+        let office = match std::mem::replace(&mut self.phase, Phase::Over) {
+            Phase::Campaign { office, .. } => office,
+            Phase::Leader(_) | Phase::Over => None,
+        };
+        let (wal, earlier_terms) = match office {
+            None => (WalBuffer::starting_at(start_lsn), Vec::new()),
+            Some(office) if self.continues(&office, last_log_term, start_lsn) => (office.wal, office.terms),
+            Some(_) => {
+                let reason =
+                    format!("the newest log ends in term {last_log_term} at {start_lsn}, not with this compute");
+                return self.fence(reason, actions);
+            }
+        };
+        self.phase = Phase::Leader(Leadership {
+            term,
+            start_lsn,
+            history,
+            donor,
+            wal,
+            started: false,
+            earlier_terms,
+            stranded_beats: 0,
+            stranded_term: Term(0),
+        });
         let voters: Vec<(NodeId, VoteReply)> =
             self.peers.iter().filter_map(|(node, peer)| voted(peer).map(|reply| (*node, reply.clone()))).collect();
         for (node, reply) in voters {
             // Those in other terms are asked again, or show that there is a newer one.
             self.handle_vote_reply(node, reply, actions);
         }
+    }
+
+    /// True when the newest log is the one of the proposer in office, as far as it goes: of a term in which only this
+    /// proposer has written.
+    fn continues(&self, office: &Office, last_log_term: Term, end: Lsn) -> bool {
+        let in_memory = office.wal.start() <= end && end <= office.wal.end();
+        #[cfg(test)]
+        if self.settings.fault == Some(super::Fault::ReelectAfterOthers) {
+            return in_memory;
+        }
+        in_memory && office.terms.contains(&last_log_term)
     }
 
     /// What makes a log the newest: its last term first, then its length.
@@ -119,15 +211,19 @@ impl Proposer {
 
     /// Tells a safekeeper from where it will be sent WAL, and starts to send it.
     pub(super) fn follow(&mut self, node: NodeId, start: StreamStart, log_start_lsn: Lsn, actions: &mut Vec<Action>) {
-        let Phase::Leader(leader) = &self.phase else { return };
         let (begin, log_start_lsn) = match start {
             StreamStart::Continue(lsn) => (lsn, log_start_lsn),
             StreamStart::Restart(lsn) => (lsn, lsn),
         };
-        let elected = Elected { proposer: self.settings.id, term: leader.term, history: leader.history.clone(), start };
-        actions.push(Action::Send { to: node, message: ProposerMessage::Elected(elected) });
+        self.send_elected(node, start, actions);
         self.peers.insert(node, Peer::Following(Follower::new(begin, log_start_lsn)));
         self.pump_all(actions);
+    }
+
+    pub(super) fn send_elected(&self, node: NodeId, start: StreamStart, actions: &mut Vec<Action>) {
+        let Phase::Leader(leader) = &self.phase else { return };
+        let elected = Elected { proposer: self.settings.id, term: leader.term, history: leader.history.clone(), start };
+        actions.push(Action::Send { to: node, message: ProposerMessage::Elected(elected) });
     }
 
     /// From where on somebody but `node` itself has this log.
@@ -153,6 +249,12 @@ impl Proposer {
             Phase::Campaign { .. } | Phase::Over => (self.commit_lsn, self.horizon),
         };
         known_stored.min(committed).max(self.settings.branch_start_lsn)
+    }
+}
+
+impl Office {
+    fn last_term(&self) -> Term {
+        self.terms.last().copied().unwrap_or_default()
     }
 }
 

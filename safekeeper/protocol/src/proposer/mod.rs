@@ -4,7 +4,7 @@ mod buffer;
 mod campaign;
 mod streaming;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 use bytes::Bytes;
 use types::{Lsn, NodeId, Term};
@@ -20,7 +20,7 @@ use crate::{
 /// Contract: the driver reports connections as they come and go, hands in what safekeepers send over the connection that
 /// is current, and performs actions in order. Messages to one safekeeper must arrive in order or not at all; a connection
 /// that lost one is over. While [`Proposer::is_leader`] is false, [`Proposer::append`] must not be called.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Proposer {
     settings: ProposerSettings,
     phase: Phase,
@@ -28,6 +28,16 @@ pub struct Proposer {
     commit_lsn: Lsn,
     /// The highest position that any safekeeper knows to be in the object store.
     horizon: Lsn,
+    /// Goodbye is said to everybody that has everything.
+    finishing: bool,
+}
+
+/// Finds where records end in WAL that comes from another safekeeper. Made by [`ProposerSettings::scanner`] for the position
+/// where the WAL starts, the end of a whole record.
+pub trait RecordScanner: fmt::Debug + Send {
+    /// Takes bytes that follow on those before, and returns the end of the last record that is whole by now; the start when
+    /// there is none. An error says why this can't be WAL.
+    fn feed(&mut self, wal: &[u8]) -> Result<Lsn, String>;
 }
 
 /// What a proposer is given.
@@ -47,6 +57,11 @@ pub struct ProposerSettings {
     pub window_bytes: u64,
     /// Most WAL bytes in one message; at most [`crate::message::MAX_WAL_BYTES_PER_MESSAGE`].
     pub message_bytes: usize,
+    /// After so many heartbeats without news of the candidate that a safekeeper voted for, the proposer in office takes a term
+    /// above it. Time enough for a compute that is just starting to win and fence this one.
+    pub stranded_heartbeats: u32,
+    /// Makes a scanner for WAL that starts at this position.
+    pub scanner: fn(Lsn) -> Box<dyn RecordScanner>,
     /// Breaks the rules on purpose, to show that the simulation notices.
     #[cfg(test)]
     pub fault: Option<Fault>,
@@ -62,6 +77,8 @@ pub enum Fault {
     CommitOldTermsByCounting,
     /// Safekeepers are chosen for the log's end without regard to the terms in it.
     LongestLogWins,
+    /// A proposer in office takes another term although somebody else has written in between.
+    ReelectAfterOthers,
 }
 
 /// What the driver must do.
@@ -71,6 +88,11 @@ pub enum Action {
     Send { to: NodeId, message: ProposerMessage },
     /// The term is won and this position committed: WAL may be appended from here.
     Started { term: Term, start_lsn: Lsn },
+    /// The proposer in office has taken a higher term, so that a safekeeper left behind in one takes part again. The log
+    /// goes on as it was.
+    Reelected { term: Term, start_lsn: Lsn },
+    /// WAL that a safekeeper sent for another one is damaged; it was not passed on.
+    Damaged { donor: NodeId, on_behalf_of: NodeId, reason: String },
     /// A majority holds WAL up to here.
     Committed { lsn: Lsn },
     /// Somebody else took the term or a newer one; nothing will ever be committed again.
@@ -83,27 +105,59 @@ pub enum Action {
     BranchDeleted,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 enum Phase {
     /// Asks for votes; `candidate` is `None` until safekeepers have named a term.
     Campaign {
         candidate: Option<Term>,
+        /// There when this proposer has led before and its log is to go on.
+        office: Option<Office>,
     },
     Leader(Leadership),
     Over,
 }
 
+/// What a proposer in office takes along into a higher term.
 #[derive(Debug, Clone)]
+struct Office {
+    /// Its log.
+    wal: WalBuffer,
+    /// The terms that it has won, the latest last.
+    terms: Vec<Term>,
+}
+
+#[derive(Debug)]
 struct Leadership {
     term: Term,
     start_lsn: Lsn,
     history: TermHistory,
     donor: NodeId,
     wal: WalBuffer,
+    /// This term's start is committed.
     started: bool,
+    /// Terms that this proposer led before this one; empty: it has not been in office before.
+    earlier_terms: Vec<Term>,
+    /// Heartbeats for which a safekeeper has been left behind in a higher term with no sign of whom it voted for.
+    stranded_beats: u32,
+    /// The highest term that such a safekeeper was in.
+    stranded_term: Term,
 }
 
-#[derive(Debug, Clone)]
+impl Leadership {
+    fn in_office(&self) -> bool {
+        self.started || !self.earlier_terms.is_empty()
+    }
+
+    /// What goes along into another election.
+    fn into_office(self) -> Option<Office> {
+        let in_office = self.in_office();
+        let mut terms = self.earlier_terms;
+        terms.push(self.term);
+        in_office.then_some(Office { wal: self.wal, terms })
+    }
+}
+
+#[derive(Debug)]
 enum Peer {
     Away,
     /// Asked for a vote.
@@ -116,13 +170,18 @@ impl Proposer {
     /// Starts with no connection and no term.
     pub fn new(settings: ProposerSettings) -> Proposer {
         let peers = settings.members.iter().map(|node| (*node, Peer::Away)).collect();
-        let phase = Phase::Campaign { candidate: None };
-        Proposer { settings, phase, peers, commit_lsn: Lsn::INVALID, horizon: Lsn::INVALID }
+        let phase = Phase::Campaign { candidate: None, office: None };
+        let (commit_lsn, horizon) = (Lsn::INVALID, Lsn::INVALID);
+        Proposer { settings, phase, peers, commit_lsn, horizon, finishing: false }
     }
 
     /// True from [`Action::Started`] on, until fenced.
     pub fn is_leader(&self) -> bool {
-        matches!(&self.phase, Phase::Leader(leader) if leader.started)
+        match &self.phase {
+            Phase::Leader(leader) => leader.in_office(),
+            Phase::Campaign { office, .. } => office.is_some(),
+            Phase::Over => false,
+        }
     }
 
     /// Up to here a majority holds the WAL; invalid before [`Action::Started`].
@@ -134,17 +193,34 @@ impl Proposer {
     pub fn end_lsn(&self) -> Lsn {
         match &self.phase {
             Phase::Leader(leader) => leader.wal.end(),
-            Phase::Campaign { .. } | Phase::Over => Lsn::INVALID,
+            Phase::Campaign { office: Some(office), .. } => office.wal.end(),
+            Phase::Campaign { office: None, .. } | Phase::Over => Lsn::INVALID,
         }
     }
 
-    /// True when every connected safekeeper is known to know `commit_lsn`.
-    pub fn all_connected_know_commit(&self) -> bool {
-        self.peers.values().all(|peer| match peer {
-            Peer::Following(follower) => follower.knows_commit(self.commit_lsn),
-            Peer::Asked | Peer::Voted(_) => false,
-            Peer::Away => true,
-        })
+    /// Says goodbye to each safekeeper as soon as everything is committed and it has all of it. Nothing is appended any more.
+    pub fn finish(&mut self) -> Vec<Action> {
+        let mut actions = Vec::new();
+        self.finishing = true;
+        self.pump_all(&mut actions);
+        actions
+    }
+
+    /// True when, after [`Proposer::finish`], everything is committed and every connected safekeeper has stored that it is;
+    /// but for those in a higher term, which don't listen.
+    pub fn is_finished(&self) -> bool {
+        let Phase::Leader(leader) = &self.phase else { return false };
+        let stored = |peer: &Peer| match peer {
+            Peer::Following(follower) => follower.has_stored_commit(self.commit_lsn),
+            Peer::Asked => false,
+            Peer::Voted(_) | Peer::Away => true,
+        };
+        self.finishing && leader.started && leader.wal.end() == self.commit_lsn && self.peers.values().all(stored)
+    }
+
+    /// Whether a safekeeper is connected.
+    pub fn is_connected(&self, node: NodeId) -> bool {
+        !matches!(self.peers.get(&node), None | Some(Peer::Away))
     }
 
     /// A connection to a safekeeper is there.
@@ -155,8 +231,8 @@ impl Proposer {
         }
         let term = match &self.phase {
             Phase::Leader(leader) => VoteTerm::Exactly(leader.term),
-            Phase::Campaign { candidate: Some(term) } => VoteTerm::Exactly(*term),
-            Phase::Campaign { candidate: None } | Phase::Over => VoteTerm::Next,
+            Phase::Campaign { candidate: Some(term), .. } => VoteTerm::Exactly(*term),
+            Phase::Campaign { candidate: None, .. } | Phase::Over => VoteTerm::Next,
         };
         self.ask(node, term, &mut actions);
         actions
@@ -196,6 +272,7 @@ impl Proposer {
                 self.phase = Phase::Over;
                 actions.push(Action::BranchDeleted);
             }
+            AcceptorMessage::Goodbye { term, commit_lsn } => self.handle_goodbye(from, term, commit_lsn),
         }
         actions
     }
@@ -203,14 +280,19 @@ impl Proposer {
     /// Adds WAL at the log's end; each piece must end at the end of a whole record.
     pub fn append(&mut self, pieces: impl IntoIterator<Item = Bytes>) -> Vec<Action> {
         let mut actions = Vec::new();
-        if let Phase::Leader(leader) = &mut self.phase {
-            pieces.into_iter().filter(|wal| !wal.is_empty()).for_each(|wal| leader.wal.push(wal));
-            self.pump_all(&mut actions);
-        }
+        let wal = match &mut self.phase {
+            Phase::Leader(leader) => &mut leader.wal,
+            // It goes out once the new term is won.
+            Phase::Campaign { office: Some(office), .. } => &mut office.wal,
+            Phase::Campaign { office: None, .. } | Phase::Over => return actions,
+        };
+        pieces.into_iter().filter(|piece| !piece.is_empty()).for_each(|piece| wal.push(piece));
+        self.pump_all(&mut actions);
         actions
     }
 
-    /// Says something to every follower, so that both ends notice a dead connection. Call about once a second.
+    /// Says something to every follower, so that both ends notice a dead connection, and looks after safekeepers left behind
+    /// in a higher term. Call about once a second.
     pub fn heartbeat(&mut self) -> Vec<Action> {
         let mut actions = Vec::new();
         for peer in self.peers.values_mut() {
@@ -219,6 +301,7 @@ impl Proposer {
             }
         }
         self.pump_all(&mut actions);
+        self.recover_stranded(&mut actions);
         actions
     }
 

@@ -1,12 +1,14 @@
 //! Sending WAL to safekeepers and counting what they hold.
 
-use types::{Lsn, NodeId};
+use std::collections::BTreeSet;
 
-use super::{Action, Leadership, Peer, Phase, Proposer};
-use crate::message::{Append, AppendReply, Fetch, Fetched, ProposerMessage, StreamStart};
+use types::{Lsn, NodeId, Term};
+
+use super::{Action, Leadership, Peer, Phase, Proposer, RecordScanner};
+use crate::message::{Append, AppendReply, Fetch, Fetched, Goodbye, ProposerMessage, StreamStart};
 
 /// A safekeeper that has been told of the term.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Follower {
     /// It has confirmed the term's history.
     accepted: bool,
@@ -15,13 +17,20 @@ pub(super) struct Follower {
     sent_boundary: Lsn,
     received_lsn: Lsn,
     flush_lsn: Lsn,
-    known_commit_lsn: Lsn,
     sent_commit_lsn: Lsn,
+    /// The commit position that it was told with goodbye.
+    sent_goodbye_lsn: Lsn,
+    /// The commit position that it has stored, as it answered to goodbye.
+    stored_commit_lsn: Lsn,
     owes_heartbeat: bool,
     /// Start of what it holds, as far as known.
     pub(super) log_start_lsn: Lsn,
     /// Whom WAL at `sent_lsn` was asked from on its behalf.
     fetching_from: Option<NodeId>,
+    /// Finds records in what is fetched; stands at `sent_lsn`.
+    scanner: Option<Box<dyn RecordScanner>>,
+    /// Who sent damaged WAL.
+    bad_donors: BTreeSet<NodeId>,
 }
 
 impl Follower {
@@ -32,11 +41,14 @@ impl Follower {
             sent_boundary: begin,
             received_lsn: begin,
             flush_lsn: begin,
-            known_commit_lsn: Lsn::INVALID,
             sent_commit_lsn: Lsn::INVALID,
+            sent_goodbye_lsn: Lsn::INVALID,
+            stored_commit_lsn: Lsn::INVALID,
             owes_heartbeat: false,
             log_start_lsn,
             fetching_from: None,
+            scanner: None,
+            bad_donors: BTreeSet::new(),
         }
     }
 
@@ -50,9 +62,17 @@ impl Follower {
         self.owes_heartbeat = true;
     }
 
-    /// True when it has said that it knows as much of `commit_lsn` as it can.
-    pub fn knows_commit(&self, commit_lsn: Lsn) -> bool {
-        self.accepted && self.known_commit_lsn >= commit_lsn
+    /// True when it has said that it has stored this commit position.
+    pub fn has_stored_commit(&self, commit_lsn: Lsn) -> bool {
+        self.accepted && self.stored_commit_lsn >= commit_lsn
+    }
+
+    /// Passes over fetched WAL and moves `sent_boundary` to the last record that ends in it.
+    fn scan(&mut self, wal: &[u8], make: fn(Lsn) -> Box<dyn RecordScanner>) -> Result<(), String> {
+        let boundary = self.scanner.get_or_insert_with(|| make(self.sent_lsn)).feed(wal)?;
+        self.sent_lsn += wal.len() as u64;
+        self.sent_boundary = self.sent_boundary.max(boundary.min(self.sent_lsn));
+        Ok(())
     }
 }
 
@@ -60,7 +80,11 @@ impl Proposer {
     pub(super) fn handle_append_reply(&mut self, from: NodeId, reply: AppendReply, actions: &mut Vec<Action>) {
         let Phase::Leader(leader) = &self.phase else { return };
         let Some(Peer::Following(follower)) = self.peers.get_mut(&from) else { return };
-        if reply.term != leader.term {
+        if reply.term < leader.term {
+            // To an append from before this proposer was elected again.
+            return;
+        }
+        if reply.term > leader.term {
             let reason = format!("safekeeper {from} went to term {}", reply.term);
             return self.fence(reason, actions);
         }
@@ -75,7 +99,6 @@ impl Proposer {
         follower.accepted = true;
         follower.flush_lsn = reply.flush_lsn;
         follower.received_lsn = follower.received_lsn.max(reply.received_lsn);
-        follower.known_commit_lsn = reply.commit_lsn;
         self.horizon = self.horizon.max(reply.remote_consistent_lsn);
         self.advance_commit(actions);
         self.trim_buffer();
@@ -96,7 +119,11 @@ impl Proposer {
         }
         self.commit_lsn = commit;
         if !std::mem::replace(&mut leader.started, true) {
-            actions.push(Action::Started { term: leader.term, start_lsn: leader.start_lsn });
+            let (term, start_lsn) = (leader.term, leader.start_lsn);
+            actions.push(match leader.earlier_terms.is_empty() {
+                true => Action::Started { term, start_lsn },
+                false => Action::Reelected { term, start_lsn },
+            });
         }
         actions.push(Action::Committed { lsn: commit });
     }
@@ -146,6 +173,10 @@ impl Proposer {
         {
             if follower.sent_lsn < leader.wal.start() {
                 if let (None, Some(donor)) = (follower.fetching_from, donor) {
+                    if follower.scanner.is_none() {
+                        // A record may have been sent in part from memory: it is found from its start.
+                        follower.sent_lsn = follower.sent_boundary;
+                    }
                     follower.fetching_from = Some(donor);
                     let message =
                         ProposerMessage::Fetch(fetch_for(node, follower, leader, self.settings.message_bytes));
@@ -163,6 +194,20 @@ impl Proposer {
             let begin = follower.sent_lsn;
             actions.push(append(node, leader, follower, begin, Default::default(), self.commit_lsn, self.horizon));
         }
+        let has_all = leader.started && self.commit_lsn == leader.wal.end() && follower.flush_lsn >= self.commit_lsn;
+        if self.finishing && has_all && follower.accepted && follower.sent_goodbye_lsn < self.commit_lsn {
+            follower.sent_goodbye_lsn = self.commit_lsn;
+            let goodbye = Goodbye { term: leader.term, commit_lsn: self.commit_lsn };
+            actions.push(Action::Send { to: node, message: ProposerMessage::Goodbye(goodbye) });
+        }
+    }
+
+    pub(super) fn handle_goodbye(&mut self, from: NodeId, term: Term, commit_lsn: Lsn) {
+        if let (Phase::Leader(leader), Some(Peer::Following(follower))) = (&self.phase, self.peers.get_mut(&from))
+            && term == leader.term
+        {
+            follower.stored_commit_lsn = commit_lsn;
+        }
     }
 
     /// Who can give `node` the WAL that it is to be sent next.
@@ -172,7 +217,10 @@ impl Proposer {
         };
         let has = |candidate: &NodeId| match self.peers.get(candidate) {
             Some(Peer::Following(f)) => {
-                *candidate != node && f.flush_lsn > lagging.sent_lsn && f.log_start_lsn <= lagging.sent_lsn
+                // Fetching goes on at the record that was sent in part.
+                let begin = if lagging.scanner.is_some() { lagging.sent_lsn } else { lagging.sent_boundary };
+                let apart = *candidate != node && !lagging.bad_donors.contains(candidate);
+                apart && f.flush_lsn > begin && f.log_start_lsn <= begin
             }
             Some(Peer::Voted(_) | Peer::Asked | Peer::Away) | None => false,
         };
@@ -190,12 +238,27 @@ impl Proposer {
         let room = leader.wal.start().checked_sub(fetched.begin).unwrap_or_default() as usize;
         let wal = fetched.wal.slice(..fetched.wal.len().min(room));
         let begin = follower.sent_lsn;
-        follower.sent_lsn += wal.len() as u64;
+        if let Err(reason) = follower.scan(&wal, self.settings.scanner) {
+            actions.push(Action::Damaged { donor: from, on_behalf_of: node, reason });
+            return self.refill(node, from, actions);
+        }
         if follower.sent_lsn == leader.wal.start() {
-            // The buffer starts at the end of a whole record; in between only the safekeeper's own end is known to be one.
+            // The buffer starts at the end of a whole record.
             follower.sent_boundary = follower.sent_lsn;
+            follower.scanner = None;
         }
         actions.push(append(node, leader, follower, begin, wal, self.commit_lsn, self.horizon));
+        self.pump(node, actions);
+    }
+
+    /// Has a safekeeper drop the record that it has in part, perhaps in damaged part, and asks somebody else for it.
+    fn refill(&mut self, node: NodeId, bad_donor: NodeId, actions: &mut Vec<Action>) {
+        let Some(Peer::Following(follower)) = self.peers.get(&node) else { return };
+        let (boundary, log_start_lsn) = (follower.sent_boundary, follower.log_start_lsn);
+        let bad_donors = follower.bad_donors.iter().copied().chain([bad_donor]).collect();
+        let follower = Follower { bad_donors, ..Follower::new(boundary, log_start_lsn) };
+        self.peers.insert(node, Peer::Following(follower));
+        self.send_elected(node, StreamStart::Continue(boundary), actions);
         self.pump(node, actions);
     }
 
@@ -221,13 +284,7 @@ impl Proposer {
         }
     }
 
-    pub(super) fn handle_refused(
-        &mut self,
-        from: NodeId,
-        term: types::Term,
-        reason: String,
-        actions: &mut Vec<Action>,
-    ) {
+    pub(super) fn handle_refused(&mut self, from: NodeId, term: Term, reason: String, actions: &mut Vec<Action>) {
         match &self.phase {
             Phase::Leader(leader) if term > leader.term => {
                 let fenced = format!("safekeeper {from} is in term {term}, this compute in {}: {reason}", leader.term);

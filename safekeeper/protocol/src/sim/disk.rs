@@ -7,6 +7,7 @@ use super::Rng;
 use crate::{
     acceptor::{AcceptorState, ConnectionId, Effect},
     message::{AcceptorMessage, Fetched},
+    proposer::RecordScanner,
 };
 
 #[derive(Debug, Clone, Default)]
@@ -17,6 +18,8 @@ pub(crate) struct Disk {
     pub bytes: Vec<u8>,
     /// Bytes before this position are flushed.
     pub flushed: Lsn,
+    /// Where WAL was written, in order.
+    writes: Vec<Lsn>,
 }
 
 impl Disk {
@@ -26,6 +29,11 @@ impl Disk {
 
     pub fn slice(&self, begin: Lsn, end: Lsn) -> &[u8] {
         &self.bytes[(begin.0 - self.start.0) as usize..(end.0 - self.start.0) as usize]
+    }
+
+    /// The lowest place that was written to after WAL had first been written at or beyond `lsn`.
+    pub fn lowest_write_after(&self, lsn: Lsn) -> Option<Lsn> {
+        self.writes.iter().copied().skip_while(|at| *at < lsn).min()
     }
 
     /// Performs effects; stops before the `crash_at`-th, if that is reached.
@@ -54,6 +62,7 @@ impl Disk {
                         return Err(format!("written at {at}, the log ends at {}", self.end()));
                     }
                     self.bytes.extend_from_slice(&wal);
+                    self.writes.push(at);
                 }
                 Effect::FlushWal => self.flushed = self.end(),
                 Effect::SendWal { to, fetch } => {
@@ -128,6 +137,35 @@ fn whole_record(bytes: &[u8]) -> Option<usize> {
     let length = usize::from(*bytes.first()?);
     let record = bytes.get(..length).filter(|record| record.len() >= 10)?;
     (record[length - 1] == checksum(&record[..length - 1])).then_some(length)
+}
+
+/// Finds records of [`make_record`]'s.
+#[derive(Debug)]
+pub(crate) struct SimScanner {
+    boundary: Lsn,
+    rest: Vec<u8>,
+}
+
+impl SimScanner {
+    pub fn boxed(start: Lsn) -> Box<dyn RecordScanner> {
+        Box::new(SimScanner { boundary: start, rest: Vec::new() })
+    }
+}
+
+impl RecordScanner for SimScanner {
+    fn feed(&mut self, wal: &[u8]) -> Result<Lsn, String> {
+        self.rest.extend_from_slice(wal);
+        while let Some(length) = self.rest.first().map(|length| usize::from(*length)) {
+            if self.rest.len() >= length {
+                whole_record(&self.rest).ok_or_else(|| format!("no record at {}", self.boundary))?;
+                self.rest.drain(..length);
+                self.boundary += length as u64;
+            } else {
+                break;
+            }
+        }
+        Ok(self.boundary)
+    }
 }
 
 fn checksum(bytes: &[u8]) -> u8 {

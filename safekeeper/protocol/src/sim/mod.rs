@@ -5,7 +5,7 @@ mod check;
 mod disk;
 mod world;
 
-pub(crate) use disk::{Disk, make_record};
+pub(crate) use disk::{Disk, SimScanner, make_record};
 pub(crate) use world::{SimOptions, World};
 
 /// Random numbers from a seed (splitmix64).

@@ -8,10 +8,10 @@ use std::{
 use bytes::Bytes;
 use types::{Lsn, NodeId, Term};
 
-use super::{Disk, Rng, check::Observer, make_record};
+use super::{Disk, Rng, SimScanner, check::Observer, make_record};
 use crate::{
     acceptor::{Acceptor, ConnectionId, Effect},
-    message::{AcceptorMessage, ProposerId, ProposerMessage},
+    message::{AcceptorMessage, ProposerId, ProposerMessage, Vote, VoteTerm},
     proposer::{Action, Fault, Proposer, ProposerSettings},
 };
 
@@ -22,6 +22,8 @@ const SEGMENT_BYTES: u64 = 256;
 pub(crate) struct SimOptions {
     pub seed: u64,
     pub members: u64,
+    /// So many computes at a time.
+    pub computes: usize,
     pub steps: usize,
     pub fault: Option<Fault>,
     /// Tell what happens on standard output.
@@ -109,11 +111,9 @@ impl World {
             800..806 => self.crash_or_restart(),
             806..900 => self.write(),
             900..912 => self.start_compute(),
-            912..918 => {
-                self.kill_compute();
-                Ok(())
-            }
-            918..940 => self.retry_elections(),
+            912..917 => self.kill_compute(),
+            917..922 => self.vote_in_vain(),
+            922..940 => self.retry_elections(),
             940..960 => self.heartbeats(),
             960..980 => self.report_stored(),
             _ => self.trim(),
@@ -130,7 +130,7 @@ impl World {
     }
 
     fn start_compute(&mut self) -> Result<(), String> {
-        if self.computes.len() >= 3 {
+        if self.computes.len() >= self.options.computes {
             return Ok(());
         }
         let id = ProposerId(u128::from(self.fresh_id()));
@@ -143,6 +143,8 @@ impl World {
             buffer_bytes: 150,
             window_bytes: 120,
             message_bytes: 40,
+            stranded_heartbeats: 1,
+            scanner: SimScanner::boxed,
             fault: self.options.fault,
         };
         let proposer = Proposer::new(settings);
@@ -150,14 +152,20 @@ impl World {
         Ok(())
     }
 
-    fn kill_compute(&mut self) {
+    /// Ends a compute, sometimes with a goodbye.
+    fn kill_compute(&mut self) -> Result<(), String> {
         let ids: Vec<ProposerId> = self.computes.keys().copied().collect();
-        let Some(id) = self.pick(&ids) else { return };
+        let Some(id) = self.pick(&ids) else { return Ok(()) };
         self.note("kill", id);
+        if self.rng.chance(50) {
+            let actions = self.computes.get_mut(&id).map(|c| c.proposer.finish()).unwrap_or_default();
+            self.act(id, actions)?;
+        }
         self.computes.remove(&id);
         for connection in self.connections.values_mut().filter(|c| c.compute == id) {
             connection.ghost = true;
         }
+        Ok(())
     }
 
     fn connect(&mut self) -> Result<(), String> {
@@ -200,8 +208,36 @@ impl World {
             self.connections.remove(&id);
         }
         self.note("lose", id);
+        if self.rng.chance(50) {
+            self.notice_loss(node)?;
+        }
         let actions = self.computes.get_mut(&compute).map(|c| c.proposer.disconnected(node)).unwrap_or_default();
         self.act(compute, actions)
+    }
+
+    /// A safekeeper that no compute is connected to votes for a candidate that is never heard of again.
+    fn vote_in_vain(&mut self) -> Result<(), String> {
+        let alone = |node: NodeId| !self.connections.values().any(|c| !c.ghost && c.node == node);
+        let ids: Vec<NodeId> = self.nodes.keys().copied().filter(|node| alone(*node)).collect();
+        let Some(node_id) = self.pick(&ids) else { return Ok(()) };
+        let proposer = ProposerId(u128::from(self.fresh_id()));
+        let Some(acceptor) = self.nodes.get_mut(&node_id).and_then(|node| node.acceptor.as_mut()) else {
+            return Ok(());
+        };
+        let vote = Vote { proposer, term: VoteTerm::Next, system_identifier: None };
+        let mut effects = acceptor.handle(ConnectionId(0), ProposerMessage::Vote(vote));
+        effects.extend(acceptor.end_batch());
+        self.note("vain", (node_id, proposer));
+        self.perform(node_id, effects)
+    }
+
+    fn notice_loss(&mut self, node_id: NodeId) -> Result<(), String> {
+        let Some(acceptor) = self.nodes.get_mut(&node_id).and_then(|node| node.acceptor.as_mut()) else {
+            return Ok(());
+        };
+        acceptor.proposer_gone();
+        let effects = acceptor.end_batch();
+        self.perform(node_id, effects)
     }
 
     fn deliver_to_node(&mut self) -> Result<(), String> {
@@ -308,6 +344,16 @@ impl World {
                     if let Some(compute) = self.computes.get_mut(&id) {
                         compute.started = Some((term, start_lsn));
                     }
+                }
+                Action::Reelected { term, start_lsn } => {
+                    self.note("reelected", (id, term, start_lsn));
+                    self.observer.started(term, id, start_lsn)?;
+                    if let Some((own, _)) = self.computes.get_mut(&id).and_then(|compute| compute.started.as_mut()) {
+                        *own = term;
+                    }
+                }
+                Action::Damaged { donor, reason, .. } => {
+                    return Err(format!("safekeeper {donor} is said to have damaged WAL: {reason}"));
                 }
                 Action::Committed { lsn } => {
                     self.note("committed", (id, lsn));
@@ -416,7 +462,8 @@ impl World {
             }
         }
         let committed = self.observer.committed_end();
-        // A safekeeper that voted in vain for somebody else may sit out a compute's life, not a second one's.
+        // One compute brings everybody back, also those that voted in vain for somebody else. It may be fenced by a vote of its
+        // own that arrives late, from a lost connection.
         for _ in 0..3 {
             self.computes.clear();
             self.connections.values_mut().for_each(|c| c.ghost = true);
@@ -427,6 +474,9 @@ impl World {
                 let end = self.computes[&compute].proposer.end_lsn();
                 let good = self.observer.committed_end() == end && end >= committed;
                 return if good { Ok(()) } else { Err(format!("the log ends at {end}, {committed} was committed")) };
+            }
+            if self.computes.contains_key(&compute) {
+                break;
             }
         }
         let states: Vec<_> = self.nodes.values().map(|n| n.acceptor.as_ref().map(Acceptor::status)).collect();

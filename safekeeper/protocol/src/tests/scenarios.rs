@@ -10,7 +10,7 @@ use crate::{
     history::{TermHistory, TermStart},
     message::{AcceptorMessage, Append, Elected, Fetch, ProposerId, ProposerMessage, StreamStart, Vote, VoteTerm},
     proposer::{Action, Proposer, ProposerSettings},
-    sim::{Disk, make_record},
+    sim::{Disk, SimScanner, make_record},
 };
 
 const START: Lsn = Lsn(1000);
@@ -66,11 +66,24 @@ impl Story {
             buffer_bytes: 10_000,
             window_bytes: 10_000,
             message_bytes: 64,
+            stranded_heartbeats: 3,
+            scanner: SimScanner::boxed,
             fault: None,
         };
         let compute = Compute { proposer: Proposer::new(settings), events: Vec::new(), round_trips: 0 };
         self.computes.insert(name, compute);
         self.connect(name, reaches);
+    }
+
+    fn heartbeat(&mut self, name: u128) {
+        let actions = self.computes.get_mut(&name).expect("compute").proposer.heartbeat();
+        self.deliver(name, actions);
+    }
+
+    fn disconnect(&mut self, name: u128, nodes: &[u64]) {
+        let compute = self.computes.get_mut(&name).expect("compute");
+        let actions = nodes.iter().flat_map(|node| compute.proposer.disconnected(NodeId(*node))).collect();
+        self.deliver(name, actions);
     }
 
     /// All connections come up at the same moment.
@@ -87,9 +100,16 @@ impl Story {
     }
 
     fn deliver(&mut self, name: u128, actions: Vec<Action>) {
+        self.deliver_some(name, actions, usize::MAX);
+    }
+
+    /// Delivers messages for so many round trips; the rest is lost.
+    fn deliver_some(&mut self, name: u128, actions: Vec<Action>, round_trips: usize) {
         let compute = self.computes.get_mut(&name).expect("compute");
         let mut actions = actions;
-        while !actions.is_empty() {
+        let mut done = 0;
+        while !actions.is_empty() && done < round_trips {
+            done += 1;
             let mut answers = Vec::new();
             for action in std::mem::take(&mut actions) {
                 match action {
@@ -202,6 +222,120 @@ fn a_lagging_safekeeper_is_filled_from_another() {
     // Another compute, which has nothing in memory; messages carry less than what is missing.
     story.compute(2, &[1, 2, 3]);
     assert_eq!((story.flushed(), story.commit(2)), ([1450; 3], Lsn(1450)));
+}
+
+#[test]
+fn a_catch_up_that_is_cut_off_goes_on_where_it_was() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2]);
+    story.write(1, 9);
+    story.compute(2, &[1, 2]);
+    let actions = story.computes.get_mut(&2).expect("compute").proposer.connected(NodeId(3));
+    story.deliver_some(2, actions, 8);
+    let reached = story.safekeepers[&NodeId(3)].flush_lsn();
+    assert!(Lsn(1100) < reached && reached < Lsn(1450), "{reached}");
+    story.disconnect(2, &[3]);
+    story.connect(2, &[3]);
+    assert_eq!(story.flushed(), [1450; 3]);
+    assert_eq!(story.safekeepers[&NodeId(3)].disk.lowest_write_after(reached), Some(reached), "nothing came twice");
+}
+
+#[test]
+fn damaged_wal_is_not_passed_on() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2]);
+    story.write(1, 9);
+    let good = story.safekeepers[&NodeId(1)].disk.bytes.clone();
+    story.safekeepers.get_mut(&NodeId(2)).expect("safekeeper").disk.bytes[230] ^= 1;
+    story.safekeepers.get_mut(&NodeId(1)).expect("safekeeper").disk.bytes[330] ^= 1;
+    story.compute(2, &[1, 2, 3]);
+    let damaged = story.computes[&2].events.iter().filter(|event| matches!(event, Action::Damaged { .. })).count();
+    assert_eq!((damaged, story.flushed()), (2, [1450, 1450, 1300]), "both donors' good parts are taken");
+    assert!(story.safekeepers[&NodeId(3)].disk.bytes[..300] == good[..300]);
+}
+
+#[test]
+fn a_safekeeper_left_behind_in_a_higher_term_is_brought_back() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2]);
+    story.write(1, 2);
+    // Candidates that are never heard of again.
+    story.compute(2, &[3]);
+    story.compute(3, &[3]);
+    story.connect(1, &[3]);
+    assert_eq!((story.flushed(), story.fenced(1)), ([1100, 1100, 0], false));
+    for _ in 0..3 {
+        assert_eq!(story.flushed(), [1100, 1100, 0], "the candidate gets some time");
+        story.heartbeat(1);
+    }
+    assert_eq!(story.flushed(), [1100; 3]);
+    // One of the first two may go now.
+    story.disconnect(1, &[1]);
+    story.write(1, 1);
+    assert_eq!((story.commit(1), story.flushed(), story.fenced(1)), (Lsn(1150), [1100, 1150, 1150], false));
+    assert_eq!(story.safekeepers[&NodeId(3)].acceptor.status().last_log_term, Term(3));
+}
+
+#[test]
+fn a_candidate_that_wins_in_time_is_not_outvoted() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2]);
+    story.write(1, 1);
+    story.compute(2, &[3]);
+    story.compute(3, &[3]);
+    story.connect(1, &[3]);
+    story.heartbeat(1);
+    story.connect(3, &[2]);
+    assert_eq!(story.started(3), Some((Term(2), Lsn(1050))));
+    (0..5).for_each(|_| story.heartbeat(1));
+    assert!(story.fenced(1));
+    story.write(3, 1);
+    assert_eq!(story.commit(3), Lsn(1100));
+}
+
+#[test]
+fn wal_written_during_a_reelection_goes_out_after_it() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2]);
+    story.write(1, 1);
+    story.compute(2, &[3]);
+    story.compute(3, &[3]);
+    story.connect(1, &[3]);
+    (0..2).for_each(|_| story.heartbeat(1));
+    let proposer = &mut story.computes.get_mut(&1).expect("compute").proposer;
+    let votes = proposer.heartbeat();
+    assert!(proposer.is_leader() && proposer.commit_lsn() == Lsn(1050));
+    assert_eq!(proposer.append([make_record(Term(1), 9, 50).into()]), []);
+    assert_eq!(proposer.end_lsn(), Lsn(1100));
+    story.deliver(1, votes);
+    assert_eq!((story.commit(1), story.flushed()), (Lsn(1100), [1100; 3]));
+}
+
+#[test]
+fn the_commit_position_is_stored_when_the_proposer_goes() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2, 3]);
+    story.write(1, 2);
+    let stored = |story: &Story| [1, 2, 3].map(|n| story.safekeepers[&NodeId(n)].disk.control.commit_lsn.0);
+    assert_ne!(stored(&story), [1100; 3], "not with every commit");
+    let actions = story.computes.get_mut(&1).expect("compute").proposer.finish();
+    assert!(!story.computes[&1].proposer.is_finished());
+    story.deliver(1, actions);
+    assert!(story.computes[&1].proposer.is_finished());
+    assert_eq!(stored(&story), [1100; 3]);
+}
+
+#[test]
+fn the_commit_position_is_stored_when_the_connection_ends() {
+    let mut safekeeper = one_with_wal();
+    let ProposerMessage::Append(empty) = append(1, 1060, &[]) else { unreachable!() };
+    safekeeper.tell(ProposerMessage::Append(Append { commit_lsn: Lsn(1060), ..empty }));
+    assert_eq!(safekeeper.acceptor.end_batch(), [], "no write on the way of a commit");
+    safekeeper.acceptor.proposer_gone();
+    let effects = safekeeper.acceptor.end_batch();
+    assert!(matches!(&effects[..], [Effect::Persist(state)] if state.commit_lsn == Lsn(1060)), "{effects:?}");
+    safekeeper.acceptor.proposer_gone();
+    assert_eq!(safekeeper.acceptor.end_batch(), [], "once is enough");
 }
 
 #[test]
@@ -324,6 +458,19 @@ fn an_answer_comes_after_the_flush_and_one_flush_serves_many() {
         })
         .collect();
     assert_eq!(kinds, ["write", "write", "flush", "reply"]);
+}
+
+#[test]
+fn an_answer_to_an_append_is_about_its_own_term() {
+    let mut safekeeper = one_with_wal();
+    let acceptor = &mut safekeeper.acceptor;
+    let mut effects = acceptor.handle(CONNECTION, append(1, 1060, &[1; 8]));
+    effects.extend(acceptor.handle(CONNECTION, vote(VoteTerm::Exactly(Term(2)), 1)));
+    effects.extend(acceptor.end_batch());
+    let Some(Effect::Reply { message: AcceptorMessage::Append(reply), .. }) = effects.last() else {
+        panic!("{effects:?}")
+    };
+    assert_eq!((reply.term, reply.flush_lsn), (Term(1), Lsn(1068)), "the log of term 2 is not here yet");
 }
 
 #[test]
