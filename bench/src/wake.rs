@@ -8,7 +8,9 @@ use crate::{Samples, bare::BareServer};
 
 /// Wakes an endpoint `rounds` times, in turn with starts of a stock server.
 pub async fn run(rounds: usize) -> anyhow::Result<()> {
-    println!("wake: {rounds} wakes through the proxy (TLS, SCRAM), in turn with a stock postgres from exec to first row");
+    println!(
+        "wake: {rounds} wakes through the proxy (TLS, SCRAM), in turn with a stock postgres from exec to first row"
+    );
     let mut cluster = Cluster::start(ClusterOptions::default()).await?;
     let bare_server = BareServer::create()?;
     let api = cluster.api()?;

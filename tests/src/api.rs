@@ -54,7 +54,8 @@ impl Api {
         let response = request.send().await.with_context(|| url.clone())?;
         let status = response.status().as_u16();
         let text = response.text().await?;
-        let json = if text.is_empty() { Value::Null } else { serde_json::from_str(&text).with_context(|| text.clone())? };
+        let json =
+            if text.is_empty() { Value::Null } else { serde_json::from_str(&text).with_context(|| text.clone())? };
         Ok((status, json))
     }
 
@@ -92,9 +93,8 @@ impl Api {
         let databases = self.ok(Method::GET, &format!("/projects/{project}/branches/{branch}/databases"), None).await?;
         let database = text(&databases, "/databases/0/name")?;
         let role = text(&databases, "/databases/0/owner_name")?;
-        let path = format!(
-            "/projects/{project}/connection_uri?branch_id={branch}&database_name={database}&role_name={role}"
-        );
+        let path =
+            format!("/projects/{project}/connection_uri?branch_id={branch}&database_name={database}&role_name={role}");
         text(&self.ok(Method::GET, &path, None).await?, "/uri")
     }
 

@@ -144,7 +144,8 @@ impl SmallDisk {
         }
         std::fs::create_dir_all(at)?;
         let options = format!("size={size},mode=755");
-        let status = std::process::Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(at).status()?;
+        let status =
+            std::process::Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(at).status()?;
         Ok(status.success().then(|| SmallDisk(at.to_owned())))
     }
 }

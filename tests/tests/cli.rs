@@ -19,7 +19,8 @@ async fn daily_work(cluster: &Cluster) -> anyhow::Result<()> {
 
     let uri = dormouse(cluster, &["connection-string", "main"]).await?;
     assert!(uri.trim().starts_with("postgresql://"), "{uri}");
-    let answer = dormouse(cluster, &["psql", "main", "--", "-X", "-A", "-t", "-c", "create table t as select 7 a"]).await?;
+    let answer =
+        dormouse(cluster, &["psql", "main", "--", "-X", "-A", "-t", "-c", "create table t as select 7 a"]).await?;
     assert!(answer.contains("SELECT 1"), "{answer}");
 
     dormouse(cluster, &["branches", "create", "--name", "feature", "--parent", "main"]).await?;

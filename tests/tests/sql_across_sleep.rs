@@ -142,7 +142,8 @@ async fn battery(cluster: &Cluster) -> anyhow::Result<()> {
 async fn check_with_amcheck(cluster: &Cluster, endpoint: &str, database: &str) -> anyhow::Result<()> {
     let client = cluster.superuser(endpoint, database).await?;
     client.batch_execute("create extension if not exists amcheck").await?;
-    let btrees = "select count(bt_index_parent_check(c.oid, true)::text) from pg_class c join pg_am a on a.oid = c.relam
+    let btrees =
+        "select count(bt_index_parent_check(c.oid, true)::text) from pg_class c join pg_am a on a.oid = c.relam
         where a.amname = 'btree' and c.relkind = 'i' and c.relpersistence = 'p'";
     let checked: i64 = sql::value(&client, btrees).await?.parse()?;
     assert!(checked > 100, "only {checked} B-trees were checked");

@@ -18,7 +18,8 @@ async fn life(cluster: &mut Cluster) -> anyhow::Result<()> {
     let project = api.create_project("life").await?;
     // A new project's compute is started at once, to make its role and database.
     api.wait_state(&project.id, &project.endpoint, "active", Duration::from_secs(30)).await?;
-    let (status, _) = api.call("POST".parse()?, "/projects", Some(json!({"project": {"name": "x".repeat(500)}}))).await?;
+    let (status, _) =
+        api.call("POST".parse()?, "/projects", Some(json!({"project": {"name": "x".repeat(500)}}))).await?;
     assert!((400..500).contains(&status), "an endless name is refused: {status}");
 
     sql::psql(&project.uri, "create table t(id int primary key, v text)").await?;
@@ -36,14 +37,19 @@ async fn life(cluster: &mut Cluster) -> anyhow::Result<()> {
     let client = sql::connect(&project.uri).await?;
     let lsn = sql::value(&client, "select pg_current_wal_flush_lsn()").await?;
     tokio::time::sleep(Duration::from_millis(1100)).await;
-    let time = sql::value(&client, "select to_char(clock_timestamp() at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')").await?;
+    let time = sql::value(
+        &client,
+        "select to_char(clock_timestamp() at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')",
+    )
+    .await?;
     tokio::time::sleep(Duration::from_millis(1100)).await;
     client.batch_execute("delete from t where id <= 5000").await?;
     drop(client);
 
     let count = "select count(*) from t";
     let at_lsn = api.create_branch(&project.id, json!({"parent_id": project.branch, "parent_lsn": lsn})).await?;
-    let at_time = api.create_branch(&project.id, json!({"parent_id": project.branch, "parent_timestamp": time})).await?;
+    let at_time =
+        api.create_branch(&project.id, json!({"parent_id": project.branch, "parent_timestamp": time})).await?;
     let head = api.create_branch(&project.id, json!({"parent_id": project.branch})).await?;
     assert_eq!(sql::ask(&at_lsn.uri, digest).await?, before, "branch at an LSN");
     assert_eq!(sql::ask(&at_time.uri, digest).await?, before, "branch at a time");

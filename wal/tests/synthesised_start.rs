@@ -4,14 +4,14 @@ mod support;
 
 use std::fs;
 
-use support::{Cluster, program, segments, succeed};
-use types::{Lsn, PAGE_BYTES, PageTag, RelTag, WAL_SEGMENT_BYTES, XLOG_PAGE_BYTES};
 use dormouse_wal::{
     ControlFile, WalStreamDecoder,
     checkpoint::shutdown_record,
     encode::{BlockToWrite, EncodedRecord, RecordToWrite, encode_record, record_start_at, segment_with},
     v15::{rmgr, xlog},
 };
+use support::{Cluster, program, segments, succeed};
+use types::{Lsn, PAGE_BYTES, PageTag, RelTag, WAL_SEGMENT_BYTES, XLOG_PAGE_BYTES};
 
 #[test]
 fn pg_control_is_read_and_written_byte_for_byte() {

@@ -118,11 +118,17 @@ async fn demo(arguments: &Arguments, table: &mut Table) -> anyhow::Result<()> {
 
 async fn tour(arguments: &Arguments, cluster: &Cluster, table: &mut Table) -> anyhow::Result<()> {
     let api = cluster.api()?;
-    table.step("create a project through the REST API", "A project is a branch of the template: no initdb, no copy. Its compute starts in the background.");
+    table.step(
+        "create a project through the REST API",
+        "A project is a branch of the template: no initdb, no copy. Its compute starts in the background.",
+    );
     let project = api.create_project("demo").await?;
     table.done(format!("project {}, branch {}, endpoint {}", project.id, project.branch, project.endpoint));
 
-    table.step("first psql through the proxy", "The proxy checks the password, waits until the compute has made its role and database, and connects.");
+    table.step(
+        "first psql through the proxy",
+        "The proxy checks the password, waits until the compute has made its role and database, and connects.",
+    );
     let version = sql::psql(&project.uri, "select version()").await?;
     table.done(version.split(" on ").next().unwrap_or_default());
 
@@ -198,7 +204,10 @@ async fn branches(cluster: &Cluster, project: &Project, table: &mut Table) -> an
     let head = api.create_branch(&project.id, json!({"name": "from-head", "parent_id": project.branch})).await?;
     table.done(head.id.clone());
 
-    table.step("branch as of before a delete", &format!("1000 accounts were deleted after {before}; this branch has them."));
+    table.step(
+        "branch as of before a delete",
+        &format!("1000 accounts were deleted after {before}; this branch has them."),
+    );
     let body = json!({"name": "before-delete", "parent_id": project.branch, "parent_lsn": before});
     let past = api.create_branch(&project.id, body).await?;
     table.done(past.id.clone());
@@ -239,9 +248,12 @@ async fn lose_the_pageserver(
     );
     let disk = cluster.data_dir().join("pageserver");
     // With a local store there is no cache on disk at all: its own directory would be a copy beside the original.
-    let objects = cluster.data_dir().join("object-store/projects").join(&project.id).join("branches").join(&project.branch);
-    processes::wait_until("the pageserver to upload", Duration::from_secs(60), || disk.exists() || has_layers(&objects))
-        .await?;
+    let objects =
+        cluster.data_dir().join("object-store/projects").join(&project.id).join("branches").join(&project.branch);
+    processes::wait_until("the pageserver to upload", Duration::from_secs(60), || {
+        disk.exists() || has_layers(&objects)
+    })
+    .await?;
     let old = cluster.kill_service("pageserver").await?;
     if disk.exists() {
         std::fs::remove_dir_all(&disk).with_context(|| disk.display().to_string())?;
