@@ -18,6 +18,7 @@ pub(super) struct FlushState {
     next_layer: u64,
     /// This generation's claim is in the object store and the branch was not changed by another since it was attached.
     claimed: bool,
+    older_removed: bool,
     /// What the attached manifest said.
     attached: Manifest,
     last_flush: Instant,
@@ -26,7 +27,13 @@ pub(super) struct FlushState {
 impl FlushState {
     pub(super) fn new(manifest: &Manifest) -> FlushState {
         let attached = manifest.clone();
-        FlushState { next_layer: manifest.next_layer, claimed: false, attached, last_flush: Instant::now() }
+        FlushState {
+            next_layer: manifest.next_layer,
+            claimed: false,
+            older_removed: false,
+            attached,
+            last_flush: Instant::now(),
+        }
     }
 }
 
@@ -53,7 +60,24 @@ impl Branch {
         }
         flush.last_flush = Instant::now();
         self.report_consistent(tip.last_record_lsn).await?;
+        if !flush.older_removed {
+            self.remove_older_generations().await;
+            flush.older_removed = true;
+        }
         Ok(tip.last_record_lsn)
+    }
+
+    /// Once the own manifest is there, those of older generations are of no use. Failing to is only logged.
+    async fn remove_older_generations(&self) {
+        let remote = &self.shared.remote;
+        let found = remote.list(self.names.root()).await.unwrap_or_default();
+        let numbered =
+            |object| BranchNames::generation_of_manifest(object).or(BranchNames::generation_of_claim(object));
+        for object in found.iter().filter(|object| numbered(object).is_some_and(|old| old < self.shared.generation)) {
+            if let Err(error) = remote.delete(object).await {
+                tracing::debug!(branch = %self.name, %error, "an older generation's object stays");
+            }
+        }
     }
 
     /// Readers find the layer instead of the oldest frozen memory layer.

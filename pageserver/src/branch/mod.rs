@@ -162,6 +162,12 @@ pub struct ReadView {
     pub layers: Arc<LayerSet>,
 }
 
+impl std::fmt::Debug for Branch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Branch").field("name", &self.name).field("tip", &self.tip()).finish_non_exhaustive()
+    }
+}
+
 impl Branch {
     /// From its manifest.
     fn attach(name: BranchRef, manifest: Manifest, shared: Arc<Shared>, registry: Weak<Branches>) -> Arc<Branch> {
@@ -280,8 +286,9 @@ impl Branch {
         if self.progress.borrow().last_record_lsn >= lsn {
             return Ok(());
         }
-        self.open_feed();
+        // In this order: a stream that is just ending is opened again if somebody waits.
         let mut progress = self.progress.subscribe();
+        self.open_feed();
         let waiting = progress.wait_for(|now| now.last_record_lsn >= lsn || now.stopped.is_some());
         let limit = self.shared.tuning.wal_wait;
         let outcome = tokio::time::timeout(limit, waiting).await.map(|now| now.map(|now| now.clone()));

@@ -90,8 +90,8 @@ impl Branch {
             return Ok(());
         }
         self.progress.send_modify(|progress| progress.commit_lsn = None);
-        self.open_feed();
         let mut progress = self.progress.subscribe();
+        self.open_feed();
         let told = progress.wait_for(|now| now.commit_lsn.is_some() || now.stopped.is_some());
         let commit_lsn = match tokio::time::timeout(CATCH_UP_WAIT, told).await {
             Ok(Ok(now)) => now.commit_lsn,
@@ -124,8 +124,8 @@ impl Branch {
             feed.take();
         }
         drop(feed);
-        let wanted = self.progress.borrow().trouble.is_some() && self.progress.receiver_count() > 0;
-        if wanted {
+        // Whoever came to wait while the stream was ending relies on it.
+        if self.progress.receiver_count() > 0 {
             self.open_feed();
         }
     }

@@ -48,6 +48,7 @@ impl Cluster {
         let directory = tempfile::Builder::new().prefix("pageserver-test-").tempdir().expect("directory");
         let cluster = Cluster { directory, running: false };
         std::fs::create_dir(cluster.pgdata()).expect("pgdata");
+        cluster.own(cluster.directory.path());
         cluster
     }
 
