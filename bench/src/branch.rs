@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use e2e::{Api, Cluster, ClusterOptions, Project, sql};
+use e2e::{Cluster, ClusterOptions, sql};
 use serde_json::json;
 
 use crate::Samples;
@@ -12,8 +12,14 @@ pub async fn run(rounds: usize, large_scale: u32) -> anyhow::Result<()> {
     println!("branch: {rounds} branches of a large database, in turn with as many of a 10 MB one");
     let mut cluster = Cluster::start(ClusterOptions::default()).await?;
     let api = cluster.api()?;
-    let small = loaded(&api, "small", 1).await?;
-    let large = loaded(&api, "large", large_scale).await?;
+    let small = api.create_project("small").await?;
+    sql::psql(&small.uri, "create table t as select g, repeat('x', 90) from generate_series(1, 20000) g").await?;
+    let large = api.create_project("large").await?;
+    sql::pgbench(&large.uri, &["-i", "-q", "-s", &large_scale.to_string()]).await?;
+    for (name, project) in [("small", &small), ("large", &large)] {
+        let size = sql::ask(&project.uri, "select pg_size_pretty(pg_database_size(current_database()))").await?;
+        println!("{name}: {size}");
+    }
     let (mut small_times, mut large_times) = (Samples::default(), Samples::default());
     for round in 1..=rounds {
         for (project, times) in [(&small, &mut small_times), (&large, &mut large_times)] {
@@ -34,12 +40,4 @@ pub async fn run(rounds: usize, large_scale: u32) -> anyhow::Result<()> {
         large_p50 / small_p50
     );
     Ok(())
-}
-
-async fn loaded(api: &Api, name: &str, scale: u32) -> anyhow::Result<Project> {
-    let project = api.create_project(name).await?;
-    sql::pgbench(&project.uri, &["-i", "-q", "-s", &scale.to_string()]).await?;
-    let size = sql::ask(&project.uri, "select pg_size_pretty(pg_database_size(current_database()))").await?;
-    println!("{name}: {size}");
-    Ok(project)
 }
