@@ -14,7 +14,6 @@ as_root() {
 missing=()
 [ -x "${PG_BIN_DIR:-/usr/lib/postgresql/15/bin}/postgres" ] || missing+=(postgresql-15 postgresql-client-15)
 command -v cc >/dev/null || missing+=(gcc libc6-dev)
-command -v cmake >/dev/null || missing+=(cmake)
 if [ "${1:-}" = s3 ]; then
     command -v python3 >/dev/null || missing+=(python3)
     python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
