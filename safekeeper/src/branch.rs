@@ -1,6 +1,12 @@
 //! One branch: the task that owns its acceptor and its files.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Weak, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    path::PathBuf,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use safekeeper_protocol::{Acceptor, AcceptorMessage, ConnectionId, Effect, ProposerMessage, message::BranchStatus};
 use tokio::{
@@ -47,6 +53,8 @@ pub(crate) struct BranchActor {
     links: BTreeMap<ConnectionId, mpsc::Sender<AcceptorMessage>>,
     /// Bytes beyond may have been lost by a failed write: they are cut off when the branch is loaded again.
     distrust_beyond: Option<Lsn>,
+    /// The lock on the data directory, held by whatever works on files: who gets it next finds none of that under way.
+    lock: Arc<File>,
 }
 
 /// A branch's rules and files.
@@ -67,8 +75,9 @@ impl BranchActor {
         directory: PathBuf,
         view: watch::Sender<BranchView>,
         registry: Weak<Registry>,
+        lock: Arc<File>,
     ) -> BranchActor {
-        BranchActor { branch, directory, view, registry, links: BTreeMap::new(), distrust_beyond: None }
+        BranchActor { branch, directory, view, registry, links: BTreeMap::new(), distrust_beyond: None, lock }
     }
 
     /// Serves the branch until nobody has used it for `idle_after`.
@@ -102,7 +111,12 @@ impl BranchActor {
 
     async fn load(&mut self) -> State {
         let (directory, distrust_beyond) = (self.directory.clone(), self.distrust_beyond);
-        let loaded = spawn_blocking(move || BranchStore::load(directory, distrust_beyond)).await;
+        let lock = Arc::clone(&self.lock);
+        let load = move || {
+            let _lock = lock;
+            BranchStore::load(directory, distrust_beyond)
+        };
+        let loaded = spawn_blocking(load).await;
         let state = match loaded {
             Ok(Ok(Loaded::Branch { store, state })) => {
                 self.distrust_beyond = None;
@@ -145,6 +159,9 @@ impl BranchActor {
                 }
                 (BranchCommand::Close { connection }, _) => {
                     self.links.remove(&connection);
+                    if let State::Open(open) = &mut state {
+                        open.acceptor.proposer_gone();
+                    }
                 }
                 (BranchCommand::Message { connection, message }, State::Open(open)) => {
                     effects.extend(open.acceptor.handle(connection, message));
@@ -180,7 +197,9 @@ impl BranchActor {
     async fn perform(&mut self, mut open: Box<Open>, effects: Vec<Effect>) -> State {
         let durable = open.store.durable_lsn();
         let performed = if effects.iter().any(needs_disk) {
+            let lock = Arc::clone(&self.lock);
             spawn_blocking(move || {
+                let _lock = lock;
                 let replies = open.store.perform(effects);
                 (open, replies)
             })
@@ -237,7 +256,12 @@ impl BranchActor {
         // Open files are closed first.
         drop(state);
         let directory = self.directory.clone();
-        let deleted = spawn_blocking(move || BranchStore::delete(&directory)).await;
+        let lock = Arc::clone(&self.lock);
+        let delete = move || {
+            let _lock = lock;
+            BranchStore::delete(&directory)
+        };
+        let deleted = spawn_blocking(delete).await;
         let (answer, state) = match deleted {
             Ok(Ok(())) => {
                 info!(branch = %self.branch, "branch deleted");

@@ -25,7 +25,9 @@ use tokio::{
 };
 use tracing::{debug, info};
 use types::Lsn;
-use wire::{Claims, FrameReader, FrameWriter, Hello, HelloReply, PROTOCOL_VERSION, TokenVerifier, WireError};
+use wire::{
+    Claims, FrameReader, FrameWriter, Hello, HelloReply, MAX_GREETING_BYTES, PROTOCOL_VERSION, TokenVerifier, WireError,
+};
 
 use crate::{
     branch::{BranchCommand, BranchView},
@@ -73,8 +75,8 @@ async fn converse(
     registry: &Arc<Registry>,
 ) -> Result<(), ConnectionEnd> {
     let greeting = timeout(GREETING_LIMIT, async {
-        let hello = reader.recv::<Hello>().await?;
-        Ok::<_, WireError>((hello, reader.recv::<Request>().await?))
+        let hello = reader.recv_limited::<Hello>(MAX_GREETING_BYTES).await?;
+        Ok::<_, WireError>((hello, reader.recv_limited::<Request>(MAX_GREETING_BYTES).await?))
     });
     let late = |_| ConnectionEnd::Refused("no greeting in time".to_owned());
     let (Some(hello), Some(request)) = greeting.await.map_err(late)?? else { return Ok(()) };

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    fs::File,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -22,6 +23,8 @@ pub(crate) struct Registry {
     data_dir: PathBuf,
     idle_after: Duration,
     branches: Mutex<Branches>,
+    /// See [`BranchActor`]'s.
+    lock: Arc<File>,
 }
 
 #[derive(Default)]
@@ -39,8 +42,8 @@ pub(crate) struct BranchHandle {
 }
 
 impl Registry {
-    pub fn new(data_dir: PathBuf, idle_after: Duration) -> Registry {
-        Registry { data_dir, idle_after, branches: Mutex::default() }
+    pub fn new(data_dir: PathBuf, idle_after: Duration, lock: Arc<File>) -> Registry {
+        Registry { data_dir, idle_after, branches: Mutex::default(), lock }
     }
 
     /// The branch, loaded if need be; `None` when the server is stopping.
@@ -61,7 +64,7 @@ impl Registry {
         let handle = Arc::new(BranchHandle { inbox, view, directory: directory.clone() });
         branches.handles.insert(branch.clone(), Arc::clone(&handle));
         while branches.actors.try_join_next().is_some() {}
-        let actor = BranchActor::new(branch.clone(), directory, publish, Arc::downgrade(self));
+        let actor = BranchActor::new(branch.clone(), directory, publish, Arc::downgrade(self), Arc::clone(&self.lock));
         branches.actors.spawn(actor.run(commands, self.idle_after));
         Some(handle)
     }

@@ -22,9 +22,8 @@ pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
     verifier: TokenVerifier,
-    registry: Arc<Registry>,
     /// Holds the lock on the data directory.
-    _lock: File,
+    registry: Arc<Registry>,
 }
 
 /// Why a safekeeper could not start.
@@ -75,8 +74,8 @@ impl Server {
             _ => ServerError::Listen { address: config.listen, source },
         })?;
         let address = listener.local_addr().map_err(|source| ServerError::Listen { address: config.listen, source })?;
-        let registry = Registry::new(config.data_dir, Duration::from_secs(config.idle_seconds));
-        Ok(Server { id: config.id, listener, address, verifier, registry: Arc::new(registry), _lock: lock })
+        let registry = Registry::new(config.data_dir, Duration::from_secs(config.idle_seconds), Arc::new(lock));
+        Ok(Server { id: config.id, listener, address, verifier, registry: Arc::new(registry) })
     }
 
     /// Where it listens.

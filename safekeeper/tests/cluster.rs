@@ -164,17 +164,18 @@ async fn a_compute_outlives_restarts_of_all_safekeepers() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_torn_tail_is_cut_to_the_last_whole_record() {
-    let mut cluster = Cluster::start(3).await;
+    let mut cluster = Cluster::never_idle(3).await;
     let mut compute = cluster.elect().await;
     let before_last = compute.commit(9, 900).await;
     let end = compute.commit(1, 900).await;
     for index in 0..3 {
         cluster.until(index, |status| status.flush_lsn == end).await;
     }
-    drop(compute.proposer);
+    // Before the compute goes, which would store how far the log is.
     for index in 0..3 {
         cluster.kill(index).await;
     }
+    drop(compute.proposer);
     let segment = |cluster: &Cluster, index| cluster.branch_dir(index).join(START.segment_file_name());
     File::options()
         .append(true)
@@ -214,6 +215,85 @@ async fn lost_bytes_below_what_was_promised_are_an_error() {
     assert!(error.expect_err("must fail").to_string().contains("has been acknowledged"));
     // The other two go on without it.
     assert_eq!(within(settle(cluster.proposer_config())).await.expect("settle"), end);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_remember_what_was_committed_when_a_compute_has_finished() {
+    let mut cluster = Cluster::never_idle(3).await;
+    let mut compute = cluster.elect().await;
+    cluster.kill(2).await;
+    let end = compute.commit(5, 1000).await;
+    // Back just now: the proposer may not have noticed yet.
+    cluster.run(2).await;
+    compute.proposer.finish().await;
+    for index in 0..3 {
+        cluster.kill(index).await;
+        cluster.run(index).await;
+        assert_eq!(cluster.status(index).await.commit_lsn, end, "safekeeper {index}");
+    }
+    assert!(cluster.read(START, end).await == compute.written, "readable with nobody elected");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_known_to_be_committed_is_stored_when_a_compute_dies() {
+    let mut cluster = Cluster::never_idle(3).await;
+    let mut compute = cluster.elect().await;
+    let end = compute.commit(5, 1000).await;
+    let control = |cluster: &Cluster| fs::read(cluster.branch_dir(0).join("control")).expect("control file");
+    let before = control(&cluster);
+    cluster.until(0, |status| status.commit_lsn == end).await;
+    assert!(control(&cluster) == before, "nothing is stored on the way of a commit");
+    drop(compute.proposer);
+    within(async {
+        while control(&cluster) == before {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    cluster.kill(0).await;
+    cluster.run(0).await;
+    assert_eq!(cluster.status(0).await.commit_lsn, end);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_safekeeper_in_a_higher_term_comes_back_to_the_compute_in_office() {
+    let mut cluster = Cluster::start(3).await;
+    // Two candidates that reach the third only, and give up.
+    for term in 1..=2 {
+        let candidate = cluster.stray_candidate(2);
+        cluster.until(2, |status| status.term >= Term(term)).await;
+        candidate.abort();
+        let _ = candidate.await;
+    }
+    cluster.kill(2).await;
+    let mut compute = cluster.elect().await;
+    compute.commit(3, 1000).await;
+    cluster.run(2).await;
+    compute.commit(3, 1000).await;
+    cluster.until(2, |status| status.flush_lsn == compute.end).await;
+    // The compute goes on with the third and one of the first two.
+    cluster.kill(0).await;
+    let end = compute.commit(3, 1000).await;
+    assert!(cluster.read(START, end).await == compute.written);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_greeting_has_a_limit() {
+    let cluster = Cluster::start(1).await;
+    let answer = async |token_bytes: usize| {
+        let stream = tokio::net::TcpStream::connect(cluster.address(0)).await.expect("connect");
+        let (read, write) = stream.into_split();
+        let mut writer = wire::FrameWriter::new(write);
+        let hello = wire::Hello { version: wire::PROTOCOL_VERSION, token: "x".repeat(token_bytes) };
+        let body = safekeeper_protocol::message::RequestBody::Status;
+        let request = safekeeper_protocol::message::Request { branch: cluster.branch.clone(), body };
+        // Either may fail: the other side may have hung up already.
+        let _ = writer.send(&hello).await;
+        let _ = writer.send(&request).await;
+        within(wire::FrameReader::new(read).recv::<wire::HelloReply>()).await
+    };
+    assert!(matches!(answer(1000).await, Ok(Some(wire::HelloReply::Denied(_)))));
+    assert!(matches!(answer(20_000).await, Ok(None) | Err(_)), "hung up unheard");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,6 +7,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 /// Largest body that is sent or accepted.
 pub const MAX_FRAME_BYTES: usize = 64 * 1024 * 1024;
 
+/// Largest body of a message that is read before the peer has shown a good token; see [`FrameReader::recv_limited`].
+pub const MAX_GREETING_BYTES: usize = 16 * 1024;
+
 const HEADER_BYTES: usize = 8;
 
 /// Why a message could not be sent or received.
@@ -15,9 +18,9 @@ pub enum WireError {
     /// The connection failed or was closed inside a frame.
     #[error("connection: {0}")]
     Io(#[from] std::io::Error),
-    /// The frame's length is over [`MAX_FRAME_BYTES`].
-    #[error("frame of {0} bytes is over the limit of {MAX_FRAME_BYTES}")]
-    TooLarge(usize),
+    /// The frame's length is over [`MAX_FRAME_BYTES`], or over the limit that was asked for.
+    #[error("frame of {length} bytes is over the limit of {limit}")]
+    TooLarge { length: usize, limit: usize },
     /// The body is not what was sent.
     #[error("frame checksum mismatch: expected {expected:08x}, got {actual:08x}")]
     Checksum { expected: u32, actual: u32 },
@@ -39,7 +42,12 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
 
     /// The next message; `None` when the peer closed between frames. Not cancel-safe.
     pub async fn recv<M: DeserializeOwned>(&mut self) -> Result<Option<M>, WireError> {
-        match self.recv_body().await? {
+        self.recv_limited(MAX_FRAME_BYTES).await
+    }
+
+    /// The next message, refused when its body is larger than `max_bytes`: for peers that are not trusted yet. Not cancel-safe.
+    pub async fn recv_limited<M: DeserializeOwned>(&mut self, max_bytes: usize) -> Result<Option<M>, WireError> {
+        match self.recv_body_limited(max_bytes).await? {
             Some(body) => Ok(Some(postcard::from_bytes(&body)?)),
             None => Ok(None),
         }
@@ -47,6 +55,11 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
 
     /// The next body, checked but not decoded. Not cancel-safe.
     pub async fn recv_body(&mut self) -> Result<Option<Bytes>, WireError> {
+        self.recv_body_limited(MAX_FRAME_BYTES).await
+    }
+
+    async fn recv_body_limited(&mut self, max_bytes: usize) -> Result<Option<Bytes>, WireError> {
+        let limit = max_bytes.min(MAX_FRAME_BYTES);
         let mut header = [0u8; HEADER_BYTES];
         if self.inner.read(&mut header[..1]).await? == 0 {
             return Ok(None);
@@ -54,8 +67,8 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         self.inner.read_exact(&mut header[1..]).await?;
         let length = u32::from_le_bytes([header[0], header[1], header[2], header[3]]) as usize;
         let expected = u32::from_le_bytes([header[4], header[5], header[6], header[7]]);
-        if length > MAX_FRAME_BYTES {
-            return Err(WireError::TooLarge(length));
+        if length > limit {
+            return Err(WireError::TooLarge { length, limit });
         }
         // Grown as bytes arrive: a hostile length alone reserves nothing.
         let mut body = BytesMut::with_capacity(length.min(64 * 1024));
@@ -103,7 +116,7 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
         }
         if length > MAX_FRAME_BYTES {
             self.buffer.truncate(start);
-            return Err(WireError::TooLarge(length));
+            return Err(WireError::TooLarge { length, limit: MAX_FRAME_BYTES });
         }
         let crc = crc32c::crc32c(&self.buffer[start + HEADER_BYTES..]);
         self.buffer[start..start + 4].copy_from_slice(&(length as u32).to_le_bytes());
@@ -138,7 +151,10 @@ mod tests {
         assert!(matches!(damaged, Err(WireError::Checksum { .. })));
         let cut = FrameReader::new(&bytes[..bytes.len() - 1]).recv::<(u64, String)>().await;
         assert!(matches!(cut, Err(WireError::Io(_))));
+        let mut reader = FrameReader::new(bytes.as_slice());
+        let limited = reader.recv_limited::<(u64, String)>(6).await;
+        assert!(matches!(limited, Err(WireError::TooLarge { length: 7, limit: 6 })), "{limited:?}");
         let huge = FrameReader::new([0xFFu8; 8].as_slice()).recv::<u8>().await;
-        assert!(matches!(huge, Err(WireError::TooLarge(_))));
+        assert!(matches!(huge, Err(WireError::TooLarge { limit: MAX_FRAME_BYTES, .. })));
     }
 }

@@ -8,7 +8,7 @@ pub mod frame;
 pub mod pageserver;
 
 pub use auth::{Claims, Scope, TokenError, TokenSigner, TokenVerifier};
-pub use frame::{FrameReader, FrameWriter, MAX_FRAME_BYTES, WireError};
+pub use frame::{FrameReader, FrameWriter, MAX_FRAME_BYTES, MAX_GREETING_BYTES, WireError};
 
 use serde::{Deserialize, Serialize};
 

@@ -1,9 +1,15 @@
 //! Safekeepers on loopback with real files, and WAL to put into them.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use bytes::Bytes;
-use dormouse_safekeeper::{Config, Server};
+use dormouse_safekeeper::{Config, Server, ServerError};
 use safekeeper_client::{BranchStatus, ProposerConfig, WalProposer, WalReader, WalReaderConfig, branch_status};
 use tempfile::TempDir;
 use tokio::{task::JoinHandle, time::sleep};
@@ -18,14 +24,20 @@ use wire::{Scope, TokenSigner, auth::TokenKeys};
 /// Where every test branch starts.
 pub const START: Lsn = Lsn(0x0150_0028);
 const SYSTEM: u64 = 7_300_000_000_000_000_001;
-const LIMIT: Duration = Duration::from_secs(20);
+/// For what must happen some time, on however busy a machine.
+const LIMIT: Duration = Duration::from_secs(60);
 
 pub struct Cluster {
     dir: TempDir,
     signer: TokenSigner,
     nodes: Vec<Node>,
+    idle_seconds: u64,
     pub branch: BranchRef,
+    records: Records,
 }
+
+/// Where each record that was written starts, by its end: what the next record names as its predecessor.
+type Records = Arc<Mutex<BTreeMap<Lsn, Lsn>>>;
 
 struct Node {
     address: SocketAddr,
@@ -34,12 +46,22 @@ struct Node {
 
 impl Cluster {
     pub async fn start(count: usize) -> Cluster {
+        Cluster::with_idle_seconds(count, 1).await
+    }
+
+    /// Safekeepers that store nothing by themselves for a long time.
+    pub async fn never_idle(count: usize) -> Cluster {
+        Cluster::with_idle_seconds(count, 3600).await
+    }
+
+    async fn with_idle_seconds(count: usize, idle_seconds: u64) -> Cluster {
         let dir = tempfile::Builder::new().prefix("dormouse-safekeeper").tempdir().expect("dir");
         let keys = TokenKeys::generate().expect("keys");
         std::fs::write(dir.path().join("public.pem"), &keys.public_pem).expect("write key");
         let signer = TokenSigner::from_pem(&keys.private_pem).expect("signer");
         let nodes = (0..count).map(|_| Node { address: ([127, 0, 0, 1], 0).into(), running: None }).collect();
-        let mut cluster = Cluster { dir, signer, nodes, branch: branch("main") };
+        let records = Records::default();
+        let mut cluster = Cluster { dir, signer, nodes, idle_seconds, branch: branch("main"), records };
         for index in 0..count {
             cluster.run(index).await;
         }
@@ -53,9 +75,21 @@ impl Cluster {
             listen: self.nodes[index].address,
             data_dir: self.data_dir(index),
             token_public_key: self.dir.path().join("public.pem"),
-            idle_seconds: 1,
+            idle_seconds: self.idle_seconds,
         };
-        let server = Server::bind(config).await.expect("bind");
+        let server = within(async {
+            loop {
+                match Server::bind(config.clone()).await {
+                    Ok(server) => return server,
+                    // A killed one ends what it has begun to write, and somebody may have connected from that port.
+                    Err(ServerError::DataDirInUse(_) | ServerError::AddressInUse(_)) => {
+                        sleep(Duration::from_millis(10)).await;
+                    }
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        })
+        .await;
         self.nodes[index].address = server.local_addr();
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(server.run(shutdown.clone()));
@@ -67,8 +101,6 @@ impl Cluster {
         if let Some((_, task)) = self.nodes[index].running.take() {
             task.abort();
             let _ = task.await;
-            // A file operation that was under way ends by itself.
-            sleep(Duration::from_millis(50)).await;
         }
     }
 
@@ -112,7 +144,22 @@ impl Cluster {
 
     pub async fn elect(&self) -> Compute {
         let (proposer, elected) = within(WalProposer::elect(self.proposer_config())).await.expect("elect");
-        Compute { proposer, end: elected.start_lsn, prev: Lsn::INVALID, written: Vec::new() }
+        let records = Arc::clone(&self.records);
+        Compute { proposer, end: elected.start_lsn, written: Vec::new(), records }
+    }
+
+    /// A candidate that knows of one safekeeper and, for all that it can tell, of two others that are away.
+    pub fn stray_candidate(&self, index: usize) -> JoinHandle<()> {
+        let mut config = self.proposer_config();
+        for (other, (_, address)) in config.safekeepers.iter_mut().enumerate() {
+            if other != index {
+                // Nothing listens on the discard port.
+                *address = "127.0.0.1:9".to_owned();
+            }
+        }
+        tokio::spawn(async move {
+            let _ = WalProposer::elect(config).await;
+        })
     }
 
     pub fn reader(&self, from: Lsn) -> WalReader {
@@ -160,7 +207,7 @@ impl Cluster {
 pub struct Compute {
     pub proposer: WalProposer,
     pub end: Lsn,
-    prev: Lsn,
+    records: Records,
     /// All that it wrote.
     pub written: Vec<u8>,
 }
@@ -170,11 +217,13 @@ impl Compute {
     pub fn write(&mut self, body_bytes: usize) -> Result<Lsn, safekeeper_client::Fenced> {
         let body: Vec<u8> = (0..body_bytes).map(|i| (i as u64 * 31 + self.end.0) as u8).collect();
         let record = RecordToWrite { xid: 0, rmgr: RmgrId(0), info: 0x20, main_data: &body, blocks: Vec::new() };
-        let encoded = encode_record(self.end, self.prev, SYSTEM, &record);
+        let prev = self.records.lock().expect("records").get(&self.end).copied().unwrap_or_default();
+        let encoded = encode_record(self.end, prev, SYSTEM, &record);
         assert_eq!(encoded.begin, self.end);
         self.proposer.append(self.end, Bytes::clone(&encoded.bytes))?;
         self.written.extend_from_slice(&encoded.bytes);
-        (self.prev, self.end) = (encoded.start_lsn, encoded.end_lsn);
+        self.end = encoded.end_lsn;
+        self.records.lock().expect("records").insert(self.end, encoded.start_lsn);
         Ok(self.end)
     }
 
