@@ -20,12 +20,15 @@ const START: Lsn = Lsn(800);
 const READY: Lsn = Lsn(808);
 const REL: RelTag = RelTag { spc: 1663, db: 1, rel: 1, fork: ForkNumber::Main };
 
+/// Contents by key number.
+type Values = Vec<(u8, Option<u8>)>;
+
 #[derive(Debug, Clone)]
 enum Step {
     /// One record: values for some keys of a branch.
     Record {
         branch: usize,
-        values: Vec<(u8, Option<u8>)>,
+        values: Values,
     },
     Flush {
         branch: usize,
@@ -77,7 +80,7 @@ struct ModelBranch {
     name: BranchRef,
     parent: Option<(usize, Lsn)>,
     start: Lsn,
-    records: Vec<(Lsn, Vec<(u8, Option<u8>)>)>,
+    records: Vec<(Lsn, Values)>,
 }
 
 impl ModelBranch {

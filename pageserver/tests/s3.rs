@@ -17,7 +17,7 @@ use wire::pageserver::BranchPoint;
 const REL: RelTag = RelTag { spc: 1663, db: 1, rel: 1, fork: ForkNumber::Main };
 
 fn page(block: u32) -> Put {
-    let content: Vec<u8> = (0..types::PAGE_BYTES as u32).map(|at| (at * (block + 3) >> 4) as u8).collect();
+    let content: Vec<u8> = (0..types::PAGE_BYTES as u32).map(|at| ((at * (block + 3)) >> 4) as u8).collect();
     Put { key: Key::page(PageTag { rel: REL, block }), lsn: Lsn(880), value: Value::Image(content.into()) }
 }
 

@@ -8,7 +8,7 @@ mod redo;
 pub use cache::PageCache;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, hash_map::Entry},
     sync::Arc,
 };
 
@@ -66,8 +66,8 @@ impl Branch {
     pub async fn get_pages(self: &Arc<Self>, pages: &[PageTag], at: Lsn) -> Result<Vec<Bytes>, StorageError> {
         let mut sizes: HashMap<RelTag, BlockNumber> = HashMap::new();
         for page in pages {
-            if !sizes.contains_key(&page.rel) {
-                sizes.insert(page.rel, self.rel_size(page.rel, at).await?.unwrap_or(0));
+            if let Entry::Vacant(unknown) = sizes.entry(page.rel) {
+                unknown.insert(self.rel_size(page.rel, at).await?.unwrap_or(0));
             }
         }
         let reads: Vec<_> = pages

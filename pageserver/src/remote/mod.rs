@@ -136,7 +136,7 @@ impl Remote {
     pub async fn manifest(&self, branch: &BranchRef) -> Result<Option<(Generation, Manifest)>, StorageError> {
         let names = BranchNames::new(branch);
         let found = self.list(names.root()).await?;
-        let newest = found.iter().filter_map(|object| BranchNames::generation_of_manifest(object)).max();
+        let newest = found.iter().filter_map(BranchNames::generation_of_manifest).max();
         let Some(generation) = newest else { return Ok(None) };
         let object = names.manifest(generation);
         let Some(bytes) = self.get(&object).await? else { return Ok(None) };

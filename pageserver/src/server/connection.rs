@@ -9,7 +9,8 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use wire::{
-    Claims, FrameReader, FrameWriter, Hello, HelloReply, MAX_GREETING_BYTES, PROTOCOL_VERSION, TokenVerifier, WireError,
+    Claims, FrameReader, FrameWriter, Hello, HelloReply, MAX_GREETING_BYTES, PROTOCOL_VERSION, TokenVerifier,
+    WireError,
     pageserver::{Request, Response},
 };
 
@@ -32,7 +33,9 @@ pub(super) async fn serve(
     socket.set_nodelay(true)?;
     let (read, write) = socket.into_split();
     let (mut reader, mut writer) = (FrameReader::new(read), FrameWriter::new(write));
-    let Ok(hello) = timeout(HELLO_TIMEOUT, reader.recv_limited::<Hello>(MAX_GREETING_BYTES)).await else { return Ok(()) };
+    let Ok(hello) = timeout(HELLO_TIMEOUT, reader.recv_limited::<Hello>(MAX_GREETING_BYTES)).await else {
+        return Ok(());
+    };
     let Some(hello) = hello? else { return Ok(()) };
     let claims = match check(&hello, &verifier) {
         Ok(claims) => Arc::new(claims),

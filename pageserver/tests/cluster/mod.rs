@@ -30,11 +30,7 @@ impl Cluster {
             eprintln!("skipped: no PostgreSQL 15 in {BINARIES}");
             return None;
         }
-        let directory = tempfile::Builder::new()
-            .prefix("pageserver-test-")
-            .disable_cleanup(std::env::var_os("KEEPDIR").is_some())
-            .tempdir()
-            .expect("directory");
+        let directory = tempfile::Builder::new().prefix("pageserver-test-").tempdir().expect("directory");
         let cluster = Cluster { directory, running: false };
         cluster.own(cluster.directory.path());
         let pgdata = cluster.pgdata();
