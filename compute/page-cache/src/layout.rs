@@ -7,10 +7,18 @@ use types::{PAGE_BYTES, PageTag, RelTag};
 use crate::{lock::Lock, sys::Errno};
 
 /// `DORMOUSE` and the layout's version: both ends come from one build, a mismatch is a mix-up of files.
-pub const MAGIC: u64 = u64::from_le_bytes(*b"DORMIDX1");
+pub const MAGIC: u64 = u64::from_le_bytes(*b"DORMIDX2");
 
-/// No slot, no entry: the end of a chain.
-pub const NONE: u32 = u32::MAX;
+/// No slot, no entry: the end of a chain. Zero, so that a fresh file says it everywhere; number 0 is never used.
+pub const NONE: u32 = 0;
+
+/// Slots and relation entries that are given storage at a time.
+pub const SLOT_CHUNK: u32 = 4096;
+/// See [`SLOT_CHUNK`].
+pub const REL_CHUNK: u32 = 2048;
+
+/// Most pages, and most relation forks.
+const MAX_COUNT: u32 = u32::MAX / 4;
 
 /// Locks over the page index, each for a share of its buckets.
 pub const PAGE_STRIPES: u32 = 1024;
@@ -20,6 +28,9 @@ pub const REL_STRIPES: u32 = 256;
 
 /// Entries of the table of newest dropped versions.
 pub const DROP_MARKS: u32 = 65_536;
+
+/// Slots or entries for each bucket when the cache is full.
+const SLOTS_PER_BUCKET: u32 = 8;
 
 /// Relation forks that can be known at once. Those nobody has changed make way for others.
 pub const DEFAULT_MAX_RELS: u32 = 131_072;
@@ -51,11 +62,15 @@ pub struct Header {
     pub fresh_rel: AtomicU32,
     /// As `slot_clock`, for relation entries.
     pub rel_clock: AtomicU32,
+    /// Slots below have storage behind them. Changed under `free_lock`, as is `stored_rels`.
+    pub stored_slots: AtomicU32,
+    /// As `stored_slots`, for relation entries.
+    pub stored_rels: AtomicU32,
     /// The last reclaim that found nothing saw this horizon and this shipped end.
     pub stuck_horizon: AtomicU64,
     /// See `stuck_horizon`.
     pub stuck_shipped: AtomicU64,
-    /// Guards the chain of freed slots.
+    /// Guards the chain of freed slots, and the allocation of more.
     pub free_lock: Lock,
 }
 
@@ -67,29 +82,29 @@ pub struct Sizes {
     pub clean_limit: u32,
     /// Pages that must be kept: at most.
     pub kept_limit: u32,
-    /// Relation forks: at most.
+    /// Entries for relation forks, the unused one included.
     pub rels: u32,
     /// Keeps the struct's size a multiple of eight.
     pub unused: u32,
 }
 
 impl Sizes {
-    /// Slots in the pages file.
+    /// Slots in the pages file, the unused one included.
     pub fn slots(&self) -> u32 {
-        self.clean_limit + self.kept_limit
+        self.clean_limit + self.kept_limit + 1
     }
 
     /// Sizes for budgets in bytes; `EINVAL` when there is room for no page, or for more than the index can count.
     pub fn new(clean_bytes: u64, kept_bytes: u64, rels: u32) -> Result<Sizes, Errno> {
-        let pages = |bytes: u64| u32::try_from(bytes / PAGE_BYTES as u64).ok().filter(|n| *n < NONE / 4);
+        let pages = |bytes: u64| u32::try_from(bytes / PAGE_BYTES as u64).ok().filter(|n| *n < MAX_COUNT);
         let invalid = Errno(libc::EINVAL);
         let sizes = Sizes {
             clean_limit: pages(clean_bytes).ok_or(invalid)?,
             kept_limit: pages(kept_bytes).ok_or(invalid)?,
-            rels,
+            rels: rels.saturating_add(1),
             unused: 0,
         };
-        if sizes.slots() == 0 || rels == 0 || rels > NONE / 4 { Err(invalid) } else { Ok(sizes) }
+        if sizes.slots() == 1 || rels == 0 || rels > MAX_COUNT { Err(invalid) } else { Ok(sizes) }
     }
 }
 
@@ -150,6 +165,8 @@ pub struct Rel {
 
 /// An entry nobody uses.
 pub const REL_FREE: u32 = 0;
+/// Between two uses: taken by one process, in no bucket.
+pub const REL_TAKEN: u32 = 3;
 /// The fork exists.
 pub const REL_PRESENT: u32 = 1;
 /// It is known that the fork does not exist.
@@ -172,6 +189,8 @@ pub struct Offsets {
     pub slots: usize,
     pub rel_buckets: usize,
     pub rels: usize,
+    /// Everything before has storage from the start.
+    pub sparse: usize,
     pub total: usize,
     /// Powers of two.
     pub n_buckets: u32,
@@ -181,26 +200,30 @@ pub struct Offsets {
 impl Offsets {
     /// The parts' places for given sizes.
     pub fn new(sizes: &Sizes) -> Offsets {
-        let n_buckets = sizes.slots().next_power_of_two().max(PAGE_STRIPES);
-        let n_rel_buckets = sizes.rels.next_power_of_two().max(REL_STRIPES);
+        // Buckets are needed from the start, all of them: chains of a few slots in a full cache keep them few.
+        let n_buckets = (sizes.slots() / SLOTS_PER_BUCKET).next_power_of_two().max(PAGE_STRIPES);
+        let n_rel_buckets = (sizes.rels / SLOTS_PER_BUCKET).next_power_of_two().max(REL_STRIPES);
         let mut at = size_of::<Header>();
         let mut place = |bytes: usize| {
             let start = at.next_multiple_of(64);
             at = start + bytes;
             start
         };
-        Offsets {
+        let mut offsets = Offsets {
             page_locks: place(PAGE_STRIPES as usize * size_of::<Lock>()),
             rel_locks: place(REL_STRIPES as usize * size_of::<Lock>()),
             drop_marks: place(DROP_MARKS as usize * size_of::<AtomicU64>()),
             buckets: place(n_buckets as usize * size_of::<AtomicU32>()),
-            slots: place(sizes.slots() as usize * size_of::<Slot>()),
             rel_buckets: place(n_rel_buckets as usize * size_of::<AtomicU32>()),
             rels: place(sizes.rels as usize * size_of::<Rel>()),
+            slots: place(sizes.slots() as usize * size_of::<Slot>()),
+            sparse: 0,
             total: at.next_multiple_of(4096),
             n_buckets,
             n_rel_buckets,
-        }
+        };
+        offsets.sparse = offsets.rels;
+        offsets
     }
 }
 

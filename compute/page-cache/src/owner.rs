@@ -13,13 +13,15 @@ use types::{BlockNumber, ForkNumber, Lsn, PAGE_BYTES, PageTag, RelTag};
 use crate::{
     Page,
     layout::{DEFAULT_MAX_RELS, Sizes},
+    pages::tag_in,
+    rels::peek_rel,
     shared::Shared,
 };
 
 /// Where the cache lives and how large it may grow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PageCacheConfig {
-    /// The index: a file on tmpfs, all of it allocated at once. About 60 bytes for each page of both budgets, and 10 MB.
+    /// The index: a file on tmpfs that takes room as the cache fills: about 50 bytes for each page, and 2 MB.
     pub shm_path: PathBuf,
     /// The pages: a plain file of 8 KiB slots that grows as needed, up to both budgets together.
     pub pages_path: PathBuf,
@@ -114,6 +116,23 @@ impl PageCache {
         Ok(pages)
     }
 
+    /// Nothing counts as used any more.
+    pub fn forget_uses(&self) {
+        self.shared.used_slots().for_each(|slot| slot.referenced.store(0, Relaxed));
+    }
+
+    /// Pages that Postgres has read or written, or that have come, since [`PageCache::forget_uses`]. At most `limit`; a hint.
+    pub fn used_pages(&self, limit: usize) -> Vec<PageTag> {
+        let used = self.shared.used_slots().filter(|slot| slot.referenced.load(Relaxed) != 0);
+        used.filter_map(tag_in).take(limit).collect()
+    }
+
+    /// Forks that something is known of, the latest to come first. At most `limit`; a hint.
+    pub fn known_rels(&self, limit: usize) -> Vec<RelTag> {
+        let end = self.shared.header().fresh_rel.load(Relaxed).min(self.shared.sizes.rels);
+        (0..end).rev().filter_map(|index| peek_rel(self.shared.rel(index))).take(limit).collect()
+    }
+
     /// True when the page is cached.
     pub fn contains(&self, tag: PageTag) -> io::Result<bool> {
         Ok(self.shared.contains(&tag)?)
@@ -126,7 +145,7 @@ impl PageCache {
         PageCacheStats {
             clean_bytes: bytes(header.clean_count.load(Relaxed)),
             kept_bytes: bytes(header.kept_count.load(Relaxed)),
-            rels: u64::from(header.fresh_rel.load(Relaxed)),
+            rels: u64::from(header.fresh_rel.load(Relaxed)) - 1,
         }
     }
 }

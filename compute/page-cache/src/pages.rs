@@ -205,10 +205,13 @@ impl Shared {
 
     /// The page in a slot, read without its lock: a hint.
     fn peek(&self, index: u32) -> Option<PageTag> {
-        let slot = self.slot(index);
-        let fork = ForkNumber::try_from(slot.fork.load(Relaxed) as u8).ok()?;
-        let rel = RelTag { spc: slot.spc.load(Relaxed), db: slot.db.load(Relaxed), rel: slot.rel.load(Relaxed), fork };
-        (slot.state.load(Relaxed) != SlotState::Free as u32).then_some(PageTag { rel, block: slot.block.load(Relaxed) })
+        tag_in(self.slot(index))
+    }
+
+    /// The slots that have ever been used.
+    pub(crate) fn used_slots(&self) -> impl Iterator<Item = &Slot> {
+        let used = self.header().fresh_slot.load(Relaxed).min(self.sizes.slots());
+        (0..used).map(|index| self.slot(index))
     }
 
     fn find(&self, bucket: u32, tag: &PageTag) -> Option<u32> {
@@ -274,7 +277,7 @@ impl Shared {
             return Ok(Some(freed));
         }
         let fresh = header.fresh_slot.load(Relaxed);
-        if fresh == self.sizes.slots() {
+        if fresh == self.sizes.slots() || self.store_slot(fresh).is_err() {
             return Ok(None);
         }
         header.fresh_slot.store(fresh + 1, Relaxed);
@@ -391,6 +394,13 @@ impl Shared {
         }
         Ok(reclaimed)
     }
+}
+
+/// See [`Shared::peek`].
+pub(crate) fn tag_in(slot: &Slot) -> Option<PageTag> {
+    let fork = ForkNumber::try_from(slot.fork.load(Relaxed) as u8).ok()?;
+    let rel = RelTag { spc: slot.spc.load(Relaxed), db: slot.db.load(Relaxed), rel: slot.rel.load(Relaxed), fork };
+    (slot.state.load(Relaxed) != SlotState::Free as u32).then_some(PageTag { rel, block: slot.block.load(Relaxed) })
 }
 
 fn slot_offset(index: u32) -> u64 {

@@ -222,13 +222,14 @@ impl Shared {
     /// An entry for our use alone: a fresh one, or that of a fork of which storage can tell as much.
     fn unused_rel(&self) -> Result<u32, Errno> {
         let header = self.header();
-        let more = |used: u32| (used < self.sizes.rels).then_some(used + 1);
+        let stored = self.stored_rels()?;
+        let more = |used: u32| (used < stored).then_some(used + 1);
         if let Ok(fresh) = header.fresh_rel.fetch_update(Relaxed, Relaxed, more) {
             self.rel(fresh).state.store(REL_TAKEN, Relaxed);
             return Ok(fresh);
         }
-        for _ in 0..self.sizes.rels {
-            let index = header.rel_clock.fetch_add(1, Relaxed) % self.sizes.rels;
+        for _ in 0..stored {
+            let index = header.rel_clock.fetch_add(1, Relaxed) % stored;
             let entry = self.rel(index);
             if entry.state.compare_exchange(REL_FREE, REL_TAKEN, Relaxed, Relaxed).is_ok() {
                 return Ok(index);
@@ -243,6 +244,20 @@ impl Shared {
             }
         }
         Err(Errno(libc::ENOSPC))
+    }
+
+    /// Entries that have storage, some unused if there is room for any.
+    fn stored_rels(&self) -> Result<u32, Errno> {
+        let header = self.header();
+        let all_used = || header.fresh_rel.load(Relaxed) >= header.stored_rels.load(Acquire);
+        if header.stored_rels.load(Acquire) < self.sizes.rels && all_used() {
+            let _guard = self.lock_free()?;
+            if all_used() {
+                // Without room for more, used ones have to make way.
+                let _ = self.store_rel(header.stored_rels.load(Acquire));
+            }
+        }
+        Ok(header.stored_rels.load(Acquire))
     }
 
     fn may_forget(&self, entry: &Rel) -> bool {
@@ -261,9 +276,6 @@ impl Shared {
         link.store(next, Relaxed);
     }
 }
-
-/// Between two uses: taken by one process, in no bucket.
-const REL_TAKEN: u32 = 3;
 
 fn set_size(entry: &Rel, blocks: Option<BlockNumber>) {
     entry.blocks.store(blocks.unwrap_or(0), Relaxed);
@@ -284,7 +296,7 @@ fn state_of(entry: &Rel) -> Result<RelState, WaitingReset> {
 }
 
 /// The fork an entry is for, read without its lock: a hint.
-fn peek_rel(entry: &Rel) -> Option<RelTag> {
+pub(crate) fn peek_rel(entry: &Rel) -> Option<RelTag> {
     let state = entry.state.load(Relaxed);
     let fork = ForkNumber::try_from(entry.fork.load(Relaxed) as u8).ok()?;
     let rel = RelTag { spc: entry.spc.load(Relaxed), db: entry.db.load(Relaxed), rel: entry.rel.load(Relaxed), fork };

@@ -19,6 +19,7 @@ pub struct Shared {
     offsets: Offsets,
     pub(crate) sizes: Sizes,
     pub(crate) pages_fd: i32,
+    index_fd: i32,
     /// How long to wait for a lock; `None` in Postgres, where the holder is as mortal as the one who waits.
     wait_limit_ms: Option<u32>,
 }
@@ -35,11 +36,9 @@ impl Shared {
     /// Maps what the agent created. `EPROTO` when it is no index of this build.
     pub fn open(index: &CStr, pages: &CStr) -> Result<Shared, Errno> {
         let fd = sys::open(index, libc::O_RDWR, 0)?;
-        let mapped = Self::map_existing(fd);
-        sys::close(fd);
-        let (base, sizes) = mapped?;
-        let pages_fd = sys::open(pages, libc::O_RDWR, 0)?;
-        Ok(Shared { base, offsets: Offsets::new(&sizes), sizes, pages_fd, wait_limit_ms: None })
+        let (base, sizes) = Self::map_existing(fd).inspect_err(|_| sys::close(fd))?;
+        let pages_fd = sys::open(pages, libc::O_RDWR, 0).inspect_err(|_| sys::close(fd))?;
+        Ok(Shared { base, offsets: Offsets::new(&sizes), sizes, pages_fd, index_fd: fd, wait_limit_ms: None })
     }
 
     fn map_existing(fd: i32) -> Result<(*mut u8, Sizes), Errno> {
@@ -60,23 +59,55 @@ impl Shared {
         let flags = libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC;
         let offsets = Offsets::new(&sizes);
         let pages_fd = sys::open(pages, flags, 0o600)?;
-        let fd = sys::open(index, flags, 0o600)?;
-        let base = sys::allocate(fd, offsets.total as u64).and_then(|()| sys::map(fd, offsets.total));
-        sys::close(fd);
-        let shared = Shared { base: base?, offsets, sizes, pages_fd, wait_limit_ms: Some(AGENT_WAIT_MS) };
-        shared.initialise();
+        let fd = sys::open(index, flags, 0o600).inspect_err(|_| sys::close(pages_fd))?;
+        let mapped = sys::set_length(fd, offsets.total as u64)
+            .and_then(|()| sys::allocate(fd, 0, offsets.sparse as u64))
+            .and_then(|()| sys::map(fd, offsets.total));
+        let base = mapped.inspect_err(|_| [fd, pages_fd].into_iter().for_each(sys::close))?;
+        let shared = Shared { base, offsets, sizes, pages_fd, index_fd: fd, wait_limit_ms: Some(AGENT_WAIT_MS) };
+        shared.initialise()?;
         Ok(shared)
     }
 
-    /// A fresh file is all zeroes, which is right for locks, counts and entries; chains end in [`NONE`].
-    fn initialise(&self) {
+    /// A fresh file is all zeroes, which is right for locks, counts, chains and entries. Number 0 of slots and entries is
+    /// counted as used.
+    fn initialise(&self) -> Result<(), Errno> {
         // SAFETY: nobody else has this mapping yet; the header lies at its start.
         unsafe { (&raw mut (*self.base.cast::<Header>()).sizes).write(self.sizes) };
-        (0..self.offsets.n_buckets).for_each(|bucket| self.bucket(bucket).store(NONE, Relaxed));
-        (0..self.offsets.n_rel_buckets).for_each(|bucket| self.rel_bucket(bucket).store(NONE, Relaxed));
-        self.header().free_slot.store(NONE, Relaxed);
-        self.header().stuck_horizon.store(u64::MAX, Relaxed);
-        self.header().magic.store(MAGIC, Release);
+        let header = self.header();
+        header.stuck_horizon.store(u64::MAX, Relaxed);
+        header.fresh_slot.store(NONE + 1, Relaxed);
+        header.fresh_rel.store(NONE + 1, Relaxed);
+        self.store_slot(NONE)?;
+        self.store_rel(NONE)?;
+        self.rel(NONE).state.store(REL_TAKEN, Relaxed);
+        header.magic.store(MAGIC, Release);
+        Ok(())
+    }
+
+    /// Gives slot `index`, the next to be used, storage: to touch a hole when the file system is full would end the
+    /// process. The lock of the free chain is held. `ENOSPC` when there is no room.
+    pub(crate) fn store_slot(&self, index: u32) -> Result<(), Errno> {
+        let stored = &self.header().stored_slots;
+        self.store::<Slot>(stored, index, SLOT_CHUNK, self.offsets.slots, self.sizes.slots())
+    }
+
+    /// As [`Shared::store_slot`], for a relation entry.
+    pub(crate) fn store_rel(&self, index: u32) -> Result<(), Errno> {
+        let stored = &self.header().stored_rels;
+        self.store::<Rel>(stored, index, REL_CHUNK, self.offsets.rels, self.sizes.rels)
+    }
+
+    fn store<T>(&self, stored: &AtomicU32, index: u32, chunk: u32, start: usize, count: u32) -> Result<(), Errno> {
+        let from = stored.load(Relaxed);
+        if index < from {
+            return Ok(());
+        }
+        let to = index.saturating_add(chunk).min(count);
+        let at = |index: u32| (start + index as usize * size_of::<T>()) as u64;
+        sys::allocate(self.index_fd, at(from), at(to) - at(from))?;
+        stored.store(to, Release);
+        Ok(())
     }
 
     /// What storage can describe pages at: WAL that a quorum holds.
@@ -142,5 +173,6 @@ impl Drop for Shared {
     fn drop(&mut self) {
         sys::unmap(self.base, self.offsets.total);
         sys::close(self.pages_fd);
+        sys::close(self.index_fd);
     }
 }

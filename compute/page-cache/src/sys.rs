@@ -75,10 +75,22 @@ pub fn write_all_at(fd: i32, buf: &[u8], offset: u64) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Gives a file real storage for `len` bytes, so that touching its mapping can't fail.
-pub fn allocate(fd: i32, len: u64) -> Result<(), Errno> {
+/// Gives `len` bytes of a file from `offset` on real storage, so that touching its mapping can't fail.
+pub fn allocate(fd: i32, offset: u64, len: u64) -> Result<(), Errno> {
+    loop {
+        // SAFETY: no pointers.
+        let result = unsafe { libc::syscall(libc::SYS_fallocate, fd, 0, offset as libc::off_t, len as libc::off_t) };
+        match check(result) {
+            Err(Errno(libc::EINTR)) => {}
+            done => return done.map(drop),
+        }
+    }
+}
+
+/// Makes a file `len` bytes long; what is new is a hole.
+pub fn set_length(fd: i32, len: u64) -> Result<(), Errno> {
     // SAFETY: no pointers.
-    check(unsafe { libc::syscall(libc::SYS_fallocate, fd, 0, 0 as libc::off_t, len as libc::off_t) }).map(drop)
+    check(unsafe { libc::syscall(libc::SYS_ftruncate, fd, len as libc::off_t) }).map(drop)
 }
 
 /// Maps `len` bytes of a file shared and writable.

@@ -203,3 +203,20 @@ fn many_at_once_neither_tear_pages_nor_lose_slots() {
         shared.keep(&tag(block), &filled(1), Keep::FOR_EVER).expect("all slots are there again");
     }
 }
+
+#[test]
+fn slots_and_entries_beyond_the_first_chunks_are_given_storage() {
+    use crate::layout::{REL_CHUNK, SLOT_CHUNK};
+    let (pages, rels) = (SLOT_CHUNK + 100, REL_CHUNK + 100);
+    let (owner, shared) = cache(u64::from(pages), 1, rels);
+    for block in 0..pages {
+        owner.prefill_page(tag(block), &filled(block as u8)).expect("room");
+    }
+    assert!((0..pages).all(|block| read(&shared, block) == Some(block as u8)));
+    let rel = |number| RelTag { rel: number, ..REL };
+    for number in 0..rels {
+        assert_eq!(shared.create_rel(&rel(number), 50), Ok(true));
+    }
+    assert_eq!(owner.stats().rels, u64::from(rels));
+    assert!((0..rels).all(|number| shared.rel_state(&rel(number)).expect("answers").is_some()));
+}
