@@ -164,6 +164,12 @@ impl Proposer {
             stranded_beats: 0,
             stranded_term: Term(0),
         });
+        // Those that followed in a term of this proposer's that came to nothing: what they hold, they hold under its history.
+        let followed: Vec<NodeId> =
+            self.peers.iter().filter(|(_, peer)| matches!(peer, Peer::Following(_))).map(|(node, _)| *node).collect();
+        for node in followed {
+            self.ask(node, VoteTerm::Exactly(term), actions);
+        }
         let voters: Vec<(NodeId, VoteReply)> =
             self.peers.iter().filter_map(|(node, peer)| voted(peer).map(|reply| (*node, reply.clone()))).collect();
         for (node, reply) in voters {

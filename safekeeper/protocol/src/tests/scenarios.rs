@@ -294,6 +294,47 @@ fn a_candidate_that_wins_in_time_is_not_outvoted() {
 }
 
 #[test]
+fn what_is_held_under_a_term_that_came_to_nothing_does_not_count() {
+    let mut story = Story::new();
+    story.compute(1, &[1]);
+    for name in 2..=4 {
+        story.compute(name, &[2]);
+    }
+    // Compute 9 wins a term with 1 and 3, and 1 says that it follows, before 2 answers with its vote in a higher one.
+    story.compute(9, &[]);
+    let told = |story: &mut Story, node: u64, action: &Action| match action {
+        Action::Send { to, message } if *to == NodeId(node) => {
+            story.safekeepers.get_mut(to).expect("safekeeper").tell(message.clone())
+        }
+        _ => Vec::new(),
+    };
+    let pass = |story: &mut Story, node: u64, actions: &[Action]| {
+        let answers: Vec<AcceptorMessage> = actions.iter().flat_map(|action| told(story, node, action)).collect();
+        let proposer = &mut story.computes.get_mut(&9).expect("compute").proposer;
+        answers.into_iter().flat_map(|answer| proposer.handle(NodeId(node), answer)).collect::<Vec<Action>>()
+    };
+    let connect =
+        |story: &mut Story, node: u64| story.computes.get_mut(&9).expect("compute").proposer.connected(NodeId(node));
+    let asked_first = connect(&mut story, 2);
+    let asked = connect(&mut story, 1);
+    pass(&mut story, 1, &asked);
+    let asked = connect(&mut story, 3);
+    let mut elected = pass(&mut story, 3, &asked);
+    while elected.iter().any(|action| matches!(action, Action::Send { message: ProposerMessage::Vote(_), .. })) {
+        elected = [pass(&mut story, 1, &elected), pass(&mut story, 3, &elected)].concat();
+    }
+    pass(&mut story, 1, &elected);
+    assert!(!story.computes[&9].proposer.is_leader(), "3 has not answered");
+    pass(&mut story, 2, &asked_first);
+    story.computes.get_mut(&9).expect("compute").proposer.disconnected(NodeId(3));
+    let asked = connect(&mut story, 3);
+    let elected = pass(&mut story, 3, &asked);
+    let asked_again =
+        |action: &Action| matches!(action, Action::Send { to: NodeId(1), message: ProposerMessage::Vote(_) });
+    assert!(elected.iter().any(asked_again), "1 has to hear of the new term: {elected:?}");
+}
+
+#[test]
 fn wal_written_during_a_reelection_goes_out_after_it() {
     let mut story = Story::new();
     story.compute(1, &[1, 2]);
