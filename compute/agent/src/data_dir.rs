@@ -50,6 +50,7 @@ const OWN_FILES: &[&str] = &[
     "recovery.signal",
     "backup_label",
     "tablespace_map",
+    crate::wake_set::WAKE_SET_FILE,
 ];
 
 /// Most entries that are accepted of each kind.
