@@ -38,8 +38,6 @@ pub struct AgentBackend {
     pub reads: Mutex<SequentialReads>,
     /// Why the pageserver does not answer, when it does not.
     pub storage_problem: Mutex<Option<String>>,
-    /// Cancelled once the cache has what is fetched ahead: nobody learns of a fork before.
-    pub prefilled: CancellationToken,
     /// Cancelled when reads shall fail rather than wait: Postgres cannot stop while a backend waits for a page.
     pub give_up_reads: CancellationToken,
     /// Cancelled once Postgres is gone.
@@ -125,7 +123,6 @@ impl ShimBackend for AgentBackend {
     }
 
     async fn rel_size(&self, rel: RelTag) -> Result<Option<BlockNumber>, BackendError> {
-        self.prefilled.cancelled().await;
         let at = self.read_at(self.last_written.rel_size(&rel));
         self.retrying(&format!("size of {rel}"), || self.pageserver.rel_size(&self.branch, rel, at)).await
     }

@@ -50,7 +50,6 @@ const OWN_FILES: &[&str] = &[
     "recovery.signal",
     "backup_label",
     "tablespace_map",
-    crate::wake_set::WAKE_SET_FILE,
 ];
 
 /// Most entries that are accepted of each kind.

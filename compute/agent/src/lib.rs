@@ -2,7 +2,7 @@
 //!
 //! - [`run`], [`main_from_stdin`]: a compute's whole life.
 //! - `start`: from a spec to a Postgres that takes connections; `opening`, `data_dir`, `settings`, `postgres` are its parts.
-//! - `backend`, `prefetch`, `last_written`: answer the shim's reads from the pageserver; `wake_set`: before they are asked.
+//! - `backend`, `prefetch`, `last_written`: answer the shim's reads from the pageserver.
 //! - `shipper`, `local_wal`, `transactions`: turn WAL syncs into quorum commits.
 //! - `http`, `activity`, `catalog`: what the control plane sees and wants.
 //! - `stop`: the end.
@@ -26,7 +26,6 @@ mod start;
 mod stop;
 mod timings;
 mod transactions;
-mod wake_set;
 
 use std::{
     io::{Read, Write},

@@ -31,7 +31,6 @@ use crate::{
     settings::{ControlSettings, PG_HBA, postgresql_conf},
     shipper::WalShipper,
     timings::Timings,
-    wake_set::{WakeNotes, WakeSet},
 };
 
 /// Longest time from `exec` to "ready".
@@ -52,8 +51,6 @@ pub struct Compute {
     pub proposer: WalProposer,
     /// The cluster's identifier.
     pub system_identifier: u64,
-    /// What was read first.
-    pub wake_notes: WakeNotes,
     /// What the control plane is told.
     pub ready: ComputeReady,
     /// The shim's server; ends when `AgentBackend::stopping` is cancelled.
@@ -94,13 +91,8 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
         .append(opening.record.begin, opening.record.bytes.clone())
         .map_err(|fenced| StartError::Fenced(fenced.0))?;
     timings.step("opening");
-    let backend = backend(spec, &dir, &elected, &opening, &proposer, pageserver, &prepared.cache);
-    prepared.cache.set_unlogged(&base.unlogged)?;
-    prepared.cache.set_shipped(base.lsn);
-    let wake_set = WakeSet::kept(&base);
-    let prefilled = backend.prefilled.clone().drop_guard();
-    tokio::spawn(wake_set.clone().prefill(backend.clone(), prepared.cache.clone(), base.lsn, prefilled));
     prepared.write(&base, &opening)?;
+    let backend = backend(spec, &dir, &elected, &opening, &proposer, pageserver, &prepared.cache);
     let server = ShimServer::bind(&dir.shim_socket(), backend.clone(), prepared.cache.clone())?;
     give(&dir.shim_socket(), owner)?;
     let shim_server = tokio::spawn(server.run(backend.stopping.clone()));
@@ -128,22 +120,10 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
         timings_us: timings.finish(),
     };
     stop_serving.disarm();
-    let Prepared { page_file, cache, .. } = prepared;
-    let wake_notes = WakeNotes::begin(wake_set, cache);
+    let Prepared { page_file, .. } = prepared;
     let shipper = backend.shipper.clone();
     let system_identifier = opening.system_identifier;
-    Ok(Compute {
-        postgres,
-        backend,
-        shipper,
-        proposer,
-        system_identifier,
-        wake_notes,
-        ready,
-        shim_server,
-        page_file,
-        dir,
-    })
+    Ok(Compute { postgres, backend, shipper, proposer, system_identifier, ready, shim_server, page_file, dir })
 }
 
 fn proposer_config(spec: &ComputeSpec) -> ProposerConfig {
@@ -207,6 +187,8 @@ impl Prepared {
         for segment in &opening.segments {
             self.data.write_segment(segment)?;
         }
+        self.cache.set_unlogged(&base.unlogged)?;
+        self.cache.set_shipped(base.lsn);
         Ok(())
     }
 }
@@ -232,7 +214,6 @@ fn backend(
         last_written,
         reads: Mutex::default(),
         storage_problem: Mutex::default(),
-        prefilled: CancellationToken::new(),
         give_up_reads: CancellationToken::new(),
         stopping: CancellationToken::new(),
     })

@@ -9,7 +9,7 @@ use wal::{
     v15::{rmgr, xlog},
 };
 
-use crate::{AgentError, shipper::ShipError, start::Compute, wake_set::WAKE_SET_FILE};
+use crate::{AgentError, shipper::ShipError, start::Compute};
 
 /// Longest time for the HTTP server to send what it owes.
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(1);
@@ -38,7 +38,6 @@ const MAX_SEQUENCES: usize = 1024;
 /// Stops Postgres, ships all it has written and its statistics. Returns the end of the branch's WAL, which a quorum holds.
 pub async fn stop(compute: Compute) -> Result<Lsn, AgentError> {
     tracing::info!("stopping");
-    compute.wake_notes.finish();
     compute.postgres.stop_fast();
     let mut stopped = tokio::time::timeout(READS_LIMIT, compute.postgres.wait_exit()).await;
     if stopped.is_err() {
@@ -95,9 +94,6 @@ impl Farewell {
             Ok(Some(content)) => farewell.keep_file(STATISTICS_FILE, &content),
             Ok(None) => {}
             Err(error) => tracing::warn!(%error, "the statistics are lost"),
-        }
-        if let Some(content) = compute.wake_notes.to_keep() {
-            farewell.keep_file(WAKE_SET_FILE, &content);
         }
         farewell
     }

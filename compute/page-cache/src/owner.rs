@@ -13,8 +13,6 @@ use types::{BlockNumber, ForkNumber, Lsn, PAGE_BYTES, PageTag, RelTag};
 use crate::{
     Page,
     layout::{DEFAULT_MAX_RELS, Sizes},
-    pages::tag_in,
-    rels::peek_rel,
     shared::Shared,
 };
 
@@ -114,23 +112,6 @@ impl PageCache {
             }
         })?;
         Ok(pages)
-    }
-
-    /// Nothing counts as used any more.
-    pub fn forget_uses(&self) {
-        self.shared.used_slots().for_each(|slot| slot.referenced.store(0, Relaxed));
-    }
-
-    /// Pages that Postgres has read or written, or that have come, since [`PageCache::forget_uses`]. At most `limit`; a hint.
-    pub fn used_pages(&self, limit: usize) -> Vec<PageTag> {
-        let used = self.shared.used_slots().filter(|slot| slot.referenced.load(Relaxed) != 0);
-        used.filter_map(tag_in).take(limit).collect()
-    }
-
-    /// Forks that something is known of, the latest to come first. At most `limit`; a hint.
-    pub fn known_rels(&self, limit: usize) -> Vec<RelTag> {
-        let end = self.shared.header().fresh_rel.load(Relaxed).min(self.shared.sizes.rels);
-        (0..end).rev().filter_map(|index| peek_rel(self.shared.rel(index))).take(limit).collect()
     }
 
     /// True when the page is cached.

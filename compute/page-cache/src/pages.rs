@@ -205,13 +205,10 @@ impl Shared {
 
     /// The page in a slot, read without its lock: a hint.
     fn peek(&self, index: u32) -> Option<PageTag> {
-        tag_in(self.slot(index))
-    }
-
-    /// The slots that have ever been used.
-    pub(crate) fn used_slots(&self) -> impl Iterator<Item = &Slot> {
-        let used = self.header().fresh_slot.load(Relaxed).min(self.sizes.slots());
-        (0..used).map(|index| self.slot(index))
+        let slot = self.slot(index);
+        let fork = ForkNumber::try_from(slot.fork.load(Relaxed) as u8).ok()?;
+        let rel = RelTag { spc: slot.spc.load(Relaxed), db: slot.db.load(Relaxed), rel: slot.rel.load(Relaxed), fork };
+        (slot.state.load(Relaxed) != SlotState::Free as u32).then_some(PageTag { rel, block: slot.block.load(Relaxed) })
     }
 
     fn find(&self, bucket: u32, tag: &PageTag) -> Option<u32> {
@@ -394,13 +391,6 @@ impl Shared {
         }
         Ok(reclaimed)
     }
-}
-
-/// See [`Shared::peek`].
-pub(crate) fn tag_in(slot: &Slot) -> Option<PageTag> {
-    let fork = ForkNumber::try_from(slot.fork.load(Relaxed) as u8).ok()?;
-    let rel = RelTag { spc: slot.spc.load(Relaxed), db: slot.db.load(Relaxed), rel: slot.rel.load(Relaxed), fork };
-    (slot.state.load(Relaxed) != SlotState::Free as u32).then_some(PageTag { rel, block: slot.block.load(Relaxed) })
 }
 
 fn slot_offset(index: u32) -> u64 {
