@@ -222,12 +222,18 @@ impl Shared {
     /// An entry for our use alone: a fresh one, or that of a fork of which storage can tell as much.
     fn unused_rel(&self) -> Result<u32, Errno> {
         let header = self.header();
-        let stored = self.stored_rels()?;
-        let more = |used: u32| (used < stored).then_some(used + 1);
-        if let Ok(fresh) = header.fresh_rel.fetch_update(Relaxed, Relaxed, more) {
-            self.rel(fresh).state.store(REL_TAKEN, Relaxed);
-            return Ok(fresh);
-        }
+        let stored = loop {
+            let stored = self.stored_rels()?;
+            let more = |used: u32| (used < stored).then_some(used + 1);
+            if let Ok(fresh) = header.fresh_rel.fetch_update(Relaxed, Relaxed, more) {
+                self.rel(fresh).state.store(REL_TAKEN, Relaxed);
+                return Ok(fresh);
+            }
+            // Others may have taken the last ones since we looked: only when no more get storage are all in use.
+            if self.stored_rels()? == stored {
+                break stored;
+            }
+        };
         for _ in 0..stored {
             let index = header.rel_clock.fetch_add(1, Relaxed) % stored;
             let entry = self.rel(index);
@@ -296,7 +302,7 @@ fn state_of(entry: &Rel) -> Result<RelState, WaitingReset> {
 }
 
 /// The fork an entry is for, read without its lock: a hint.
-pub(crate) fn peek_rel(entry: &Rel) -> Option<RelTag> {
+fn peek_rel(entry: &Rel) -> Option<RelTag> {
     let state = entry.state.load(Relaxed);
     let fork = ForkNumber::try_from(entry.fork.load(Relaxed) as u8).ok()?;
     let rel = RelTag { spc: entry.spc.load(Relaxed), db: entry.db.load(Relaxed), rel: entry.rel.load(Relaxed), fork };

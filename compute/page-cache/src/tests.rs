@@ -220,3 +220,22 @@ fn slots_and_entries_beyond_the_first_chunks_are_given_storage() {
     assert_eq!(owner.stats().rels, u64::from(rels));
     assert!((0..rels).all(|number| shared.rel_state(&rel(number)).expect("answers").is_some()));
 }
+
+#[test]
+fn several_at_the_end_of_a_chunk_all_find_room() {
+    let rels = 3 * crate::layout::REL_CHUNK;
+    let (owner, shared) = cache(1, 1, rels);
+    let threads: Vec<_> = (0..4u32)
+        .map(|thread| {
+            let shared = shared.clone();
+            std::thread::spawn(move || {
+                for number in 0..rels / 4 {
+                    let rel = RelTag { rel: number * 4 + thread, ..REL };
+                    assert_eq!(shared.create_rel(&rel, 50), Ok(true));
+                }
+            })
+        })
+        .collect();
+    threads.into_iter().for_each(|thread| thread.join().expect("no panic"));
+    assert_eq!(owner.stats().rels, u64::from(rels));
+}
