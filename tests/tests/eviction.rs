@@ -41,6 +41,10 @@ async fn balance(cluster: &Cluster) -> anyhow::Result<()> {
             let postmaster = running.iter().find(|p| p.command.contains(" -D ")).context("no postmaster")?;
             processes::kill_hard(postmaster.parent)?;
             let _ = processes::kill_hard(postmaster.pid);
+            // A backend that waits for a dead one's lock would hold its client for ever.
+            let old = running.iter().map(|p| p.pid).collect::<Vec<_>>();
+            let gone = || processes::postgres_below(&cluster.runtime_dir()).iter().all(|p| !old.contains(&p.pid));
+            processes::wait_until("all backends to end", Duration::from_secs(10), gone).await?;
             assert!(bench.await?.is_err(), "pgbench lost its server");
         }
         check_books(cluster, &project).await?;

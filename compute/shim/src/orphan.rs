@@ -1,9 +1,17 @@
 //! No backend outlives its postmaster.
 //!
 //! A backend that waits on a semaphore for a lock whose holder is gone never learns that the postmaster is gone too: it would
-//! hold its client's connection for ever. The kernel ends it instead.
+//! hold its client's connection for ever. The kernel ends it instead. Postgres itself asks the kernel for `SIGPWR` at that
+//! moment (`PostmasterDeathSignalInit` in `storage/ipc/pmsignal.c`), which only a backend that looks notices: the hook of
+//! `prctl` turns that into [`SIGNAL`].
 
-use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
+use std::{
+    ffi::c_ulong,
+    sync::atomic::{AtomicI32, Ordering::Relaxed},
+};
+
+/// What ends a backend whose postmaster is gone.
+pub const SIGNAL: c_ulong = libc::SIGKILL as c_ulong;
 
 /// Who forks.
 static PARENT: AtomicI32 = AtomicI32::new(0);
@@ -23,7 +31,7 @@ extern "C" fn before_fork() {
 extern "C" fn in_child() {
     // SAFETY: system calls with plain arguments.
     unsafe {
-        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, SIGNAL, 0, 0, 0);
         // The parent may have ended before the kernel was told.
         if libc::getppid() != PARENT.load(Relaxed) {
             libc::_exit(1);

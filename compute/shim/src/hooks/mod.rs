@@ -4,6 +4,7 @@ mod data;
 mod directories;
 mod files;
 mod metadata;
+mod process;
 mod sync;
 
 use std::ffi::c_int;
