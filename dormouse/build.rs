@@ -7,7 +7,8 @@ use std::{
 };
 
 fn main() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the workspace").to_owned();
+    let here = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
+    let root = here.parent().expect("the crate lies in the workspace").to_owned();
     for input in ["compute/shim/src", "compute/shim/Cargo.toml", "compute/page-cache/src", "types/src"] {
         println!("cargo::rerun-if-changed={}", root.join(input).display());
     }
