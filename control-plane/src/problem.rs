@@ -5,7 +5,7 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Response},
 };
-use control_plane_api::internal::ApiError;
+use control_plane_api::internal::{ApiError, ENDPOINT_NOT_FOUND};
 
 /// Why a request was not done. Each kind tells the caller what to do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -81,6 +81,7 @@ impl IntoResponse for Problem {
         }
         let code = match &self {
             Problem::Conflict { code, .. } => (*code).to_owned(),
+            Problem::NotFound { what: "endpoint", .. } => ENDPOINT_NOT_FOUND.to_owned(),
             Problem::Unauthorized(_)
             | Problem::Forbidden(_)
             | Problem::NotFound { .. }
