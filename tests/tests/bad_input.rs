@@ -184,6 +184,8 @@ async fn fill_and_free(cluster: &Cluster) -> anyhow::Result<()> {
     tokio::time::sleep(Duration::from_secs(5)).await;
     let premature = if writing.is_finished() { Some(writing.await?) } else { None };
     let was_acknowledged = matches!(premature, Some(Ok(_)));
+    // An open file keeps its room.
+    drop(file);
     std::fs::remove_file(&filler)?;
     let deadline = std::time::Instant::now() + Duration::from_secs(60);
     let rows = loop {
