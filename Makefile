@@ -3,6 +3,7 @@
 #   make demo                    the whole life of a database, explained step by step
 #   make demo OBJECT_STORE=s3    the same, against an S3-compatible server that it starts itself
 #   make test                    units, simulation, end-to-end against real PostgreSQL and a real S3-compatible server
+#   make regress                 PostgreSQL's core, isolation and contrib tests, beside a stock server (15 minutes)
 #   make bench [NAME=wake]       every benchmark, or one
 #   make lint                    formatting and lints
 
@@ -10,7 +11,7 @@ OBJECT_STORE ?= local
 NAME ?=
 SETUP := $(if $(filter s3,$(OBJECT_STORE)),s3,)
 
-.PHONY: demo test bench lint build release
+.PHONY: demo test regress bench lint build release
 
 build:
 	@scripts/setup.sh
@@ -27,6 +28,9 @@ test:
 	@scripts/setup.sh s3
 	cargo build --workspace --locked
 	cargo test --workspace --locked --no-fail-fast
+
+regress: release
+	target/release/regress --source "$$(scripts/postgres-source.sh languages)"
 
 bench: release
 	target/release/bench $(if $(NAME),--name $(NAME),)

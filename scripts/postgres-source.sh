@@ -3,6 +3,7 @@
 # Prints the directory of the source as the only line on standard output. Needs nothing else to have run before.
 #
 #   source=$(scripts/postgres-source.sh)
+#   source=$(scripts/postgres-source.sh languages)    also PL/Perl and PL/Python, which some contrib modules transform for
 #
 # The source comes from Debian with `apt-get source`, through a private list of its own in target/tools: the machine's
 # own sources.list stays as it is. It is of the release's pocket (15.18), also where the server is a later 15.x: so compare
@@ -20,9 +21,13 @@ scripts/setup.sh >&2
 
 # The headers must be of the server that is there; a later one would bring a later server along.
 install_missing() {
-    local version missing=()
+    local version language missing=()
     version=$(dpkg-query -W -f '${Version}' postgresql-15)
     [ -e /usr/include/postgresql/15/server/postgres.h ] || missing+=("postgresql-server-dev-15=$version" "libpq-dev=$version" "libpq5=$version")
+    for language in plperl plpython3; do
+        [ "$1" != languages ] || [ -e "/usr/share/postgresql/15/extension/${language}u.control" ] ||
+            missing+=("postgresql-$language-15=$version")
+    done
     command -v dpkg-source >/dev/null || missing+=(dpkg-dev)
     command -v make >/dev/null || missing+=(make)
     [ ${#missing[@]} -gt 0 ] || return 0
@@ -49,7 +54,7 @@ fetch_source() {
     rm -rf "$apt"
 }
 
-install_missing
+install_missing "${1:-}"
 tools=$PWD/target/tools/postgres-source
 found() { compgen -G "$tools/postgresql-15-*/src/test/regress/parallel_schedule" || true; }
 if [ -z "$(found)" ]; then

@@ -3,8 +3,10 @@
 pub mod api;
 pub mod cluster;
 pub mod processes;
+pub mod regress;
 pub mod s3;
 pub mod sql;
+pub mod stock;
 
 pub use api::{Api, Project};
 pub use cluster::{Cluster, ClusterOptions};

@@ -99,7 +99,9 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
     let stop_serving = backend.stopping.clone().drop_guard();
     timings.step("data_dir");
 
-    let environment = shim_environment(&spec.shim_path, &dir.pgdata(), &dir.shim_socket(), &prepared.cache_config);
+    let mut environment = shim_environment(&spec.shim_path, &dir.pgdata(), &dir.shim_socket(), &prepared.cache_config);
+    // What `dblink` and `postgres_fdw` take for the local server when nothing is said: it is this one.
+    environment.push(("PGHOST".into(), dir.root().into()));
     let command = PostgresCommand { bin_dir: spec.postgres_bin_dir.clone(), pgdata: dir.pgdata(), environment, owner };
     let postgres = Postgres::spawn(command).await?;
     timings.step("exec");
