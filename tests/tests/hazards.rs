@@ -72,6 +72,9 @@ async fn expect(client: &Client, query: &str, wanted: &str) -> anyhow::Result<()
     Ok(())
 }
 
+/// Long enough that every page which may be dropped has been: the agent looks for them each second.
+const UNTIL_SWEPT: &str = "select pg_sleep(2.5)";
+
 /// Each statement on its own: `VACUUM` refuses company.
 async fn one_by_one(client: &Client, script: &str) -> anyhow::Result<()> {
     for statement in script.split(';') {
@@ -95,19 +98,20 @@ async fn a_command_does_not_see_its_own_rows() -> anyhow::Result<()> {
     within("40", |world| async move {
         let client = world.client().await?;
         client.batch_execute("create table t (a int, b text)").await?;
-        fill_kept_pages(&client).await?;
-
         client.batch_execute("begin; insert into t select i, repeat('x', 400) from generate_series(1, 8000) i").await?;
+        client.batch_execute(UNTIL_SWEPT).await?;
         client.batch_execute("declare before cursor for select a from t").await?;
         expect(&client, "fetch 1 from before", "1").await?;
         // Reads its own table to the end while it appends to it.
         client.batch_execute("insert into t select a + 8000, b from t").await?;
+        client.batch_execute(UNTIL_SWEPT).await?;
         expect(&client, "select count(*) from t", "16000").await?;
         // Combo command ids: made and changed by the same transaction, seen by a cursor from in between.
         client.batch_execute("declare between cursor for select b from t").await?;
         client
             .batch_execute("update t set b = 'new' where a % 2 = 0; savepoint s; delete from t where a % 4 = 1")
             .await?;
+        client.batch_execute(UNTIL_SWEPT).await?;
         expect(&client, "select count(*) from t", "12000").await?;
         expect(&client, "select count(*) from t where b = 'new'", "8000").await?;
         client.batch_execute("rollback to s").await?;

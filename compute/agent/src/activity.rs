@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use page_cache::PageCache;
 use parking_lot::Mutex;
 use tokio_postgres::{Client, Statement};
 
@@ -17,15 +18,17 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// Longest wait for its answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
-/// One row: client connections, whether anything is active, milliseconds since the last change of any connection, and how
-/// many connections there ever were (so that one which came and went between two questions is seen).
+/// One row: client connections, whether anything is active, milliseconds since the last change of any connection, how
+/// many connections there ever were (so that one which came and went between two questions is seen), and the page cache's
+/// limit, which may be changed at run time.
 const QUESTION: &str = "\
 SELECT count(*) FILTER (WHERE backend_type = 'client backend')::int8, \
   coalesce(bool_or(backend_type IN ('walsender', 'logical replication worker') \
     OR backend_type = 'client backend' AND state IS DISTINCT FROM 'idle'), false), \
   extract(epoch FROM clock_timestamp() - max(greatest(state_change, backend_start)) \
     FILTER (WHERE backend_type = 'client backend'))::float8 * 1000, \
-  (SELECT coalesce(sum(sessions), 0)::int8 FROM pg_stat_database) \
+  (SELECT coalesce(sum(sessions), 0)::int8 FROM pg_stat_database), \
+  current_setting('dormouse.page_cache_mib', true) \
 FROM pg_stat_activity WHERE pid <> pg_backend_pid()";
 
 /// What Postgres said.
@@ -39,6 +42,8 @@ pub struct Observation {
     pub quiet_ms: Option<f64>,
     /// Connections ever made.
     pub sessions: i64,
+    /// `dormouse.page_cache_mib`, when it is a number.
+    pub page_cache_mib: Option<u64>,
 }
 
 /// Answers how long the compute has been idle. Pure but for the moments it is given.
@@ -88,8 +93,11 @@ impl Activity {
 }
 
 /// Asks Postgres again and again. Ends only when it is dropped.
-pub async fn watch(socket_dir: PathBuf, activity: Arc<Mutex<Activity>>) {
+///
+/// The page cache's limit is what Postgres's configuration says, and the cache is cut back to it.
+pub async fn watch(socket_dir: PathBuf, activity: Arc<Mutex<Activity>>, cache: PageCache) {
     let mut monitor = None;
+    let mut damaged_pages = 0;
     let mut ticks = tokio::time::interval(PERIOD);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -99,12 +107,27 @@ pub async fn watch(socket_dir: PathBuf, activity: Arc<Mutex<Activity>>) {
             Ok(Ok((kept, seen))) => {
                 monitor = Some(kept);
                 activity.lock().observe(Instant::now(), &seen);
+                if let Some(mib) = seen.page_cache_mib {
+                    cache.set_clean_bytes(mib.saturating_mul(1024 * 1024));
+                }
             }
             Ok(Err(error)) => {
                 tracing::debug!(%error, "cannot see who is connected");
                 activity.lock().unknown(Instant::now());
             }
             Err(_) => activity.lock().unknown(Instant::now()),
+        }
+        let trimming = cache.clone();
+        match tokio::task::spawn_blocking(move || trimming.trim()).await {
+            Ok(Ok(pages)) if pages > 0 => tracing::debug!(pages, "the page cache was cut back to its limit"),
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "cutting the page cache back"),
+            Err(error) => tracing::warn!(%error, "cutting the page cache back"),
+        }
+        let now_damaged = cache.stats().damaged_pages;
+        if now_damaged > damaged_pages {
+            tracing::error!(pages = now_damaged - damaged_pages, "pages in the page cache's file were damaged");
+            damaged_pages = now_damaged;
         }
     }
 }
@@ -129,6 +152,7 @@ async fn ask(
         active: row.get(1),
         quiet_ms: row.get(2),
         sessions: row.get(3),
+        page_cache_mib: row.get::<_, Option<String>>(4).and_then(|text| text.trim().parse().ok()),
     };
     Ok(((client, statement), seen))
 }
@@ -138,7 +162,7 @@ mod tests {
     use super::*;
 
     fn quiet(quiet_ms: Option<f64>, sessions: i64) -> Observation {
-        Observation { connections: 1, active: false, quiet_ms, sessions }
+        Observation { connections: 1, active: false, quiet_ms, sessions, page_cache_mib: None }
     }
 
     #[test]

@@ -205,7 +205,8 @@ fn print_event(event: &AgentEvent) {
 /// Serves a compute that is ready until it ends.
 async fn serve(compute: Compute, listener: UnixListener, mut signals: Signals) -> Result<Lsn, AgentError> {
     let activity = Arc::new(Mutex::new(Activity::new(Instant::now())));
-    let watching = tokio::spawn(activity::watch(compute.dir.root().to_owned(), activity.clone()));
+    let watching =
+        tokio::spawn(activity::watch(compute.dir.root().to_owned(), activity.clone(), compute.cache.clone()));
     let (stops, mut stop_requests) = mpsc::channel::<StopRequest>(16);
     let api = AgentApi {
         paths: (*compute.dir).clone(),

@@ -142,6 +142,7 @@ pub fn postgresql_conf(
     endpoint: &EndpointId,
     required: &[(&str, &str)],
     wanted: &BTreeMap<String, String>,
+    page_cache_bytes: u64,
 ) -> Result<String, SettingError> {
     // Which of the two good levels is the branch's business.
     let required: Vec<_> = required.iter().copied().filter(|(name, _)| *name != "wal_level").collect();
@@ -152,6 +153,8 @@ pub fn postgresql_conf(
         let _ = writeln!(text, "{name} = '{}'", value.replace('\\', "\\\\").replace('\'', "''"));
     };
     DEFAULTS.iter().for_each(|(name, value)| line(name, value));
+    // A name that Postgres only remembers; the agent looks at it every second.
+    line("dormouse.page_cache_mib", &(page_cache_bytes >> 20).max(1).to_string());
     wanted.iter().for_each(|(name, value)| line(name, value));
     FIXED.iter().chain(&required).for_each(|(name, value)| line(name, value));
     line("unix_socket_directories", &socket_dir.to_string_lossy());
@@ -203,7 +206,7 @@ mod tests {
     fn conf(name: &str, value: &str) -> Result<String, SettingError> {
         let endpoint = EndpointId::new("ep-1").expect("id");
         let wanted = BTreeMap::from([(name.to_owned(), value.to_owned())]);
-        postgresql_conf(Path::new("/run/c"), &endpoint, &[("fsync", "on")], &wanted)
+        postgresql_conf(Path::new("/run/c"), &endpoint, &[("fsync", "on")], &wanted, 64 << 20)
     }
 
     #[test]

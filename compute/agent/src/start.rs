@@ -55,6 +55,8 @@ pub struct Compute {
     pub ready: ComputeReady,
     /// The shim's server; ends when `AgentBackend::stopping` is cancelled.
     pub shim_server: JoinHandle<()>,
+    /// The page cache.
+    pub cache: PageCache,
     /// The page cache's file.
     pub page_file: PageFile,
     /// The directory.
@@ -72,7 +74,8 @@ struct Prepared {
 /// Starts the compute in `dir`.
 pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) -> Result<Compute, StartError> {
     let mut timings = Timings::begin();
-    let conf = postgresql_conf(dir.root(), &spec.endpoint, &required_settings(), &spec.settings)?;
+    let conf =
+        postgresql_conf(dir.root(), &spec.endpoint, &required_settings(), &spec.settings, spec.page_cache_bytes)?;
     let pageserver = PageserverClient::new(spec.pageserver.clone(), spec.token.clone());
     let warming = warm(pageserver.clone(), spec);
     let electing = WalProposer::elect(proposer_config(spec));
@@ -122,10 +125,10 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
         timings_us: timings.finish(),
     };
     stop_serving.disarm();
-    let Prepared { page_file, .. } = prepared;
+    let Prepared { page_file, cache, .. } = prepared;
     let shipper = backend.shipper.clone();
     let system_identifier = opening.system_identifier;
-    Ok(Compute { postgres, backend, shipper, proposer, system_identifier, ready, shim_server, page_file, dir })
+    Ok(Compute { postgres, backend, shipper, proposer, system_identifier, ready, shim_server, cache, page_file, dir })
 }
 
 fn proposer_config(spec: &ComputeSpec) -> ProposerConfig {

@@ -7,7 +7,7 @@ use types::{PAGE_BYTES, PageTag, RelTag};
 use crate::{lock::Lock, sys::Errno};
 
 /// `DORMOUSE` and the layout's version: both ends come from one build, a mismatch is a mix-up of files.
-pub const MAGIC: u64 = u64::from_le_bytes(*b"DORMIDX2");
+pub const MAGIC: u64 = u64::from_le_bytes(*b"DORMIDX3");
 
 /// No slot, no entry: the end of a chain. Zero, so that a fresh file says it everywhere; number 0 is never used.
 pub const NONE: u32 = 0;
@@ -46,6 +46,10 @@ pub struct Header {
     pub horizon: AtomicU64,
     /// See [`crate::PageCache::set_shipped`].
     pub shipped: AtomicU64,
+    /// Pages that can be fetched again: at most, for now.
+    pub clean_bound: AtomicU32,
+    /// Pages whose bytes were found to be others than were written.
+    pub damaged: AtomicU32,
     /// Pages that can be fetched again.
     pub clean_count: AtomicU32,
     /// Pages that must be kept.
@@ -78,7 +82,7 @@ pub struct Header {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sizes {
-    /// Pages that can be fetched again: at most.
+    /// Pages that can be fetched again: at most, whatever the bound is set to.
     pub clean_limit: u32,
     /// Pages that must be kept: at most.
     pub kept_limit: u32,
@@ -126,6 +130,9 @@ pub struct Slot {
     pub lsn: AtomicU64,
     /// The page may go when storage has WAL up to here: everything that was logged when the page was written.
     pub insert: AtomicU64,
+    /// CRC32C of the page's bytes.
+    pub crc: AtomicU32,
+    pub unused: AtomicU32,
 }
 
 /// What a slot holds.

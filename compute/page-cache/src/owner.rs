@@ -23,11 +23,20 @@ pub struct PageCacheConfig {
     pub shm_path: PathBuf,
     /// The pages: a plain file of 8 KiB slots that grows as needed, up to both budgets together.
     pub pages_path: PathBuf,
-    /// Budget in bytes for pages that can be fetched again.
+    /// Budget in bytes for pages that can be fetched again, as long as [`PageCache::set_clean_bytes`] says nothing else.
     pub clean_bytes: u64,
     /// Budget in bytes for pages that must be kept. When it is used up, statements that write fail with "disk full".
     pub kept_bytes: u64,
 }
+
+/// The budget for clean pages may be raised to so many times what it was when the cache was made: the index has room for them.
+const CLEAN_HEADROOM: u64 = 4;
+
+/// Slots that one call looks at for kept pages that may go.
+const RELEASE_SLOTS: u32 = 262_144;
+
+/// Pages that one call lets go.
+const TRIM_PAGES: u32 = 65_536;
 
 /// What the cache holds now.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -38,6 +47,8 @@ pub struct PageCacheStats {
     pub kept_bytes: u64,
     /// Entries in use of the table of relation forks.
     pub rels: u64,
+    /// Pages whose bytes were not what had been written: fetched again where storage knows them, else errors.
+    pub damaged_pages: u64,
 }
 
 /// The agent's handle; clones are cheap and mean the same cache.
@@ -54,9 +65,25 @@ impl PageCache {
 
     /// As [`PageCache::create`], for a chosen number of relation forks known at once (default 131072).
     pub fn create_with_max_rels(config: &PageCacheConfig, max_rels: u32) -> io::Result<PageCache> {
-        let sizes = Sizes::new(config.clean_bytes, config.kept_bytes, max_rels)?;
+        let most_clean = config.clean_bytes.saturating_mul(CLEAN_HEADROOM);
+        let sizes = Sizes::new(most_clean, config.kept_bytes, max_rels)?;
         let shared = Shared::create(&c_path(&config.shm_path)?, &c_path(&config.pages_path)?, sizes)?;
-        Ok(PageCache { shared: Arc::new(shared) })
+        let cache = PageCache { shared: Arc::new(shared) };
+        cache.set_clean_bytes(config.clean_bytes);
+        Ok(cache)
+    }
+
+    /// Changes the budget for pages that can be fetched again: at least a page, at most four times what the cache was made
+    /// with. [`PageCache::trim`] makes it so.
+    pub fn set_clean_bytes(&self, bytes: u64) {
+        self.shared.set_clean_bound(u32::try_from(bytes / PAGE_BYTES as u64).unwrap_or(u32::MAX));
+    }
+
+    /// Makes pages that need not be kept any longer clean, then lets clean pages go when they are well over their budget (some
+    /// ten thousand at a time), and gives their room on disk back. Returns how many. For calling now and then.
+    pub fn trim(&self) -> io::Result<u32> {
+        self.shared.release(RELEASE_SLOTS)?;
+        Ok(self.shared.trim(TRIM_PAGES)?)
     }
 
     /// Publishes the start LSN of the first WAL record of the oldest transaction in progress, else the shipped end. Never
@@ -127,6 +154,7 @@ impl PageCache {
             clean_bytes: bytes(header.clean_count.load(Relaxed)),
             kept_bytes: bytes(header.kept_count.load(Relaxed)),
             rels: u64::from(header.fresh_rel.load(Relaxed)) - 1,
+            damaged_pages: u64::from(header.damaged.load(Relaxed)),
         }
     }
 }

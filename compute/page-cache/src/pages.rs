@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering::*;
 
+use crc32c::crc32c;
 use types::{BlockNumber, ForkNumber, PAGE_BYTES, PageTag, RelTag};
 
 use crate::{
@@ -15,18 +16,52 @@ use crate::{
 /// How many kept pages one reclaim lets go, so that the next writers need not search.
 const RECLAIM_BATCH: u32 = 256;
 
+/// Clean pages may be over their bound by this share of it before they are cut back.
+const TRIM_SLACK_SHARE: u32 = 8;
+
 /// Tries to find a slot while others take them away.
 const SLOT_ATTEMPTS: u32 = 8;
+
+/// How much one search for kept pages that may go does at most.
+#[derive(Debug, Clone, Copy)]
+struct Sweep {
+    /// Slots that are looked at.
+    slots: u32,
+    /// Pages that are let go.
+    pages: u32,
+}
 
 impl Shared {
     /// Copies a cached page to `page`; false when it is not cached.
     pub fn read(&self, tag: &PageTag, page: &mut Page) -> Result<bool, Errno> {
         let bucket = self.bucket_of(hash_page(tag));
-        let _guard = self.lock_bucket(bucket)?;
-        let Some(slot) = self.find(bucket, tag) else { return Ok(false) };
-        self.slot(slot).referenced.store(1, Relaxed);
-        sys::read_exact_at(self.pages_fd, page, slot_offset(slot))?;
-        Ok(true)
+        let guard = self.lock_bucket(bucket)?;
+        let Some(index) = self.find(bucket, tag) else { return Ok(false) };
+        self.slot(index).referenced.store(1, Relaxed);
+        let whole = sys::read_exact_at(self.pages_fd, page, slot_offset(index)).is_ok();
+        if whole && crc32c(page) == self.slot(index).crc.load(Relaxed) {
+            return Ok(true);
+        }
+        self.lose_damaged(bucket, index, tag)?;
+        drop(guard);
+        self.free_slot(index).map(|()| false)
+    }
+
+    /// Forgets a page whose bytes are not what was written, if storage can tell it again; else `EIO`. The bucket's lock is
+    /// held; the slot is the caller's.
+    fn lose_damaged(&self, bucket: u32, index: u32, tag: &PageTag) -> Result<(), Errno> {
+        let (header, slot) = (self.header(), self.slot(index));
+        header.damaged.fetch_add(1, Relaxed);
+        let clean = slot.state.load(Relaxed) == SlotState::Clean as u32;
+        let told_by_wal = self.may_go(index, header.horizon.load(Acquire), header.shipped.load(Acquire), true);
+        if !clean && !told_by_wal {
+            return Err(Errno(libc::EIO));
+        }
+        self.drop_mark(tag).fetch_max(slot.insert.load(Relaxed), Relaxed);
+        self.unlink_slot(bucket, index);
+        let count = if clean { &header.clean_count } else { &header.kept_count };
+        count.fetch_sub(1, Relaxed);
+        Ok(())
     }
 
     /// True when the page is cached.
@@ -52,7 +87,7 @@ impl Shared {
             && self.find(bucket, tag).is_none()
             && self.rel_takes_deposit(tag, as_of)?;
         if good {
-            self.link(bucket, fresh, tag, SlotState::Clean, Keep { lsn: 0, insert: 0, soft: false });
+            self.link(bucket, fresh, tag, page, SlotState::Clean, Keep { lsn: 0, insert: 0, soft: false });
             self.header().clean_count.fetch_add(1, Relaxed);
             return Ok(true);
         }
@@ -100,6 +135,7 @@ impl Shared {
         match self.find(bucket, tag) {
             Some(slot) if self.slot(slot).state.load(Relaxed) != SlotState::Clean as u32 => {
                 sys::write_all_at(self.pages_fd, page, slot_offset(slot))?;
+                self.slot(slot).crc.store(crc32c(page), Relaxed);
                 self.set_keep(slot, keep);
                 Ok(true)
             }
@@ -115,6 +151,7 @@ impl Shared {
             if let Some(slot) = self.find(bucket, tag) {
                 let was_clean = self.slot(slot).state.load(Relaxed) == SlotState::Clean as u32;
                 sys::write_all_at(self.pages_fd, page, slot_offset(slot))?;
+                self.slot(slot).crc.store(crc32c(page), Relaxed);
                 self.set_keep(slot, keep);
                 if was_clean {
                     self.header().clean_count.fetch_sub(1, Relaxed);
@@ -129,14 +166,14 @@ impl Shared {
         }
         let guard = self.lock_bucket(bucket)?;
         let Some(other) = self.find(bucket, tag) else {
-            self.link(bucket, fresh, tag, SlotState::Kept, keep);
+            self.link(bucket, fresh, tag, page, SlotState::Kept, keep);
             self.set_keep(fresh, keep);
             return Ok(true);
         };
         // A deposit slipped in; it is older than what we bring.
         let was_clean = self.slot(other).state.load(Relaxed) == SlotState::Clean as u32;
         self.unlink_slot(bucket, other);
-        self.link(bucket, fresh, tag, SlotState::Kept, keep);
+        self.link(bucket, fresh, tag, page, SlotState::Kept, keep);
         self.set_keep(fresh, keep);
         if was_clean {
             self.header().clean_count.fetch_sub(1, Relaxed);
@@ -223,8 +260,9 @@ impl Shared {
     }
 
     /// Puts a filled slot into its bucket; the bucket's lock is held.
-    fn link(&self, bucket: u32, index: u32, tag: &PageTag, state: SlotState, keep: Keep) {
+    fn link(&self, bucket: u32, index: u32, tag: &PageTag, page: &Page, state: SlotState, keep: Keep) {
         let slot = self.slot(index);
+        slot.crc.store(crc32c(page), Relaxed);
         slot.spc.store(tag.rel.spc, Relaxed);
         slot.db.store(tag.rel.db, Relaxed);
         slot.rel.store(tag.rel.rel, Relaxed);
@@ -282,7 +320,7 @@ impl Shared {
     }
 
     fn slot_for_clean(&self) -> Result<Option<u32>, Errno> {
-        if self.header().clean_count.load(Relaxed) < self.sizes.clean_limit
+        if self.header().clean_count.load(Relaxed) < self.header().clean_bound.load(Relaxed)
             && let Some(slot) = self.unused_slot()?
         {
             return Ok(Some(slot));
@@ -293,14 +331,58 @@ impl Shared {
     /// There is one: kept pages alone, within their budget, never fill all slots.
     fn slot_for_kept(&self) -> Result<u32, Errno> {
         for _ in 0..SLOT_ATTEMPTS {
-            if let Some(slot) = self.unused_slot()? {
+            let header = self.header();
+            // Kept pages that were let go may be more than the clean ones' bound.
+            let too_many = header.clean_count.load(Relaxed) > header.clean_bound.load(Relaxed);
+            if !too_many && let Some(slot) = self.unused_slot()? {
                 return Ok(slot);
             }
             if let Some(slot) = self.evict_clean()? {
                 return Ok(slot);
             }
+            if let Some(slot) = self.unused_slot()? {
+                return Ok(slot);
+            }
         }
         Err(Errno(libc::ENOSPC))
+    }
+
+    /// Changes how many clean pages there may be, at most what the cache was made for. [`Shared::trim`] makes it so.
+    pub fn set_clean_bound(&self, pages: u32) {
+        self.header().clean_bound.store(pages.clamp(1, self.sizes.clean_limit), Relaxed);
+    }
+
+    /// Makes kept pages that may go clean ones, looking at no more than `most` slots: then they count for the clean pages'
+    /// bound, and the budget of kept pages is there for those that need it. Returns how many.
+    pub fn release(&self, most: u32) -> Result<u32, Errno> {
+        let header = self.header();
+        if header.kept_count.load(Relaxed) == 0 {
+            return Ok(0);
+        }
+        let horizon = header.horizon.load(Acquire);
+        let shipped = header.shipped.load(Acquire);
+        self.reclaim_pass(horizon, shipped, false, Sweep { slots: most, pages: most })
+    }
+
+    /// Once clean pages are well over the bound: lets those over it go, at most `most`, and gives their room back to the
+    /// file system. Returns how many.
+    pub fn trim(&self, most: u32) -> Result<u32, Errno> {
+        let header = self.header();
+        let bound = header.clean_bound.load(Relaxed);
+        // Room that is given back only to be taken again at once costs more than it is worth.
+        if header.clean_count.load(Relaxed) <= bound.saturating_add(bound / TRIM_SLACK_SHARE) {
+            return Ok(0);
+        }
+        for done in 0..most {
+            if header.clean_count.load(Relaxed) <= header.clean_bound.load(Relaxed) {
+                return Ok(done);
+            }
+            let Some(index) = self.evict_clean()? else { return Ok(done) };
+            let punched = sys::punch(self.pages_fd, slot_offset(index), PAGE_BYTES as u64);
+            self.free_slot(index)?;
+            punched?;
+        }
+        Ok(most)
     }
 
     /// Takes the slot of a clean page that was not used lately (CLOCK).
@@ -351,7 +433,8 @@ impl Shared {
             return Ok(0);
         }
         for soft_too in [false, true] {
-            let reclaimed = self.reclaim_pass(horizon, shipped, soft_too)?;
+            let sweep = Sweep { slots: self.sizes.slots(), pages: RECLAIM_BATCH };
+            let reclaimed = self.reclaim_pass(horizon, shipped, soft_too, sweep)?;
             if reclaimed > 0 {
                 return Ok(reclaimed);
             }
@@ -361,18 +444,12 @@ impl Shared {
         Ok(0)
     }
 
-    fn reclaim_pass(&self, horizon: u64, shipped: u64, soft_too: bool) -> Result<u32, Errno> {
+    fn reclaim_pass(&self, horizon: u64, shipped: u64, soft_too: bool, sweep: Sweep) -> Result<u32, Errno> {
         let header = self.header();
         let used = header.fresh_slot.load(Relaxed).min(self.sizes.slots());
         let mut reclaimed = 0;
-        let may_go = |index: u32| {
-            let slot = self.slot(index);
-            let state = slot.state.load(Relaxed);
-            (state == SlotState::Kept as u32 || soft_too && state == SlotState::Soft as u32)
-                && slot.lsn.load(Relaxed) <= horizon
-                && slot.insert.load(Relaxed) <= shipped
-        };
-        for _ in 0..used {
+        let may_go = |index: u32| self.may_go(index, horizon, shipped, soft_too);
+        for _ in 0..used.min(sweep.slots) {
             let index = header.kept_clock.fetch_add(1, Relaxed) % used;
             if !may_go(index) {
                 continue;
@@ -385,11 +462,22 @@ impl Shared {
                 header.kept_count.fetch_sub(1, Relaxed);
                 reclaimed += 1;
             }
-            if reclaimed == RECLAIM_BATCH {
+            if reclaimed == sweep.pages {
                 break;
             }
         }
         Ok(reclaimed)
+    }
+}
+
+impl Shared {
+    /// Whether WAL alone gives a kept page back (or its loss costs only space or a gap).
+    fn may_go(&self, index: u32, horizon: u64, shipped: u64, soft_too: bool) -> bool {
+        let slot = self.slot(index);
+        let state = slot.state.load(Relaxed);
+        (state == SlotState::Kept as u32 || soft_too && state == SlotState::Soft as u32)
+            && slot.lsn.load(Relaxed) <= horizon
+            && slot.insert.load(Relaxed) <= shipped
     }
 }
 

@@ -76,6 +76,7 @@ impl Shared {
         unsafe { (&raw mut (*self.base.cast::<Header>()).sizes).write(self.sizes) };
         let header = self.header();
         header.stuck_horizon.store(u64::MAX, Relaxed);
+        header.clean_bound.store(self.sizes.clean_limit, Relaxed);
         header.fresh_slot.store(NONE + 1, Relaxed);
         header.fresh_rel.store(NONE + 1, Relaxed);
         self.store_slot(NONE)?;

@@ -87,6 +87,18 @@ pub fn allocate(fd: i32, offset: u64, len: u64) -> Result<(), Errno> {
     }
 }
 
+/// Gives `len` bytes of a file from `offset` back to the file system; they read as zeroes.
+pub fn punch(fd: i32, offset: u64, len: u64) -> Result<(), Errno> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: no pointers.
+    let result = unsafe { libc::syscall(libc::SYS_fallocate, fd, mode, offset as libc::off_t, len as libc::off_t) };
+    match check(result) {
+        // A file system without holes keeps the room.
+        Err(Errno(libc::EOPNOTSUPP)) => Ok(()),
+        done => done.map(drop),
+    }
+}
+
 /// Makes a file `len` bytes long; what is new is a hole.
 pub fn set_length(fd: i32, len: u64) -> Result<(), Errno> {
     // SAFETY: no pointers.

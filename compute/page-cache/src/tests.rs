@@ -19,6 +19,16 @@ fn filled(byte: u8) -> Page {
 
 /// A cache for so many clean and kept pages: the agent's handle and a backend's.
 fn cache(clean: u64, kept: u64, rels: u32) -> (PageCache, Arc<Shared>) {
+    let (owner, shared, _) = create(clean, kept, rels);
+    (owner, shared)
+}
+
+/// As [`cache`], with the file of pages.
+fn cache_with_file(clean: u64, kept: u64) -> (PageCache, Arc<Shared>, std::fs::File) {
+    create(clean, kept, 16)
+}
+
+fn create(clean: u64, kept: u64, rels: u32) -> (PageCache, Arc<Shared>, std::fs::File) {
     use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let count = COUNT.fetch_add(1, Relaxed);
@@ -33,9 +43,10 @@ fn cache(clean: u64, kept: u64, rels: u32) -> (PageCache, Arc<Shared>) {
     let owner = PageCache::create_with_max_rels(&config, rels).expect("cache");
     let c_path = |path: &std::path::Path| CString::new(path.to_str().expect("text")).expect("no NUL");
     let shared = Shared::open(&c_path(&config.shm_path), &c_path(&config.pages_path)).expect("opens");
+    let file = std::fs::File::options().read(true).write(true).open(&config.pages_path).expect("opens");
     std::fs::remove_file(&config.shm_path).expect("remove");
     std::fs::remove_file(&config.pages_path).expect("remove");
-    (owner, Arc::new(shared))
+    (owner, Arc::new(shared), file)
 }
 
 fn read(shared: &Shared, block: u32) -> Option<u8> {
@@ -238,4 +249,74 @@ fn several_at_the_end_of_a_chunk_all_find_room() {
         .collect();
     threads.into_iter().for_each(|thread| thread.join().expect("no panic"));
     assert_eq!(owner.stats().rels, u64::from(rels));
+}
+
+#[test]
+fn a_page_that_was_damaged_on_disk_is_never_read() {
+    let (owner, shared, file) = cache_with_file(4, 8);
+    let told_by_wal = Keep { lsn: 100, insert: 200, soft: false };
+    owner.prefill_page(tag(1), &filled(1)).expect("room");
+    shared.keep(&tag(2), &filled(2), told_by_wal).expect("room");
+    shared.keep(&tag(3), &filled(3), Keep::FOR_EVER).expect("room");
+    shared.keep(&tag(4), &filled(4), Keep { soft: true, ..told_by_wal }).expect("room");
+    owner.set_horizon(Lsn(99));
+    flip_a_bit_of_each_page(&file);
+
+    assert_eq!(read(&shared, 1), None, "storage is asked again");
+    let mut page = filled(0);
+    for block in [2, 3] {
+        assert_eq!(shared.read(&tag(block), &mut page), Err(Errno(libc::EIO)), "nobody else has block {block}");
+    }
+    owner.set_horizon(Lsn(200));
+    assert_eq!((read(&shared, 2), read(&shared, 4)), (None, None), "by now WAL describes them");
+    assert_eq!(shared.read(&tag(3), &mut page), Err(Errno(libc::EIO)));
+    assert!(!shared.deposit(&tag(2), &filled(9), 199).expect("readable"), "an older version is refused");
+    assert!(shared.deposit(&tag(2), &filled(5), 200).expect("room"));
+    shared.keep(&tag(3), &filled(6), Keep::FOR_EVER).expect("written anew");
+    assert_eq!((read(&shared, 2), read(&shared, 3)), (Some(5), Some(6)));
+    assert_eq!(owner.stats().damaged_pages, 6);
+    assert_eq!((owner.stats().clean_bytes, owner.stats().kept_bytes), (PAGE, PAGE));
+}
+
+fn flip_a_bit_of_each_page(file: &std::fs::File) {
+    use std::os::unix::fs::FileExt;
+    for slot in 0..file.metadata().expect("file").len() / PAGE {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, slot * PAGE + 4321).expect("read");
+        file.write_all_at(&[byte[0] ^ 0x10], slot * PAGE + 4321).expect("write");
+    }
+}
+
+#[test]
+fn the_bound_of_clean_pages_moves_while_the_cache_is_used() {
+    use std::os::unix::fs::MetadataExt;
+    let (owner, shared, file) = cache_with_file(64, 8);
+    (0..64).for_each(|block| owner.prefill_page(tag(block), &filled(1)).expect("room"));
+    let full = file.metadata().expect("file").blocks();
+    owner.set_clean_bytes(8 * PAGE);
+    assert_eq!(owner.trim().expect("trimmed"), 56);
+    assert_eq!(owner.stats().clean_bytes, 8 * PAGE);
+    assert!(file.metadata().expect("file").blocks() < full / 2, "the room is given back");
+    (100..164).for_each(|block| owner.prefill_page(tag(block), &filled(2)).expect("makes way"));
+    assert_eq!(owner.stats().clean_bytes, 8 * PAGE);
+    owner.set_clean_bytes(1 << 40);
+    (200..500).for_each(|block| owner.prefill_page(tag(block), &filled(3)).expect("room"));
+    assert_eq!(owner.stats().clean_bytes, 4 * 64 * PAGE, "four times as many as at first, never more");
+    assert_eq!((300..500).filter(|block| read(&shared, *block) == Some(3)).count(), 200);
+}
+
+#[test]
+fn what_need_not_be_kept_is_let_go_without_need() {
+    let (owner, shared) = cache(2, 64, 16);
+    let keep = Keep { lsn: 100, insert: 200, soft: false };
+    (0..40).for_each(|block| shared.keep(&tag(block), &filled(1), keep).expect("room"));
+    shared.keep(&tag(50), &filled(2), Keep::FOR_EVER).expect("room");
+    shared.keep(&tag(51), &filled(3), Keep { soft: true, ..keep }).expect("room");
+    owner.set_horizon(Lsn(99));
+    assert_eq!(owner.trim().expect("trimmed"), 0);
+    assert_eq!(owner.stats().kept_bytes, 42 * PAGE);
+    owner.set_horizon(Lsn(200));
+    assert_eq!(owner.trim().expect("trimmed"), 38);
+    assert_eq!((owner.stats().clean_bytes, owner.stats().kept_bytes), (2 * PAGE, 2 * PAGE));
+    assert_eq!((read(&shared, 50), read(&shared, 51)), (Some(2), Some(3)));
 }
