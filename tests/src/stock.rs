@@ -90,6 +90,19 @@ impl StockServer {
         Ok(server)
     }
 
+    /// A server on a data directory that `fill` makes, such as a base backup: with its own settings but for the socket.
+    pub fn on(fill: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow::Result<StockServer> {
+        let home = tempfile::Builder::new().prefix("stock-").tempdir()?;
+        give_to_postgres(home.path())?;
+        let server = StockServer { home, running: None };
+        fill(&server.data_dir())?;
+        let path = server.data_dir().join("postgresql.conf");
+        let mut conf = std::fs::read_to_string(&path)?;
+        conf.push_str(&format!("unix_socket_directories = '{}'\n", server.socket_dir().display()));
+        std::fs::write(&path, conf)?;
+        Ok(server)
+    }
+
     /// Starts it and waits until it takes connections.
     pub async fn start(&mut self) -> anyhow::Result<()> {
         ensure!(self.running.is_none(), "already running");

@@ -140,7 +140,7 @@ fn plan(existing: &Existing, spec: &CatalogSpec) -> Vec<Step> {
         let group = identifier(GROUP_ROLE);
         let _ = write!(
             roles,
-            "CREATE ROLE {group} NOLOGIN CREATEDB CREATEROLE NOSUPERUSER; \
+            "CREATE ROLE {group} NOLOGIN CREATEDB CREATEROLE REPLICATION BYPASSRLS NOSUPERUSER; \
              GRANT pg_read_all_data, pg_write_all_data, pg_monitor TO {group}; "
         );
     }
@@ -163,7 +163,7 @@ fn role_sql(existing: &Existing, role: &RoleSpec) -> String {
     let password = role.scram_verifier.as_ref().map_or_else(String::new, |v| format!(" PASSWORD {}", literal(v)));
     match existing.roles.get(&role.name) {
         None => format!(
-            "CREATE ROLE {name} LOGIN CREATEDB CREATEROLE NOSUPERUSER IN ROLE {}{password}; ",
+            "CREATE ROLE {name} LOGIN CREATEDB CREATEROLE REPLICATION BYPASSRLS NOSUPERUSER IN ROLE {}{password}; ",
             identifier(GROUP_ROLE)
         ),
         Some(verifier) if role.scram_verifier.is_some() && *verifier != role.scram_verifier => {

@@ -115,6 +115,9 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
         timings.step("catalog");
     }
     proposer.wait_committed(opening.record.end_lsn).await.map_err(|fenced| StartError::Fenced(fenced.0))?;
+    // A compute that is only read syncs no WAL, but its pages' hint bits change: such pages may go again.
+    prepared.cache.set_shipped(opening.record.end_lsn);
+    prepared.cache.set_horizon(opening.record.end_lsn);
     timings.step("opening_committed");
     let ready = ComputeReady {
         agent_pid: std::process::id(),

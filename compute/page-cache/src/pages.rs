@@ -159,11 +159,7 @@ impl Shared {
                 return Ok(was_clean);
             }
         }
-        let fresh = self.slot_for_kept()?;
-        if let Err(errno) = sys::write_all_at(self.pages_fd, page, slot_offset(fresh)) {
-            self.free_slot(fresh)?;
-            return Err(errno);
-        }
+        let fresh = self.store_kept(page)?;
         let guard = self.lock_bucket(bucket)?;
         let Some(other) = self.find(bucket, tag) else {
             self.link(bucket, fresh, tag, page, SlotState::Kept, keep);
@@ -326,6 +322,31 @@ impl Shared {
             return Ok(Some(slot));
         }
         self.evict_clean()
+    }
+
+    /// Writes a page to a slot that nobody uses. When the disk is full a clean page, or one that has become so,
+    /// makes way: its slot has its room.
+    fn store_kept(&self, page: &Page) -> Result<u32, Errno> {
+        let mut slot = self.slot_for_kept()?;
+        for _ in 0..SLOT_ATTEMPTS {
+            match sys::write_all_at(self.pages_fd, page, slot_offset(slot)) {
+                Ok(()) => return Ok(slot),
+                Err(Errno(libc::ENOSPC)) => {
+                    let mut instead = self.evict_clean()?;
+                    if instead.is_none() && self.reclaim_kept()? > 0 {
+                        instead = self.evict_clean()?;
+                    }
+                    self.free_slot(slot)?;
+                    slot = instead.ok_or(Errno(libc::ENOSPC))?;
+                }
+                Err(errno) => {
+                    self.free_slot(slot)?;
+                    return Err(errno);
+                }
+            }
+        }
+        self.free_slot(slot)?;
+        Err(Errno(libc::ENOSPC))
     }
 
     /// There is one: kept pages alone, within their budget, never fill all slots.

@@ -82,6 +82,7 @@ real! {
     unlink(path: *const c_char) -> c_int;
     rename(from: *const c_char, to: *const c_char) -> c_int;
     link(from: *const c_char, to: *const c_char) -> c_int;
+    symlink(to: *const c_char, link: *const c_char) -> c_int;
     chdir(path: *const c_char) -> c_int;
     fchdir(fd: c_int) -> c_int;
     opendir(path: *const c_char) -> *mut DIR;

@@ -132,7 +132,7 @@ async fn make_alike(dormouse: &tokio_postgres::Client, stock: &tokio_postgres::C
         .query(
             "select format('create role %I %s %s %s %s', rolname, case when rolcanlogin then 'login' else 'nologin' end,
                 case when rolcreatedb then 'createdb' else '' end, case when rolcreaterole then 'createrole' else '' end,
-                case when rolreplication then 'replication' else '' end)
+                concat_ws(' ', case when rolreplication then 'replication' end, case when rolbypassrls then 'bypassrls' end))
              from pg_roles where oid >= 16384 order by oid",
             &[],
         )

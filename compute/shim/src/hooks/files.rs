@@ -1,6 +1,6 @@
 //! Opening, closing and duplicating descriptors.
 
-use std::ffi::{c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 
 use libc::mode_t;
 use page_cache::Errno;
@@ -11,7 +11,7 @@ use crate::{
     path::{Named, Segment},
     real,
     relation::OpenMode,
-    runtime::{Runtime, named, note_cwd},
+    runtime::{Runtime, named, note_cwd, runtime},
 };
 
 /// # Safety
@@ -183,6 +183,22 @@ pub unsafe extern "C" fn link(from: *const c_char, to: *const c_char) -> c_int {
             return Err(Errno(libc::EXDEV)).libc();
         }
         real::link(from, to)
+    }
+}
+
+/// Postgres makes symbolic links for tablespaces only, and there is no other disk that a tablespace could be on: what is in
+/// one lies where everything else lies. Refusing here, before anything is logged, is an ordinary error of the statement.
+///
+/// # Safety
+/// As libc's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn symlink(to: *const c_char, link: *const c_char) -> c_int {
+    // SAFETY: the caller's promises are libc's.
+    unsafe {
+        if runtime().is_some() && !link.is_null() && CStr::from_ptr(link).to_bytes().starts_with(b"pg_tblspc/") {
+            return Err(Errno(libc::EOPNOTSUPP)).libc();
+        }
+        real::symlink(to, link)
     }
 }
 
