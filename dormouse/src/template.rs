@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use nix::unistd::{Gid, Uid, User};
 use pageserver::ObjectStoreConfig;
 
-use crate::logging::{self, LogFormat};
+use crate::logging::{self, LogFormat, tell};
 
 /// `dormouse template …`.
 #[derive(Subcommand)]
@@ -62,7 +62,7 @@ pub async fn ensure(store: &ObjectStoreConfig, bin_dir: &Path, user: Option<&str
     }
     let scratch = Scratch::new(user)?;
     let pgdata = scratch.0.join("pgdata");
-    eprintln!("Making the template that new projects start from (once).");
+    tell("Making the template that new projects start from (once).");
     initdb(bin_dir, &pgdata, user)?;
     let bar = ProgressBar::new(0);
     let style = ProgressStyle::with_template("  {wide_bar} {bytes}/{total_bytes}")?;

@@ -5,6 +5,7 @@ mod plan;
 mod supervisor;
 
 use std::{
+    io::Write,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -15,7 +16,7 @@ use pageserver::ObjectStoreConfig;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    logging::{self, LogFormat},
+    logging::{self, LogFormat, tell},
     paths, template,
 };
 use plan::Ports;
@@ -142,13 +143,14 @@ async fn supervise(installation: &Installation) -> anyhow::Result<ExitCode> {
         _ = terminate.recv() => Ok(false),
     };
     if let Ok(true) = started {
-        println!("{}", welcome(installation));
+        // As with `tell`: whoever started this may not read it.
+        let _ = writeln!(std::io::stdout(), "{}", welcome(installation));
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
         }
     }
-    eprintln!("Stopping: computes fall asleep first. Ctrl-C again to stop at once.");
+    tell("Stopping: computes fall asleep first. Ctrl-C again to stop at once.");
     let forced = tokio::select! {
         () = supervisor.stop() => false,
         _ = interrupt.recv() => true,
@@ -156,9 +158,9 @@ async fn supervise(installation: &Installation) -> anyhow::Result<ExitCode> {
     };
     if forced {
         supervisor.kill();
-        eprintln!("Stopped at once. Nothing committed is lost; computes that still run are found at the next start.");
+        tell("Stopped at once. Nothing committed is lost; computes that still run are found at the next start.");
     } else {
-        eprintln!("Stopped.");
+        tell("Stopped.");
     }
     started.map(|_| ExitCode::SUCCESS)
 }

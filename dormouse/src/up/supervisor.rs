@@ -24,6 +24,7 @@ use tokio::{
 };
 
 use super::plan::{Service, local};
+use crate::logging::tell;
 
 /// Longest wait for a service to take connections at the first start. One from before a crash may have to stop first.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -136,7 +137,7 @@ impl Supervised {
         self.signal(Signal::SIGTERM);
         if tokio::time::timeout(self.service.stop_timeout, self.wait_gone()).await.is_err() {
             let (name, seconds) = (&self.service.name, self.service.stop_timeout.as_secs());
-            eprintln!("{name} did not stop within {seconds} s and is killed; see {}", self.log.display());
+            tell(format_args!("{name} did not stop within {seconds} s and is killed; see {}", self.log.display()));
             self.signal(Signal::SIGKILL);
             let _ = tokio::time::timeout(Duration::from_secs(5), self.wait_gone()).await;
         }
@@ -172,7 +173,7 @@ fn keep(supervised: Rc<Supervised>, mut child: Child) {
             }
             loop {
                 let (name, log) = (&supervised.service.name, supervised.log.display());
-                eprintln!("{name} ended with {ended}; starting it again in {backoff:?} (log: {log})");
+                tell(format_args!("{name} ended with {ended}; starting it again in {backoff:?} (log: {log})"));
                 tokio::select! {
                     () = tokio::time::sleep(backoff) => {}
                     () = supervised.stopping.notified() => return,
@@ -183,7 +184,7 @@ fn keep(supervised: Rc<Supervised>, mut child: Child) {
                         child = again;
                         break;
                     }
-                    Err(error) => eprintln!("{error:#}"),
+                    Err(error) => tell(format_args!("{error:#}")),
                 }
             }
         }
