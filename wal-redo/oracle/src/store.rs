@@ -86,6 +86,16 @@ impl Store {
     }
 }
 
+/// The tablespaces beside the two that every cluster has, and the directory in which each has its databases.
+pub fn tablespaces(data_dir: &Path) -> Vec<(Oid, PathBuf)> {
+    let links = fs::read_dir(data_dir.join("pg_tblspc")).expect("pg_tblspc").flatten();
+    let directory = |link: fs::DirEntry| {
+        let oid = link.file_name().to_str()?.parse().ok()?;
+        Some((oid, fs::read_dir(link.path()).ok()?.flatten().next()?.path()))
+    };
+    links.filter_map(directory).collect()
+}
+
 /// A page of a stopped server's data directory; `None` beyond the fork's end.
 pub fn read_file_page(data_dir: &Path, tag: &PageTag) -> Option<Box<Page>> {
     let RelTag { spc, db, rel, fork } = tag.rel;

@@ -1,9 +1,9 @@
 //! Damaged records and pages: redo may refuse them or make nonsense of them, but must not panic.
 
 use bytes::Bytes;
-use dormouse_wal_redo::{changes, redo_page};
 use types::{PAGE_BYTES, PageTag};
 use wal::DecodedRecord;
+use wal_redo::{changes, redo_page};
 
 /// A small generator of pseudo-random numbers (xorshift), so that a run is the same every time.
 pub struct Damage {

@@ -48,7 +48,8 @@ fn hint_bits(page: &mut Page) {
     and_u16(page, 10, !0x0007);
 }
 
-fn unused_space(page: &mut Page) {
+/// What lies between `pd_lower` and `pd_upper`.
+pub fn hole(page: &mut Page) {
     let (lower, upper) = (lower(page), upper(page));
     if (HEADER_BYTES..=upper).contains(&lower) && upper <= PAGE_BYTES {
         page[lower..upper].fill(0);
@@ -71,7 +72,7 @@ fn content(page: &mut Page) {
 /// `heap_mask`: command ids, hint bits of tuples, padding behind tuples.
 fn heap(page: &mut Page, block: u32) {
     hint_bits(page);
-    unused_space(page);
+    hole(page);
     for (number, at) in (1u16..).zip(line_pointers(page)) {
         let (offset, state, len) = line_pointer(page, at);
         if len == 0 || offset + len > PAGE_BYTES {
@@ -92,9 +93,22 @@ fn heap(page: &mut Page, block: u32) {
     }
 }
 
+/// The bits of heap tuples that say whether their transactions are known to have ended, and of the page that it may be
+/// worth pruning: readers set them without WAL.
+pub fn heap_hints(page: &mut Page) {
+    hint_bits(page);
+    for at in line_pointers(page) {
+        let (offset, state, len) = line_pointer(page, at);
+        if state == 1 && len >= 23 && offset + len <= PAGE_BYTES {
+            let infomask = u16_at(page, offset + 20);
+            and_u16(page, offset + 20, if infomask & 0x0300 != 0x0300 { !0x0F00 } else { !0x0C00 });
+        }
+    }
+}
+
 fn btree(page: &mut Page) {
     hint_bits(page);
-    unused_space(page);
+    hole(page);
     let flags = special(page) + 12;
     if u16_at(page, flags) & 0x0001 != 0 {
         line_pointer_flags(page);
@@ -105,7 +119,7 @@ fn btree(page: &mut Page) {
 
 fn hash(page: &mut Page) {
     hint_bits(page);
-    unused_space(page);
+    hole(page);
     let flags = special(page) + 12;
     match u16_at(page, flags) & 0x000F {
         0 => {
@@ -124,25 +138,31 @@ fn gin(page: &mut Page) {
     if u16_at(page, flags) & 0x0004 != 0 {
         content(page);
     } else if lower(page) > HEADER_BYTES {
-        unused_space(page);
+        hole(page);
     }
+}
+
+/// `F_TUPLES_DELETED` of a GiST page: 15.18 sets it, 15.20 no longer does, the library doesn't, and nothing in Postgres reads it.
+pub fn gist_tuples_deleted(page: &mut Page) {
+    and_u16(page, special(page) + 12, !0x0004);
 }
 
 fn gist(page: &mut Page) {
     hint_bits(page);
-    unused_space(page);
+    hole(page);
     let special = special(page);
     page[special..special + 8].fill(0);
     if u16_at(page, special + 12) & 0x0001 != 0 {
         line_pointer_flags(page);
     }
     and_u16(page, special + 12, !0x0018);
+    gist_tuples_deleted(page);
 }
 
 fn spgist(page: &mut Page) {
     hint_bits(page);
     if lower(page) >= HEADER_BYTES {
-        unused_space(page);
+        hole(page);
     }
 }
 
@@ -150,7 +170,7 @@ fn brin(page: &mut Page) {
     hint_bits(page);
     let kind = u16_at(page, PAGE_BYTES - 2);
     if kind == 0xF093 || (kind == 0xF091 && lower(page) > HEADER_BYTES) {
-        unused_space(page);
+        hole(page);
     }
     and_u16(page, PAGE_BYTES - 4, !0x0001);
 }
@@ -167,7 +187,7 @@ pub fn mask(page: &mut Page, rmgr: RmgrId, block: u32) {
         rmgr::HASH => hash(page),
         rmgr::GIN => gin(page),
         rmgr::GIST => gist(page),
-        rmgr::SEQ | rmgr::GENERIC => unused_space(page),
+        rmgr::SEQ | rmgr::GENERIC => hole(page),
         rmgr::SPGIST => spgist(page),
         rmgr::BRIN => brin(page),
         _without_a_mask => {}

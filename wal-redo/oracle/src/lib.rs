@@ -1,15 +1,15 @@
 //! Redo checked against Postgres: every record of a `pg_wal` is applied by the library, and each page it touched is
 //! compared with the image that Postgres logged of the same page (`wal_consistency_checking = all`); at the end, all
-//! pages are compared with the files that a stopped server left.
+//! pages are compared with the files that a stopped server left, and with those of a standby that has replayed the same WAL.
 //!
 //! What it takes: a data directory's copy from before, and the data directory after a clean stop, all WAL kept.
-
-#![allow(dead_code)] // Each user of this module needs only some of it.
 
 pub mod damage;
 pub mod mask;
 pub mod names;
 pub mod server;
+mod standby;
+pub mod state;
 pub mod store;
 
 use std::{
@@ -20,13 +20,14 @@ use std::{
 };
 
 use damage::Damage;
-use dormouse_wal_redo::{Change, RedoError, changes, redo_page, restore_image};
+use state::State;
 use store::Store;
 use types::{ForkNumber, Lsn, PAGE_BYTES, PageTag, RelTag, WAL_SEGMENT_BYTES};
 use wal::{
     ControlFile, DecodedRecord, RmgrId, WalDecodeError, WalStreamDecoder,
     v15::{RelFileNode, heap::vm, rmgr},
 };
+use wal_redo::{Change, RedoError, changes, redo_page, restore_image};
 
 type Page = [u8; PAGE_BYTES];
 
@@ -75,12 +76,42 @@ pub struct Report {
     pub final_compared: u64,
     /// Those that differed.
     pub final_mismatches: u64,
+    /// Blocks and pages of a standby that were compared: relations, SLRU areas.
+    pub standby_compared: u64,
+    /// Those that differed, and missing or needless files.
+    pub standby_mismatches: u64,
+    /// What differs of all that is not relation pages: SLRU pages, sizes, maps, databases, two-phase files, counters.
+    pub state_mismatches: u64,
 }
 
 impl Report {
     /// True when nothing differed and nothing was refused.
     pub fn is_clean(&self) -> bool {
-        self.final_mismatches == 0 && self.kinds.values().all(|counts| counts.mismatches + counts.errors == 0)
+        self.mismatches() == 0
+    }
+
+    /// How many comparisons failed, refused records among them.
+    pub fn mismatches(&self) -> u64 {
+        let of_records: u64 = self.kinds.values().map(|counts| counts.mismatches + counts.errors).sum();
+        of_records + self.final_mismatches + self.standby_mismatches + self.state_mismatches
+    }
+
+    /// How many records were applied.
+    pub fn records(&self) -> u64 {
+        self.kinds.values().map(|counts| counts.records).sum()
+    }
+
+    /// Adds another check's outcome.
+    pub fn add(&mut self, other: Report) {
+        for (kind, counts) in other.kinds {
+            self.kinds.entry(kind).or_default().add(&counts);
+        }
+        self.problems.extend(other.problems);
+        self.final_compared += other.final_compared;
+        self.final_mismatches += other.final_mismatches;
+        self.standby_compared += other.standby_compared;
+        self.standby_mismatches += other.standby_mismatches;
+        self.state_mismatches += other.state_mismatches;
     }
 
     /// How many pages of such records were compared.
@@ -102,7 +133,7 @@ impl fmt::Display for Report {
             "{:<32} {:>9} {:>9} {:>9} {:>9} {:>7}",
             "record", "records", "redone", "restored", "compared", "bad"
         )?;
-        for (kind, c) in self.kinds.iter().filter(|(_, c)| c.redone + c.restored + c.errors > 0) {
+        for (kind, c) in &self.kinds {
             let bad = c.mismatches + c.errors;
             writeln!(f, "{kind:<32} {:>9} {:>9} {:>9} {:>9} {bad:>7}", c.records, c.redone, c.restored, c.compared)?;
         }
@@ -111,6 +142,12 @@ impl fmt::Display for Report {
             "pages compared with the files at the end: {}, bad {}",
             self.final_compared, self.final_mismatches
         )?;
+        writeln!(f, "pages compared with a standby's: {}, bad {}", self.standby_compared, self.standby_mismatches)?;
+        writeln!(
+            f,
+            "everything else (SLRU pages, sizes, maps, two-phase files, counters): bad {}",
+            self.state_mismatches
+        )?;
         self.problems.iter().try_for_each(|problem| writeln!(f, "- {problem}"))
     }
 }
@@ -118,10 +155,20 @@ impl fmt::Display for Report {
 /// Applies all WAL of `after` to the pages of `before`, comparing as described above. Panics when the directories
 /// cannot be read or the WAL ends with anything but its proper end: that is no outcome of redo.
 pub fn check(before: &Path, after: &Path) -> Report {
+    check_with_standby(before, after, None)
+}
+
+/// [`check`], and then everything compared with a standby's files: it started as `before`, replayed all the WAL, and was
+/// stopped.
+pub fn check_with_standby(before: &Path, after: &Path, standby: Option<&Path>) -> Report {
+    for directory in [before, after] {
+        assert!(control_file(directory).is_shut_down(), "the server of {directory:?} was stopped cleanly");
+    }
     let start = control_file(before).checkpoint_lsn();
     let end = control_file(after).checkpoint_lsn();
     let mut oracle = Oracle {
         store: Store::new(before),
+        state: State::of(before),
         changed_by: BTreeMap::new(),
         emptied_maps: BTreeSet::new(),
         damage: Damage::default(),
@@ -142,7 +189,9 @@ pub fn check(before: &Path, after: &Path) -> Report {
                 match decoder.poll_record() {
                     Ok(Some(record)) => {
                         last = record.start_lsn;
-                        oracle.apply(&record);
+                        if last != end {
+                            oracle.apply(&record);
+                        }
                     }
                     Ok(None) => break,
                     Err(WalDecodeError::EndOfWal { .. } | WalDecodeError::Invalid { .. }) if last == end => {
@@ -155,18 +204,22 @@ pub fn check(before: &Path, after: &Path) -> Report {
     }
     assert_eq!(last, end, "WAL is read up to the shutdown checkpoint");
     oracle.compare_with_files(after);
+    oracle.compare_state(after);
+    if let Some(standby) = standby {
+        oracle.compare_with_standby(standby);
+    }
     oracle.report
 }
 
-fn control_file(data_dir: &Path) -> ControlFile {
+/// A stopped server's control file. Panics when there is none.
+pub fn control_file(data_dir: &Path) -> ControlFile {
     let bytes = fs::read(data_dir.join("global/pg_control")).expect("pg_control is readable");
-    let control = ControlFile::parse(&bytes).expect("pg_control is valid");
-    assert!(control.is_shut_down(), "the server of {data_dir:?} was stopped cleanly");
-    control
+    ControlFile::parse(&bytes).expect("pg_control is valid")
 }
 
 struct Oracle {
     store: Store,
+    state: State,
     /// Which resource manager changed the page last: it knows what to mask.
     changed_by: BTreeMap<PageTag, RmgrId>,
     /// Pages of visibility maps whose bits Postgres has not logged: `CREATE DATABASE … STRATEGY wal_log` logs them as
@@ -185,6 +238,10 @@ impl Oracle {
             self.report.problem(|| error.to_string());
             Vec::new()
         });
+        if let Err(problem) = self.state.apply(record, &list) {
+            counts.errors += 1;
+            self.report.problem(|| problem);
+        }
         let mut touched = BTreeSet::new();
         for change in list {
             match change {
@@ -276,6 +333,13 @@ impl Oracle {
         }
     }
 
+    /// What is not relation pages, against the files of the stopped server.
+    fn compare_state(&mut self, data_dir: &Path) {
+        let problems = self.state.differences(&State::of(data_dir), data_dir);
+        self.report.state_mismatches += problems.len() as u64;
+        problems.into_iter().for_each(|problem| self.report.problem(|| problem));
+    }
+
     /// Compares all that redo wrote with the files of the stopped server.
     fn compare_with_files(&mut self, data_dir: &Path) {
         let mut problems = Vec::new();
@@ -354,6 +418,11 @@ fn difference(ours: &Page, theirs: &Page, rmgr: RmgrId, tag: &PageTag) -> Option
             ForkNumber::Main | ForkNumber::Fsm | ForkNumber::Init => mask::mask(page, rmgr, tag.block),
         }
     }
+    describe(&ours, &theirs)
+}
+
+/// Where two pages differ; `None` when they don't.
+fn describe(ours: &Page, theirs: &Page) -> Option<String> {
     let differing: Vec<usize> = (0..PAGE_BYTES).filter(|at| ours[*at] != theirs[*at]).collect();
     let (first, last) = (*differing.first()?, *differing.last()?);
     let excerpt =
@@ -362,9 +431,9 @@ fn difference(ours: &Page, theirs: &Page, rmgr: RmgrId, tag: &PageTag) -> Option
     Some(format!(
         "{} bytes differ, {first}..={last}: ours {} theirs {} (headers {} {})",
         differing.len(),
-        excerpt(&ours),
-        excerpt(&theirs),
-        header(&ours),
-        header(&theirs)
+        excerpt(ours),
+        excerpt(theirs),
+        header(ours),
+        header(theirs)
     ))
 }

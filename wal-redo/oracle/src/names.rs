@@ -1,4 +1,4 @@
-//! Names of page-changing records, as `pg_waldump` prints them.
+//! Names of records, as `pg_waldump` prints them.
 
 use wal::{DecodedRecord, v15::rmgr};
 
@@ -63,6 +63,25 @@ const SPGIST: [&str; 9] = [
 ];
 const BRIN: [&str; 6] = ["CREATE_INDEX", "INSERT", "UPDATE", "SAMEPAGE_UPDATE", "REVMAP_EXTEND", "DESUMMARIZE"];
 
+const XLOG: [&str; 14] = [
+    "CHECKPOINT_SHUTDOWN",
+    "CHECKPOINT_ONLINE",
+    "NOOP",
+    "NEXTOID",
+    "SWITCH",
+    "BACKUP_END",
+    "PARAMETER_CHANGE",
+    "RESTORE_POINT",
+    "FPW_CHANGE",
+    "END_OF_RECOVERY",
+    "FPI_FOR_HINT",
+    "FPI",
+    "-",
+    "OVERWRITE_CONTRECORD",
+];
+const XACT: [&str; 7] =
+    ["COMMIT", "PREPARE", "ABORT", "COMMIT_PREPARED", "ABORT_PREPARED", "ASSIGNMENT", "INVALIDATIONS"];
+
 /// `Heap/INSERT+INIT` and the like.
 pub fn name(record: &DecodedRecord) -> String {
     let info = record.rmgr_info();
@@ -75,6 +94,20 @@ pub fn name(record: &DecodedRecord) -> String {
         rmgr::GIST => (&GIST, info, 0),
         rmgr::SPGIST => (&SPGIST, info, 0),
         rmgr::BRIN => (&BRIN, info & 0x70, info & 0x80),
+        rmgr::XLOG => (&XLOG, info, 0),
+        // The highest bit tells that more follows.
+        rmgr::XACT => (&XACT, info & 0x70, 0),
+        rmgr::SMGR => (&["-", "CREATE", "TRUNCATE"], info, 0),
+        rmgr::CLOG | rmgr::COMMIT_TS => (&["ZEROPAGE", "TRUNCATE"], info, 0),
+        rmgr::DBASE => (&["CREATE_FILE_COPY", "CREATE_WAL_LOG", "DROP"], info, 0),
+        rmgr::TBLSPC => (&["CREATE", "DROP"], info, 0),
+        rmgr::MULTIXACT => (&["ZERO_OFF_PAGE", "ZERO_MEM_PAGE", "CREATE_ID", "TRUNCATE_ID"], info, 0),
+        rmgr::RELMAP => (&["UPDATE"], info, 0),
+        rmgr::STANDBY => (&["LOCK", "RUNNING_XACTS", "INVALIDATIONS"], info, 0),
+        rmgr::SEQ => (&["LOG"], info, 0),
+        rmgr::REPLORIGIN => (&["SET", "DROP"], info, 0),
+        rmgr::GENERIC => (&["APPLY"], info, 0),
+        rmgr::LOGICALMSG => (&["MESSAGE"], info, 0),
         _other => (&[], info, 0),
     };
     let operation = names.get(usize::from(code >> 4)).copied().map_or_else(|| format!("{info:#04x}"), str::to_owned);
