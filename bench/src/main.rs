@@ -2,6 +2,9 @@
 
 mod bare;
 mod branch;
+mod oltp;
+mod peer;
+mod scan;
 mod wake;
 
 use std::{process::ExitCode, time::Duration};
@@ -20,6 +23,15 @@ struct Arguments {
     /// pgbench scale of the large database of `branch`: 67 is 1 GB.
     #[arg(long, default_value_t = 67)]
     large_scale: u32,
+    /// Rounds of each load of `oltp` and `scan`.
+    #[arg(long, default_value_t = 3)]
+    load_rounds: usize,
+    /// Seconds of each round of `oltp`.
+    #[arg(long, default_value_t = 8)]
+    seconds: u32,
+    /// Size of the table of `scan`, MiB.
+    #[arg(long, default_value_t = 2048)]
+    scan_mib: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -28,18 +40,24 @@ enum Name {
     Wake,
     /// A branch of a large database, beside one of a small database.
     Branch,
+    /// pgbench, beside a stock server that is as durable.
+    Oltp,
+    /// Scan, COPY and index build, beside a stock server with a cold file cache.
+    Scan,
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    for name in [Name::Wake, Name::Branch] {
+    for name in [Name::Wake, Name::Branch, Name::Oltp, Name::Scan] {
         if arguments.name.is_some_and(|only| only != name) {
             continue;
         }
         let outcome = match name {
             Name::Wake => wake::run(arguments.rounds).await,
             Name::Branch => branch::run(arguments.rounds, arguments.large_scale).await,
+            Name::Oltp => oltp::run(arguments.load_rounds, arguments.seconds).await,
+            Name::Scan => scan::run(arguments.load_rounds, arguments.scan_mib).await,
         };
         if let Err(error) = outcome {
             eprintln!("bench failed: {error:#}");

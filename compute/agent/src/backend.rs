@@ -7,14 +7,13 @@ use bytes::Bytes;
 use pageserver_client::{ClientError, PageserverClient};
 use parking_lot::Mutex;
 use safekeeper_client::WalProposer;
-use shim_server::{BackendError, PageAnswer, ShimBackend};
+use shim_server::{BackendError, ShimBackend};
 use tokio_util::sync::CancellationToken;
 use types::{BlockNumber, BranchRef, Lsn, Oid, PageTag, RelTag};
 use wire::pageserver::ReadLsn;
 
 use crate::{
     last_written::LastWritten,
-    prefetch::SequentialReads,
     shipper::{ShipError, WalShipper},
 };
 
@@ -34,8 +33,6 @@ pub struct AgentBackend {
     pub shipper: Arc<WalShipper>,
     /// Which reads must wait for which WAL.
     pub last_written: Arc<LastWritten>,
-    /// Who reads sequentially.
-    pub reads: Mutex<SequentialReads>,
     /// Why the pageserver does not answer, when it does not.
     pub storage_problem: Mutex<Option<String>>,
     /// Cancelled when reads shall fail rather than wait: Postgres cannot stop while a backend waits for a page.
@@ -107,19 +104,18 @@ impl AgentBackend {
 
 #[async_trait]
 impl ShimBackend for AgentBackend {
-    async fn get_page(&self, tag: PageTag) -> Result<PageAnswer, BackendError> {
-        let ahead = self.reads.lock().observe(&tag);
-        let last = tag.block.saturating_add(ahead);
-        let tags: Vec<PageTag> = (tag.block..=last).map(|block| PageTag { rel: tag.rel, block }).collect();
+    async fn get_page(&self, tag: PageTag) -> Result<Bytes, BackendError> {
+        let (_, pages) = self.read_pages(&[tag]).await?;
+        let page = pages.into_iter().next();
+        page.ok_or_else(|| BackendError::Storage(format!("{tag}: the pageserver sent no page")))
+    }
+
+    async fn get_pages_ahead(&self, tags: Vec<PageTag>) -> Result<Vec<(PageTag, Bytes)>, BackendError> {
         let (as_of, pages) = self.read_pages(&tags).await?;
-        let mut answers = tags.into_iter().zip(pages);
-        let Some((_, page)) = answers.next() else {
-            return Err(BackendError::Storage(format!("{tag}: the pageserver sent no page")));
-        };
         // A page that another backend may have changed meanwhile, or that does not exist yet, is not sent ahead.
         let current = |tag: &PageTag| self.last_written.page(tag) <= as_of;
-        let prefetched = answers.filter(|(tag, page)| current(tag) && page.iter().any(|byte| *byte != 0)).collect();
-        Ok(PageAnswer { page, prefetched })
+        let useful = |(tag, page): &(PageTag, Bytes)| current(tag) && page.iter().any(|byte| *byte != 0);
+        Ok(tags.into_iter().zip(pages).filter(useful).collect())
     }
 
     async fn rel_size(&self, rel: RelTag) -> Result<Option<BlockNumber>, BackendError> {

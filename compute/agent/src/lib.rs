@@ -19,7 +19,6 @@ mod opening;
 mod owner;
 mod page_file;
 mod postgres;
-mod prefetch;
 mod settings;
 mod shipper;
 mod start;

@@ -220,7 +220,6 @@ fn backend(
         proposer: proposer.clone(),
         shipper: WalShipper::new(local, proposer.clone(), cache.clone()),
         last_written,
-        reads: Mutex::default(),
         storage_problem: Mutex::default(),
         give_up_reads: CancellationToken::new(),
         stopping: CancellationToken::new(),

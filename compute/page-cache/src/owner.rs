@@ -141,6 +141,17 @@ impl PageCache {
         Ok(pages)
     }
 
+    /// Copies a cached page; false when it is not cached.
+    pub fn read(&self, tag: PageTag, page: &mut Page) -> io::Result<bool> {
+        Ok(self.shared.read(&tag, page)?)
+    }
+
+    /// Blocks of a fork, as far as is known without asking; `None` when nothing is known or it does not exist.
+    pub fn rel_blocks(&self, rel: RelTag) -> io::Result<Option<BlockNumber>> {
+        let state = self.shared.rel_state(&rel)?;
+        Ok(state.and_then(Result::ok).filter(|state| !state.unlogged).and_then(|state| state.blocks))
+    }
+
     /// True when the page is cached.
     pub fn contains(&self, tag: PageTag) -> io::Result<bool> {
         Ok(self.shared.contains(&tag)?)

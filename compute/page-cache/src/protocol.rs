@@ -1,4 +1,4 @@
-//! What shim and agent say to each other over the Unix socket: one request, one response, in turn.
+//! What shim and agent say to each other over the Unix socket: one request, one response (but for read-ahead), in turn.
 
 use types::{BlockNumber, ForkNumber, PAGE_BYTES, RelTag};
 
@@ -26,6 +26,8 @@ pub enum Op {
     ListRels = 3,
     /// Wait until a quorum holds the WAL written so far.
     SyncWal = 4,
+    /// Pages from this one on will probably be wanted soon. There is no answer.
+    ReadAhead = 5,
 }
 
 /// A request.
@@ -54,7 +56,9 @@ impl Request {
 
     /// `None` when it is none of ours.
     pub fn decode(bytes: &[u8; REQUEST_BYTES]) -> Option<Request> {
-        let op = [Op::GetPage, Op::RelSize, Op::ListRels, Op::SyncWal].into_iter().find(|op| *op as u8 == bytes[0])?;
+        let op = [Op::GetPage, Op::RelSize, Op::ListRels, Op::SyncWal, Op::ReadAhead]
+            .into_iter()
+            .find(|op| *op as u8 == bytes[0])?;
         let fork = ForkNumber::try_from(bytes[1]).ok()?;
         let word = |index: usize| read_word(bytes, 4 + index * 4);
         Some(Request { op, rel: RelTag { spc: word(0), db: word(1), rel: word(2), fork }, block: word(3) })
@@ -96,7 +100,7 @@ impl ResponseHead {
         let payload = head.payload_bytes as usize;
         let fits = match op {
             Op::GetPage => payload == PAGE_BYTES,
-            Op::RelSize | Op::SyncWal => payload == 0,
+            Op::RelSize | Op::SyncWal | Op::ReadAhead => payload == 0,
             Op::ListRels => payload.is_multiple_of(LISTED_REL_BYTES) && payload / LISTED_REL_BYTES <= MAX_LISTED_RELS,
         };
         (if head.errno == 0 { fits } else { payload == 0 }).then_some(head)
@@ -132,7 +136,7 @@ mod tests {
         let request = Request { op: Op::ListRels, rel: REL, block: 7 };
         let bytes = request.encode();
         assert_eq!(Request::decode(&bytes), Some(request));
-        for (at, value) in [(0, 0), (0, 5), (1, 4)] {
+        for (at, value) in [(0, 0), (0, 6), (1, 4)] {
             let mut bad = bytes;
             bad[at] = value;
             assert_eq!(Request::decode(&bad), None);

@@ -10,8 +10,12 @@ use types::{BlockNumber, Oid, PageTag, RelTag};
 #[async_trait]
 pub trait ShimBackend: Send + Sync + 'static {
     /// The latest version of the page that WAL describes ([`types::PAGE_BYTES`] bytes; zeroes past the end). The caller
-    /// holds no newer version. May also return pages that are likely to be wanted next, as `(tag, page)`.
-    async fn get_page(&self, tag: PageTag) -> Result<PageAnswer, BackendError>;
+    /// holds no newer version.
+    async fn get_page(&self, tag: PageTag) -> Result<Bytes, BackendError>;
+
+    /// Pages that nobody has asked for yet, for the cache. Left out: those that may have changed since, and those that hold
+    /// nothing.
+    async fn get_pages_ahead(&self, tags: Vec<PageTag>) -> Result<Vec<(PageTag, Bytes)>, BackendError>;
 
     /// Blocks in the fork; `None` when it does not exist.
     async fn rel_size(&self, rel: RelTag) -> Result<Option<BlockNumber>, BackendError>;
@@ -22,15 +26,6 @@ pub trait ShimBackend: Send + Sync + 'static {
     /// Returns when a quorum holds every whole record that Postgres has written to `pg_wal` so far. Before it returns, the
     /// page cache's horizon is up to date with those records.
     async fn sync_wal(&self) -> Result<(), BackendError>;
-}
-
-/// A page and perhaps its neighbours.
-#[derive(Debug, Clone)]
-pub struct PageAnswer {
-    /// The page that was asked for.
-    pub page: Bytes,
-    /// Others, for the cache.
-    pub prefetched: Vec<(PageTag, Bytes)>,
 }
 
 /// Waiting does not help: the shim turns it into an errno.

@@ -2,9 +2,10 @@
 
 mod backend;
 mod environment;
+mod readahead;
 mod server;
 
-pub use backend::{BackendError, PageAnswer, ShimBackend};
+pub use backend::{BackendError, ShimBackend};
 pub use environment::{required_settings, shim_environment};
 pub use page_cache::{PageCache, PageCacheConfig, PageCacheStats};
 pub use server::ShimServer;

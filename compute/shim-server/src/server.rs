@@ -12,9 +12,12 @@ use tokio::{
     sync::Semaphore,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use types::{Lsn, PAGE_BYTES, PageTag};
+use types::{PAGE_BYTES, PageTag};
 
-use crate::backend::{BackendError, PageAnswer, ShimBackend};
+use crate::{
+    backend::{BackendError, ShimBackend},
+    readahead::ReadAhead,
+};
 
 /// Backends served at once; Postgres's `max_connections` is far below. More wait for their turn.
 const MAX_CONNECTIONS: usize = 4096;
@@ -34,6 +37,7 @@ pub struct ShimServer {
 struct Service {
     backend: Arc<dyn ShimBackend>,
     cache: PageCache,
+    ahead: ReadAhead,
 }
 
 impl ShimServer {
@@ -45,7 +49,8 @@ impl ShimServer {
             Ok(()) | Err(_) => {}
         }
         let listener = UnixListener::bind(socket_path)?;
-        Ok(ShimServer { listener, service: Arc::new(Service { backend, cache }) })
+        let ahead = ReadAhead::new(backend.clone(), cache.clone());
+        Ok(ShimServer { listener, service: Arc::new(Service { backend, cache, ahead }) })
     }
 
     /// Serves until `shutdown`, then lets requests in progress finish for two seconds.
@@ -102,6 +107,10 @@ impl Service {
                 read => read?,
             };
             let request = Request::decode(&bytes).ok_or_else(|| io::Error::other("not a request of this build"))?;
+            if request.op == Op::ReadAhead {
+                self.ahead.hint(&PageTag { rel: request.rel, block: request.block });
+                continue;
+            }
             let answer = self.answer(&request).await.unwrap_or_else(|error| {
                 tracing::warn!(%error, op = ?request.op, rel = %request.rel, block = request.block, "a file call fails");
                 Answer::failed(&error)
@@ -123,20 +132,19 @@ impl Service {
                 self.backend.sync_wal().await?;
                 Ok(Answer::new(None, Vec::new()))
             }
+            // Has no answer: never comes here.
+            Op::ReadAhead => Ok(Answer::new(None, Vec::new())),
         }
     }
 
     async fn get_page(&self, tag: PageTag) -> Result<Answer, BackendError> {
-        let as_of = self.cache.shipped();
-        let PageAnswer { page, prefetched } = self.backend.get_page(tag).await?;
+        let mut ready = [0; PAGE_BYTES];
+        if self.ahead.wait_for(&tag).await && self.cache.read(tag, &mut ready).unwrap_or(false) {
+            return Ok(Answer::new(None, ready.to_vec()));
+        }
+        let page = self.backend.get_page(tag).await?;
         if page.len() != PAGE_BYTES {
             return Err(BackendError::Storage(format!("{tag} came with {} bytes", page.len())));
-        }
-        if !prefetched.is_empty() {
-            let cache = self.cache.clone();
-            // Writing pages to the cache's file may wait for the disk. The backend waits too: it will ask for them next.
-            let deposited = tokio::task::spawn_blocking(move || deposit(&cache, prefetched, as_of)).await;
-            deposited.map_err(|error| BackendError::Storage(format!("depositing prefetched pages: {error}")))?;
         }
         Ok(Answer::new(None, page.into()))
     }
@@ -149,19 +157,6 @@ impl Service {
         }
         let listed = rels.iter().filter(|(rel, _)| (rel.spc, rel.db) == (spc, db));
         Ok(Answer::new(None, listed.flat_map(|(rel, blocks)| protocol::encode_listed(rel, *blocks)).collect()))
-    }
-}
-
-fn deposit(cache: &PageCache, pages: Vec<(PageTag, bytes::Bytes)>, as_of: Lsn) {
-    for (tag, page) in pages {
-        let Ok(page) = page.as_ref().try_into() else {
-            tracing::warn!(%tag, bytes = page.len(), "a prefetched page of odd length");
-            continue;
-        };
-        if let Err(error) = cache.deposit(tag, page, as_of) {
-            tracing::warn!(%tag, %error, "cannot put a prefetched page into the page cache");
-            return;
-        }
     }
 }
 

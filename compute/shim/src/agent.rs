@@ -31,6 +31,16 @@ pub fn get_page(socket: &CStr, tag: &PageTag, page: &mut Page) -> Result<(), Err
     call(socket, &request, |fd, _| receive(fd, page)).map(drop)
 }
 
+/// Says that pages from this one on will probably be wanted. Nobody answers, and nothing is lost when it is not heard.
+pub fn read_ahead(socket: &CStr, tag: &PageTag) {
+    let request = Request { op: Op::ReadAhead, rel: tag.rel, block: tag.block };
+    if let Ok(fd) = connected(socket)
+        && send(fd, &request.encode()).is_err()
+    {
+        disconnect();
+    }
+}
+
 /// A fork's size, `None` when there is none such.
 pub fn rel_size(socket: &CStr, rel: &RelTag) -> Result<Option<BlockNumber>, Errno> {
     let head = call(socket, &Request { op: Op::RelSize, rel: *rel, block: 0 }, |_, _| Ok(()))?;

@@ -13,6 +13,7 @@ mod hooks;
 mod orphan;
 mod path;
 mod postgres;
+mod readahead;
 mod real;
 mod relation;
 mod runtime;

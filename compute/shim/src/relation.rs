@@ -5,7 +5,7 @@ use page_cache::{
     types::{BlockNumber, ForkNumber, PAGE_BYTES, PageTag, REL_SEGMENT_BLOCKS, RelTag},
 };
 
-use crate::{agent, path::Segment, postgres, runtime::Runtime};
+use crate::{agent, path::Segment, postgres, readahead, runtime::Runtime};
 
 const PAGE: u64 = PAGE_BYTES as u64;
 
@@ -65,7 +65,12 @@ impl Runtime {
             let count = (PAGE_BYTES - within).min(wanted - done);
             let target = &mut buf[done..done + count];
             match <&mut Page>::try_from(&mut *target) {
-                Ok(page) => self.read_page(&tag, &state, page)?,
+                Ok(page) => {
+                    if !state.unlogged && readahead::observe(&tag) {
+                        agent::read_ahead(self.socket, &tag);
+                    }
+                    self.read_page(&tag, &state, page)?;
+                }
                 Err(_partial) => {
                     let mut page = [0; PAGE_BYTES];
                     self.read_page(&tag, &state, &mut page)?;

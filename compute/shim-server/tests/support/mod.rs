@@ -19,7 +19,7 @@ use std::{
 
 use async_trait::async_trait;
 use dormouse_shim_server::{
-    BackendError, PageAnswer, PageCache, PageCacheConfig, ShimBackend, ShimServer, required_settings, shim_environment,
+    BackendError, PageCache, PageCacheConfig, ShimBackend, ShimServer, required_settings, shim_environment,
 };
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
@@ -173,15 +173,17 @@ impl PlainDirectory {
 
 #[async_trait]
 impl ShimBackend for PlainDirectory {
-    async fn get_page(&self, tag: PageTag) -> Result<PageAnswer, BackendError> {
+    async fn get_page(&self, tag: PageTag) -> Result<bytes::Bytes, BackendError> {
         if self.fail_pages.load(Relaxed) {
             return Err(BackendError::Storage("told to fail".to_owned()));
         }
         self.pages_read.fetch_add(1, Relaxed);
-        let read = |block| bytes::Bytes::copy_from_slice(&self.page(&PageTag { rel: tag.rel, block }));
-        let end = self.size(&tag.rel).unwrap_or(0).min(tag.block + 4);
-        let prefetched = (tag.block + 1..end).map(|block| (PageTag { rel: tag.rel, block }, read(block))).collect();
-        Ok(PageAnswer { page: read(tag.block), prefetched })
+        Ok(bytes::Bytes::copy_from_slice(&self.page(&tag)))
+    }
+
+    async fn get_pages_ahead(&self, tags: Vec<PageTag>) -> Result<Vec<(PageTag, bytes::Bytes)>, BackendError> {
+        let read = |tag| (tag, bytes::Bytes::copy_from_slice(&self.page(&tag)));
+        Ok(tags.into_iter().map(read).collect())
     }
 
     async fn rel_size(&self, rel: RelTag) -> Result<Option<BlockNumber>, BackendError> {

@@ -9,7 +9,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use dormouse_shim_server::{BackendError, PageAnswer, PageCache, ShimBackend};
+use dormouse_shim_server::{BackendError, PageCache, ShimBackend};
 use types::{BlockNumber, ForkNumber, Lsn, Oid, PAGE_BYTES, PageTag, RelTag};
 use wal::{
     DecodedRecord, WalStreamDecoder,
@@ -208,16 +208,19 @@ impl State {
 
 #[async_trait]
 impl ShimBackend for Replayed {
-    async fn get_page(&self, tag: PageTag) -> Result<PageAnswer, BackendError> {
+    async fn get_page(&self, tag: PageTag) -> Result<bytes::Bytes, BackendError> {
         self.base.pages_read.fetch_add(1, Relaxed);
         let state = self.state.lock().expect("lock");
         let size = state.size(&self.base, &tag.rel).unwrap_or(0);
-        let read = |block: BlockNumber| {
-            let tag = PageTag { rel: tag.rel, block };
-            (tag, bytes::Bytes::copy_from_slice(state.page(&self.base, &tag).as_slice()))
-        };
-        let page = if tag.block < size { read(tag.block).1 } else { vec![0; PAGE_BYTES].into() };
-        Ok(PageAnswer { page, prefetched: (tag.block + 1..size.min(tag.block + 8)).map(read).collect() })
+        let read = || bytes::Bytes::copy_from_slice(state.page(&self.base, &tag).as_slice());
+        Ok(if tag.block < size { read() } else { vec![0; PAGE_BYTES].into() })
+    }
+
+    async fn get_pages_ahead(&self, tags: Vec<PageTag>) -> Result<Vec<(PageTag, bytes::Bytes)>, BackendError> {
+        let state = self.state.lock().expect("lock");
+        let exists = |tag: &PageTag| tag.block < state.size(&self.base, &tag.rel).unwrap_or(0);
+        let read = |tag| (tag, bytes::Bytes::copy_from_slice(state.page(&self.base, &tag).as_slice()));
+        Ok(tags.into_iter().filter(exists).map(read).collect())
     }
 
     async fn rel_size(&self, rel: RelTag) -> Result<Option<BlockNumber>, BackendError> {
