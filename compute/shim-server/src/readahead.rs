@@ -156,7 +156,7 @@ mod tests {
         assert_eq!(state.advance(rel(1), 1, 9), 8..9);
         assert_eq!(state.advance(rel(1), 4, 12), 9..12);
         // A second process of the same scan is a little behind.
-        assert_eq!(state.advance(rel(1), 3, 11), 12..11);
+        assert!(state.advance(rel(1), 3, 11).is_empty());
         assert_eq!(state.advance(rel(1), 5, 13), 12..13);
     }
 
