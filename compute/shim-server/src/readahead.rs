@@ -1,8 +1,10 @@
 //! Reading ahead of backends that read in order: batches of pages are fetched, several at a time, before they are asked for.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
-use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
 use types::{BlockNumber, PageTag, RelTag};
 
@@ -54,7 +56,7 @@ impl ReadAhead {
         let here = tag.block / BATCH_PAGES;
         let end = blocks.div_ceil(BATCH_PAGES).min(here.saturating_add(WINDOW_BATCHES));
         // The lock must not be held by the loop: fetching takes it.
-        let wanted = self.state.lock().advance(tag.rel, here, end);
+        let wanted = self.state().advance(tag.rel, here, end);
         for number in wanted {
             self.fetch((tag.rel, number), blocks);
         }
@@ -63,16 +65,21 @@ impl ReadAhead {
     /// Waits for the batch that holds the page, if it is on its way.
     pub async fn wait_for(&self, tag: &PageTag) -> bool {
         let batch = (tag.rel, tag.block / BATCH_PAGES);
-        let Some(mut arrival) = self.state.lock().on_their_way.get(&batch).cloned() else { return false };
+        let Some(mut arrival) = self.state().on_their_way.get(&batch).cloned() else { return false };
         // Nothing is ever sent: it ends when the sender goes.
         while arrival.changed().await.is_ok() {}
         true
     }
 
+    /// Every change of the state is whole before anything can panic.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn fetch(&self, batch: Batch, blocks: BlockNumber) {
         let Ok(place) = self.places.clone().try_acquire_owned() else { return };
         let (arrived, arrival) = watch::channel(());
-        if self.state.lock().on_their_way.insert(batch, arrival).is_some() {
+        if self.state().on_their_way.insert(batch, arrival).is_some() {
             return;
         }
         let this = self.clone();
@@ -87,7 +94,7 @@ impl ReadAhead {
             if !tags.is_empty() {
                 this.fill(tags).await;
             }
-            this.state.lock().on_their_way.remove(&batch);
+            this.state().on_their_way.remove(&batch);
             drop((arrived, place));
         });
     }
