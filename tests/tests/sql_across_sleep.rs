@@ -187,3 +187,39 @@ fn other_database(uri: &str, name: &str) -> String {
     let (server, _) = address.rsplit_once('/').unwrap_or((address, ""));
     format!("{server}/{name}?{options}")
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn statistics_survive_a_sleep() -> anyhow::Result<()> {
+    let mut cluster = Cluster::start(ClusterOptions::default()).await?;
+    let outcome = keep_statistics(&cluster).await;
+    outcome.map_err(|error| error.context(cluster.log()))?;
+    cluster.down().await
+}
+
+async fn keep_statistics(cluster: &Cluster) -> anyhow::Result<()> {
+    let api = cluster.api()?;
+    let project = api.create_project("statistics").await?;
+    let path = format!("/projects/{}/endpoints/{}", project.id, project.endpoint);
+    let settings =
+        json!({"endpoint": {"settings": {"pg_settings": {"shared_preload_libraries": "pg_stat_statements"}}}});
+    api.wait_state(&project.id, &project.endpoint, "active", std::time::Duration::from_secs(60)).await?;
+    api.ok("PATCH".parse()?, &path, Some(settings)).await?;
+    api.suspend(&project.id, &project.endpoint).await?;
+    sql::ask(&project.uri, "select 1").await?;
+    let admin = cluster.superuser(&project.endpoint, "dormouse").await?;
+    admin.batch_execute("create extension pg_stat_statements; create table counted (a int)").await?;
+    for _ in 0..7 {
+        admin.batch_execute("insert into counted values (1)").await?;
+    }
+    drop(admin);
+    let calls = "select sum(calls) from pg_stat_statements where query like 'insert into counted%'";
+    let rows = "select n_tup_ins from pg_stat_user_tables where relname = 'counted'";
+    for round in 0..3 {
+        api.suspend(&project.id, &project.endpoint).await?;
+        sql::ask(&project.uri, "select 1").await?;
+        let admin = cluster.superuser(&project.endpoint, "dormouse").await?;
+        assert_eq!(sql::value(&admin, calls).await?, "7", "statements, after sleep {round}");
+        assert_eq!(sql::value(&admin, rows).await?, "7", "rows, after sleep {round}");
+    }
+    Ok(())
+}

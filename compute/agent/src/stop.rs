@@ -26,10 +26,11 @@ const QUIT_LIMIT: Duration = Duration::from_secs(5);
 /// Longest wait for a quorum to hold the last WAL.
 const LAST_WAL_LIMIT: Duration = Duration::from_secs(10);
 
-/// Where Postgres leaves its cumulative statistics at a shutdown (`PGSTAT_STAT_PERMANENT_FILENAME` in `pgstat.h`).
-const STATISTICS_FILE: &str = "pg_stat/pgstat.stat";
+/// Where Postgres leaves its cumulative statistics at a shutdown (`PGSTAT_STAT_PERMANENT_FILENAME` in `pgstat.h`), and
+/// `pg_stat_statements` its own (`PGSS_DUMP_FILE`).
+const STATISTICS_FILES: &[&str] = &["pg_stat/pgstat.stat", "pg_stat/pg_stat_statements.stat"];
 
-/// Statistics over this size are not kept: they are worth less than the WAL they take.
+/// A file of statistics over this size is not kept: they are worth less than the WAL they take.
 const MAX_STATISTICS_BYTES: u64 = 4 * 1024 * 1024;
 
 /// Most sequences that are kept exactly; others have gaps, as after a crash.
@@ -90,10 +91,12 @@ impl Farewell {
         let sequences = compute.shipper.sequences(MAX_SEQUENCES);
         let sequences = sequences.inspect_err(|error| tracing::warn!(%error, "sequences will have gaps"));
         let mut farewell = Farewell { sequences: sequences.unwrap_or_default(), files: Vec::new() };
-        match read_statistics(&compute.dir.pgdata().join(STATISTICS_FILE)) {
-            Ok(Some(content)) => farewell.keep_file(STATISTICS_FILE, &content),
-            Ok(None) => {}
-            Err(error) => tracing::warn!(%error, "the statistics are lost"),
+        for path in STATISTICS_FILES {
+            match read_statistics(&compute.dir.pgdata().join(path)) {
+                Ok(Some(content)) => farewell.keep_file(path, &content),
+                Ok(None) => {}
+                Err(error) => tracing::warn!(%error, path, "statistics are lost"),
+            }
         }
         farewell
     }
