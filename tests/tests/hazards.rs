@@ -374,3 +374,42 @@ async fn a_table_past_one_gibibyte_has_its_segments() -> anyhow::Result<()> {
     })
     .await
 }
+
+/// An extension of the distribution's packages with types and index methods of its own, where it is installed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgis_is_loaded_and_indexed() -> anyhow::Result<()> {
+    within("200", |world| async move {
+        let client = world.client().await?;
+        let available = "select count(*) from pg_available_extensions where name = 'postgis'";
+        if sql::value(&client, available).await? == "0" {
+            eprintln!("skipped: postgresql-15-postgis-3 is not installed");
+            return Ok(());
+        }
+        client.batch_execute("create extension postgis; create table places (id int primary key, at geometry(Point, 4326), area geometry)").await?;
+        client
+            .batch_execute(
+                "insert into places select i, st_setsrid(st_makepoint(i % 1000 / 10.0, i / 1000 / 5.0), 4326),
+                     st_buffer(st_setsrid(st_makepoint(i % 1000 / 10.0, i / 1000 / 5.0), 4326), 0.05, 2)
+                 from generate_series(1, 60000) i",
+            )
+            .await?;
+        client.batch_execute("create index on places using gist (at); create index on places using spgist (at); create index on places using gist (area)").await?;
+        let near = "select md5(string_agg(id::text, ',' order by id)) from places
+            where st_dwithin(at, st_setsrid(st_makepoint(50, 5), 4326), 3) and st_intersects(area, st_makeenvelope(48, 4, 52, 6, 4326))";
+        let nearest = "select string_agg(id::text, ',') from (select id from places order by at <-> st_setsrid(st_makepoint(12.34, 5.67), 4326), id limit 5) n";
+        client.batch_execute("set enable_indexscan = off; set enable_bitmapscan = off").await?;
+        let (found, closest) = (sql::value(&client, near).await?, sql::value(&client, nearest).await?);
+        anyhow::ensure!(found.len() == 32, "nothing was found by the sequential scan");
+        drop(client);
+        for round in 0..2 {
+            let client = world.client().await?;
+            client.batch_execute("set enable_seqscan = off").await?;
+            expect(&client, near, &found).await.with_context(|| format!("round {round}"))?;
+            expect(&client, nearest, &closest).await?;
+            drop(client);
+            world.sleep().await?;
+        }
+        Ok(())
+    })
+    .await
+}
