@@ -4,6 +4,7 @@
 #   make demo OBJECT_STORE=s3    the same, against an S3-compatible server that it starts itself
 #   make test                    units, simulation, end-to-end against real PostgreSQL and a real S3-compatible server
 #   make regress                 PostgreSQL's core, isolation and contrib tests, beside a stock server (15 minutes)
+#   make redo-check              WAL redo against PostgreSQL's own pages: its tests, a standby, broken versions of redo (30 minutes)
 #   make bench [NAME=wake]       every benchmark, or one
 #   make lint                    formatting and lints
 
@@ -11,7 +12,7 @@ OBJECT_STORE ?= local
 NAME ?=
 SETUP := $(if $(filter s3,$(OBJECT_STORE)),s3,)
 
-.PHONY: demo test regress bench lint build release
+.PHONY: demo test regress redo-check bench lint build release
 
 build:
 	@scripts/setup.sh
@@ -31,6 +32,11 @@ test:
 
 regress: release
 	target/release/regress --source "$$(scripts/postgres-source.sh languages)"
+
+redo-check:
+	@scripts/setup.sh
+	cargo build --release --locked -p dormouse-tests --bin redo-check
+	target/release/redo-check --source "$$(scripts/postgres-source.sh)"
 
 bench: release
 	target/release/bench $(if $(NAME),--name $(NAME),)

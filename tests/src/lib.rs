@@ -3,6 +3,7 @@
 pub mod api;
 pub mod cluster;
 pub mod processes;
+pub mod redo_check;
 pub mod regress;
 pub mod s3;
 pub mod sql;

@@ -96,7 +96,9 @@ fn heap(page: &mut Page, block: u32) {
 /// The bits of heap tuples that say whether their transactions are known to have ended, and of the page that it may be
 /// worth pruning: readers set them without WAL.
 pub fn heap_hints(page: &mut Page) {
-    hint_bits(page);
+    page[20..24].fill(0);
+    // PD_HAS_FREE_LINES and PD_PAGE_FULL; PD_ALL_VISIBLE is no hint.
+    and_u16(page, 10, !0x0003);
     for at in line_pointers(page) {
         let (offset, state, len) = line_pointer(page, at);
         if state == 1 && len >= 23 && offset + len <= PAGE_BYTES {
