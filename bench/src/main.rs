@@ -4,6 +4,7 @@ mod bare;
 mod branch;
 mod oltp;
 mod peer;
+mod redo;
 mod scan;
 mod wake;
 
@@ -32,6 +33,9 @@ struct Arguments {
     /// Size of the table of `scan`, MiB.
     #[arg(long, default_value_t = 2048)]
     scan_mib: u32,
+    /// pgbench scale of the load of `redo`; the bulk load grows with it.
+    #[arg(long, default_value_t = 20)]
+    redo_scale: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -44,12 +48,14 @@ enum Name {
     Oltp,
     /// Scan, COPY and index build, beside a stock server with a cold file cache.
     Scan,
+    /// WAL redo, beside a stock server's crash recovery.
+    Redo,
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    for name in [Name::Wake, Name::Branch, Name::Oltp, Name::Scan] {
+    for name in [Name::Wake, Name::Branch, Name::Oltp, Name::Scan, Name::Redo] {
         if arguments.name.is_some_and(|only| only != name) {
             continue;
         }
@@ -58,6 +64,7 @@ async fn main() -> ExitCode {
             Name::Branch => branch::run(arguments.rounds, arguments.large_scale).await,
             Name::Oltp => oltp::run(arguments.load_rounds, arguments.seconds).await,
             Name::Scan => scan::run(arguments.load_rounds, arguments.scan_mib).await,
+            Name::Redo => redo::run(arguments.load_rounds, arguments.redo_scale).await,
         };
         if let Err(error) = outcome {
             eprintln!("bench failed: {error:#}");

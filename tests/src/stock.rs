@@ -129,6 +129,14 @@ impl StockServer {
         Ok(())
     }
 
+    /// SIGQUIT: what is not on disk is lost, as in a crash.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        let Some(mut child) = self.running.take() else { return Ok(()) };
+        kill(Pid::from_raw(child.id() as i32), Signal::SIGQUIT)?;
+        child.wait()?;
+        Ok(())
+    }
+
     /// A connection as the superuser.
     pub async fn connect(&self, database: &str) -> anyhow::Result<tokio_postgres::Client> {
         connect_local(&self.socket_dir(), database).await
@@ -158,10 +166,7 @@ impl StockServer {
 
 impl Drop for StockServer {
     fn drop(&mut self) {
-        if let Some(mut child) = self.running.take() {
-            let _ = kill(Pid::from_raw(child.id() as i32), Signal::SIGQUIT);
-            let _ = child.wait();
-        }
+        let _ = self.kill();
     }
 }
 

@@ -16,7 +16,7 @@ use clap::Parser;
 use e2e::{
     redo_check::{Mutants, NEVER_SEEN, RECORD_TYPES, Standby, Workload},
     regress::{Sources, Suite, Target},
-    stock::{StockServer, run},
+    stock::{StockServer, host_user, run},
 };
 use redo_oracle::{Report, check_with_standby};
 
@@ -115,8 +115,9 @@ async fn all(arguments: &Arguments) -> anyhow::Result<bool> {
     }
     if "workload".starts_with(&arguments.only) {
         // Without full-page images, every change goes through redo.
+        // With them, hints are logged too.
         for images in ["off", "on"] {
-            let settings = [("full_page_writes", images), ("autovacuum", "off")];
+            let settings = [("full_page_writes", images), ("wal_log_hints", images), ("autovacuum", "off")];
             total.add(stage("workload", &settings, |target| Workload::new(target).run()).await?);
         }
     }
@@ -187,6 +188,9 @@ impl Recorded {
 }
 
 fn run_suites(sources: &Sources, suites: &[Suite], target: &Target, keep: &Path) -> anyhow::Result<()> {
+    // Contrib modules' tests connect as the user that they run as.
+    let role = format!("create role \"{}\" superuser login", host_user()?);
+    run(target.client("psql")?.args(["-X", "-q", "-c", &role]))?;
     for suite in suites {
         let outcomes = sources.run(suite, target, keep)?;
         let passed = outcomes.passed.values().filter(|passed| **passed).count();

@@ -39,6 +39,18 @@ SELECT pg_replication_origin_advance('elsewhere', '0/5678');
 SELECT pg_replication_origin_drop('elsewhere');
 SELECT pg_logical_emit_message(true, 'prefix', 'message');
 SELECT pg_create_restore_point('here');
+SELECT pg_backup_start('nowhere', true);
+SELECT 1 FROM pg_backup_stop(false);
+-- Taken up by the checkpointer, in its own time.
+ALTER SYSTEM SET full_page_writes = off;
+SELECT pg_reload_conf();
+SELECT pg_sleep(1);
+ALTER SYSTEM SET full_page_writes = on;
+SELECT pg_reload_conf();
+SELECT pg_sleep(1);
+ALTER SYSTEM RESET full_page_writes;
+SELECT pg_reload_conf();
+SELECT pg_sleep(1);
 SELECT pg_switch_wal();
 
 CREATE DATABASE by_wal STRATEGY wal_log;
@@ -78,3 +90,5 @@ SET vacuum_freeze_table_age = 0;
 SET vacuum_multixact_freeze_min_age = 0;
 SET vacuum_multixact_freeze_table_age = 0;
 VACUUM FREEZE;
+-- Only when every database is frozen can the oldest ids go.
+ALTER DATABASE template0 ALLOW_CONNECTIONS true;

@@ -36,6 +36,7 @@ impl Workload<'_> {
         for (name, script) in SCRIPTS {
             self.sql(script).with_context(|| format!("the script {name}"))?;
         }
+        run(self.target.client("vacuumdb")?.args(["--all", "--freeze", "--quiet"]))?;
         self.pgbench(&["-i", "-q", "-s", "2", "-I", "dtgvpf"])?;
         for script in ["tpcb-like", "simple-update", "select-only"] {
             self.pgbench(&["-n", "-c", "8", "-j", "2", "-t", "400", "-b", script])?;

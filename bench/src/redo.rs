@@ -1,0 +1,278 @@
+//! WAL redo: the library on one core, in turn with a stock `postgres` in crash recovery over the same WAL; and the time to
+//! rebuild one page from an image and a chain of records.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail, ensure};
+use e2e::stock::{SUPERUSER, StockServer, as_postgres, run as succeed};
+use redo_oracle::{control_file, store::read_file_page};
+use types::{Lsn, PAGE_BYTES, PageTag, RelTag, WAL_SEGMENT_BYTES};
+use wal::{CheckPoint, DecodedRecord, WalStreamDecoder, v15::rmgr};
+use wal_redo::{Change, SlruKind, changes, checkpoint, commit_ts_changes, redo_page, redo_slru_page};
+
+type Page = Box<[u8; PAGE_BYTES]>;
+
+/// Records in the chain whose application is timed.
+const CHAIN_RECORDS: usize = 60;
+const CHAIN_ROUNDS: u32 = 20_000;
+
+/// As a Dormouse compute writes it: no full-page images. Nothing but the first checkpoint, so that all of it is replayed.
+const SETTINGS: &[(&str, &str)] = &[
+    ("full_page_writes", "off"),
+    ("shared_buffers", "2GB"),
+    ("checkpoint_timeout", "1d"),
+    ("max_wal_size", "50GB"),
+    ("autovacuum", "off"),
+    ("fsync", "off"),
+    ("maintenance_work_mem", "512MB"),
+];
+
+/// Prints `redo_mrec_s= redo_mb_s= postgres_mb_s= redo_ratio= chain_us=`, and the ratio of each load by itself.
+pub async fn run(rounds: usize, pgbench_scale: u32) -> anyhow::Result<()> {
+    let scale = pgbench_scale.to_string();
+    let init = ["-i", "-q", "-s", &scale];
+    let transactions = (20_000 * pgbench_scale / 10).to_string();
+    let pgbench = Recorded::make(&init, |home| client(home, "pgbench", &["-n", "-c", "4", "-t", &transactions]))
+        .await
+        .context("pgbench")?;
+    let rows = 60_000 * pgbench_scale;
+    let bulk = Recorded::make(&[], |home| {
+        let load = format!(
+            "create table bulk (id int primary key, k int, t text);
+             create index on bulk (k); create index on bulk using gin (to_tsvector('simple', t));
+             insert into bulk select g, (g * 7919::bigint % 1000003)::int, 'row ' || g % 977 || ' of many'
+             from generate_series(1, {rows}) g;
+             create index on bulk (t);"
+        );
+        client(home, "psql", &["-X", "-q", "-v", "ON_ERROR_STOP=1", "-c", &load])
+    })
+    .await
+    .context("bulk load")?;
+
+    let mut library = Totals::default();
+    let mut postgres = Duration::ZERO;
+    for (name, recorded) in [("pgbench", &pgbench), ("bulk", &bulk)] {
+        let mut ours = Vec::new();
+        let mut theirs = Vec::new();
+        for _ in 0..rounds {
+            theirs.push(recorded.recover().await?);
+            ours.push(recorded.replay()?);
+        }
+        theirs.sort();
+        ours.sort_by_key(|totals| totals.took);
+        let (ours, theirs) = (ours[ours.len() / 2], theirs[theirs.len() / 2]);
+        println!(
+            "{name}: {} records, {:.1} MB of WAL: library {:.2} s, postgres {:.2} s, ratio {:.2}",
+            ours.records,
+            mb(ours.bytes),
+            ours.took.as_secs_f64(),
+            theirs.as_secs_f64(),
+            theirs.as_secs_f64() / ours.took.as_secs_f64()
+        );
+        library.add(ours);
+        postgres += theirs;
+    }
+    let chain_us = chain(&pgbench)?;
+    let seconds = library.took.as_secs_f64();
+    println!(
+        "redo_mrec_s={:.2} redo_mb_s={:.1} postgres_mb_s={:.1} redo_ratio={:.2} chain_us={chain_us:.2}",
+        library.records as f64 / 1e6 / seconds,
+        mb(library.bytes) / seconds,
+        mb(library.bytes) / postgres.as_secs_f64(),
+        postgres.as_secs_f64() / seconds,
+    );
+    Ok(())
+}
+
+fn mb(bytes: u64) -> f64 {
+    bytes as f64 / 1e6
+}
+
+fn client(socket_dir: &Path, program: &str, arguments: &[&str]) -> anyhow::Result<()> {
+    let mut command = as_postgres(e2e::pg_bin_dir().join(program))?;
+    command.env("PGHOST", socket_dir).env("PGUSER", SUPERUSER).env("PGDATABASE", "postgres");
+    succeed(command.args(arguments)).map(drop)
+}
+
+#[derive(Clone, Copy, Default)]
+struct Totals {
+    records: u64,
+    bytes: u64,
+    took: Duration,
+}
+
+impl Totals {
+    fn add(&mut self, other: Totals) {
+        self.records += other.records;
+        self.bytes += other.bytes;
+        self.took += other.took;
+    }
+}
+
+/// A cluster's files from before a load, and all that the load wrote to WAL, up to a crash.
+struct Recorded {
+    /// Holds `base`: the files from before with the crashed server's WAL and control file.
+    home: tempfile::TempDir,
+    start: Lsn,
+    /// What the control file said at the start.
+    counters: CheckPoint,
+}
+
+impl Recorded {
+    async fn make(init: &[&str], load: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow::Result<Recorded> {
+        let home = tempfile::tempdir()?;
+        std::fs::set_permissions(home.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        let base = home.path().join("base");
+        let mut server = StockServer::create(SETTINGS)?;
+        if !init.is_empty() {
+            server.start().await?;
+            client(&server.socket_dir(), "pgbench", init)?;
+            server.stop()?;
+        }
+        succeed(Command::new("cp").arg("-a").arg(server.data_dir()).arg(&base))?;
+        let control = control_file(&base);
+        server.start().await?;
+        load(&server.socket_dir())?;
+        server.kill()?;
+        // Now the files from before look as if the server had crashed with nothing written but WAL.
+        for part in ["pg_wal", "global/pg_control"] {
+            succeed(Command::new("rm").arg("-r").arg(base.join(part)))?;
+            succeed(Command::new("cp").arg("-a").arg(server.data_dir().join(part)).arg(base.join(part)))?;
+        }
+        Ok(Recorded { home, start: control.checkpoint_lsn(), counters: control.checkpoint() })
+    }
+
+    fn base(&self) -> PathBuf {
+        self.home.path().join("base")
+    }
+
+    /// How long Postgres's crash recovery takes, from the start of redo to its end, by its own log.
+    async fn recover(&self) -> anyhow::Result<Duration> {
+        let mut server =
+            StockServer::on(|data_dir| succeed(Command::new("cp").arg("-a").arg(self.base()).arg(data_dir)).map(drop))?;
+        server.start().await?;
+        server.stop()?;
+        let log = std::fs::read_to_string(server.socket_dir().join("log"))?;
+        let elapsed =
+            log.lines().find(|line| line.contains("redo done at")).and_then(|line| line.split("elapsed: ").nth(1));
+        let seconds = elapsed.and_then(|text| text.trim_end_matches(" s").parse().ok());
+        seconds.map(Duration::from_secs_f64).with_context(|| format!("the server tells of no redo:\n{log}"))
+    }
+
+    /// The library does the same.
+    fn replay(&self) -> anyhow::Result<Totals> {
+        let mut replay = Replay::new(self);
+        let began = Instant::now();
+        let (records, bytes) = self.each_record(|record| replay.apply(record))?;
+        Ok(Totals { records, bytes, took: began.elapsed() })
+    }
+
+    /// Decodes all WAL; how many records, of how many bytes.
+    fn each_record(&self, mut f: impl FnMut(&DecodedRecord) -> anyhow::Result<()>) -> anyhow::Result<(u64, u64)> {
+        let mut decoder = WalStreamDecoder::new(self.start);
+        let mut records = 0;
+        for number in self.start.segment_number().. {
+            let segment = Lsn(number * WAL_SEGMENT_BYTES);
+            let Ok(bytes) = std::fs::read(self.base().join("pg_wal").join(segment.segment_file_name())) else { break };
+            let skipped = self.start.0.saturating_sub(segment.0) as usize;
+            for (at, chunk) in (skipped..).step_by(1 << 20).zip(bytes[skipped..].chunks(1 << 20)) {
+                decoder.feed(segment + at as u64, chunk);
+                loop {
+                    match decoder.poll_record() {
+                        Ok(Some(record)) => {
+                            records += 1;
+                            f(&record)?;
+                        }
+                        Ok(None) => break,
+                        // A server that was killed leaves zeroes or an old segment's content behind its WAL.
+                        Err(_end_of_wal) => return Ok((records, decoder.position().0 - self.start.0)),
+                    }
+                }
+            }
+        }
+        Ok((records, decoder.position().0 - self.start.0))
+    }
+}
+
+/// All pages in memory, as Postgres has them in shared buffers.
+struct Replay {
+    base: PathBuf,
+    pages: HashMap<RelTag, Vec<Option<Page>>>,
+    slru: HashMap<(SlruKind, u32), Page>,
+    counters: CheckPoint,
+}
+
+impl Replay {
+    fn new(recorded: &Recorded) -> Replay {
+        Replay { base: recorded.base(), pages: HashMap::new(), slru: HashMap::new(), counters: recorded.counters }
+    }
+
+    fn apply(&mut self, record: &DecodedRecord) -> anyhow::Result<()> {
+        for change in changes(record)?.into_iter().chain(commit_ts_changes(record, &self.counters)?) {
+            match change {
+                Change::Page { tag, will_init } => redo_page(self.page(&tag, will_init), &tag, record)?,
+                Change::SlruPage { slru, page, .. } => {
+                    let bytes = self.slru.entry((slru, page)).or_insert_with(|| Box::new([0; PAGE_BYTES]));
+                    redo_slru_page(bytes, slru, page, record)?;
+                }
+                Change::TruncateRel { rel, blocks } => {
+                    self.pages.entry(rel).or_default().truncate(blocks as usize);
+                }
+                Change::DropRel(rel) => self.pages.retain(|known, _| known.with_fork(rel.fork) != rel),
+                _kept_elsewhere => {}
+            }
+        }
+        checkpoint::advance(&mut self.counters, record);
+        Ok(())
+    }
+
+    fn page(&mut self, tag: &PageTag, will_init: bool) -> &mut [u8; PAGE_BYTES] {
+        let pages = self.pages.entry(tag.rel).or_default();
+        let block = tag.block as usize;
+        if pages.len() <= block {
+            pages.resize_with(block + 1, || None);
+        }
+        let base = &self.base;
+        pages[block].get_or_insert_with(|| {
+            let there = if will_init { None } else { read_file_page(base, tag) };
+            there.unwrap_or_else(|| Box::new([0; PAGE_BYTES]))
+        })
+    }
+}
+
+/// Microseconds to make a page from an image and [`CHAIN_RECORDS`] heap records that follow it in real WAL.
+fn chain(recorded: &Recorded) -> anyhow::Result<f64> {
+    let mut replay = Replay::new(recorded);
+    let mut chains: HashMap<PageTag, (Page, Vec<DecodedRecord>)> = HashMap::new();
+    let mut found = None;
+    recorded.each_record(|record| {
+        if found.is_none() && [rmgr::HEAP, rmgr::HEAP2].contains(&record.rmgr) {
+            for block in record.blocks.iter().filter(|block| block.rel.fork == types::ForkNumber::Main) {
+                let tag = block.tag();
+                let image = || (Box::new(*replay.page(&tag, false)), Vec::new());
+                let (_, records) = chains.entry(tag).or_insert_with(image);
+                records.push(record.clone());
+                if records.len() == CHAIN_RECORDS {
+                    found = chains.remove(&tag).map(|(image, records)| (tag, image, records));
+                    break;
+                }
+            }
+        }
+        replay.apply(record)
+    })?;
+    let Some((tag, image, records)) = found else { bail!("no page has {CHAIN_RECORDS} records") };
+    let began = Instant::now();
+    for _ in 0..CHAIN_ROUNDS {
+        let mut page = image.clone();
+        for record in &records {
+            redo_page(&mut page, &tag, record)?;
+        }
+        ensure!(std::hint::black_box(page)[14..16] != [0, 0], "an empty page");
+    }
+    Ok(began.elapsed().as_secs_f64() * 1e6 / f64::from(CHAIN_ROUNDS))
+}
