@@ -25,7 +25,7 @@ use store::Store;
 use types::{ForkNumber, Lsn, PAGE_BYTES, PageTag, RelTag, WAL_SEGMENT_BYTES};
 use wal::{
     ControlFile, DecodedRecord, RmgrId, WalDecodeError, WalStreamDecoder,
-    v15::{RelFileNode, heap::vm, rmgr},
+    v15::{RelFileNode, heap::vm, rmgr, state::ParameterChange, xlog},
 };
 use wal_redo::{Change, RedoError, changes, redo_page, restore_image};
 
@@ -172,6 +172,7 @@ pub fn check_with_standby(before: &Path, after: &Path, standby: Option<&Path>) -
         changed_by: BTreeMap::new(),
         emptied_maps: BTreeSet::new(),
         damage: Damage::default(),
+        hints_are_logged: false,
         report: Report::default(),
     };
     let mut decoder = WalStreamDecoder::new(start);
@@ -226,6 +227,8 @@ struct Oracle {
     /// standard pages, and the whole map lies between `pd_lower` and `pd_upper`. Redo makes an empty map of that.
     emptied_maps: BTreeSet<PageTag>,
     damage: Damage,
+    /// The server has run with `wal_log_hints`.
+    hints_are_logged: bool,
     report: Report,
 }
 
@@ -233,6 +236,10 @@ impl Oracle {
     /// Does what [`changes`] says of the record, then compares the pages of which it holds Postgres's image.
     fn apply(&mut self, record: &DecodedRecord) {
         let mut counts = Counts { records: 1, ..Counts::default() };
+        if record.rmgr == rmgr::XLOG && record.rmgr_info() == xlog::PARAMETER_CHANGE {
+            let settings = ParameterChange::from_prefix(&record.main_data).expect("a whole record");
+            self.hints_are_logged |= settings.wal_log_hints != 0;
+        }
         let list = changes(record).unwrap_or_else(|error| {
             counts.errors += 1;
             self.report.problem(|| error.to_string());
