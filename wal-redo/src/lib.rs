@@ -4,6 +4,8 @@
 //! - [`redo_page`], [`redo_slru_page`]: apply a record to one page.
 //! - [`checkpoint`]: the counters of the `CheckPoint` struct, kept up to date record by record.
 
+#![doc = include_str!("../RECORDS.md")]
+
 mod aux_file;
 mod change;
 mod changes;

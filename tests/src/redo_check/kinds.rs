@@ -123,7 +123,7 @@ pub const RECORD_TYPES: &[&str] = &[
 
 /// Those that 15 has and these tests never write, with the reason.
 pub const NEVER_SEEN: &[(&str, &str)] = &[
-    ("CLOG/TRUNCATE", "needs a million transactions; unit tests apply it"),
+    ("CLOG/TRUNCATE", "needs a million transactions; a unit test advances the counters by it"),
     ("Gist/ASSIGN_LSN", "written only with wal_level=minimal"),
     ("XLOG/END_OF_RECOVERY", "ends an archive recovery, when a standby is promoted"),
     ("XLOG/NOOP", "nothing in Postgres writes it"),
