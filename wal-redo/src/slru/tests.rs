@@ -79,6 +79,37 @@ fn a_multixact_writes_its_members_and_the_next_ones_offset() {
 }
 
 #[test]
+fn the_last_multixact_and_the_last_member_are_followed_by_the_first() {
+    // Its members are the last two there can be and, round the end, number 0.
+    let data = words(&[u32::MAX, u32::MAX - 1, 3, 100, 4, 101, 5, 102, 1]);
+    let create = record(rmgr::MULTIXACT, multixact::CREATE_ID, data);
+    let (last_offsets, last_members) = (u32::MAX / 2048, u32::MAX / 1636);
+    let page = |slru, page| Change::SlruPage { slru, page, will_init: false };
+    let expected = [
+        page(SlruKind::MultiXactOffsets, last_offsets),
+        page(SlruKind::MultiXactOffsets, 0),
+        page(SlruKind::MultiXactMembers, last_members),
+        page(SlruKind::MultiXactMembers, 0),
+    ];
+    assert_eq!(changes(&create).expect("known"), expected);
+    let redone = |slru, number| {
+        let mut page = [0; PAGE_BYTES];
+        redo_slru_page(&mut page, slru, number, &create).expect("applies");
+        page
+    };
+    let offset = |page: &[u8; PAGE_BYTES], index: usize| {
+        u32::from_le_bytes(page[index * 4..index * 4 + 4].try_into().expect("four bytes"))
+    };
+    assert_eq!(offset(&redone(SlruKind::MultiXactOffsets, last_offsets), 2047), u32::MAX - 1);
+    // Multixact 0 is never handed out: the next is 1, and its members start at 1.
+    let first = redone(SlruKind::MultiXactOffsets, 0);
+    assert_eq!((offset(&first, 0), offset(&first, 1)), (0, 1));
+    // A group is four flag bytes and four transaction ids.
+    let first = redone(SlruKind::MultiXactMembers, 0);
+    assert_eq!((first[0], offset(&first, 1), offset(&first, 2)), (1, 102, 0));
+}
+
+#[test]
 fn a_multixact_that_claims_more_members_than_it_has_is_refused() {
     let create = record(rmgr::MULTIXACT, multixact::CREATE_ID, words(&[1, 1, u32::MAX, 100, 4]));
     assert!(changes(&create).is_err());
