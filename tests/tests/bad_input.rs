@@ -3,7 +3,7 @@
 use std::{net::TcpListener, process::Stdio, time::Duration};
 
 use anyhow::Context;
-use e2e::{Cluster, ClusterOptions, sql};
+use e2e::{Cluster, ClusterOptions, SmallDisk, sql};
 use serde_json::json;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -132,28 +132,6 @@ fn override_last(command: std::process::Command, flag: &str, value: &str) -> std
         }
     }
     single
-}
-
-/// A small tmpfs as the data directory: only root can mount one.
-struct SmallDisk(std::path::PathBuf);
-
-impl SmallDisk {
-    fn mount(at: &std::path::Path, size: &str) -> anyhow::Result<Option<SmallDisk>> {
-        if !nix::unistd::geteuid().is_root() {
-            return Ok(None);
-        }
-        std::fs::create_dir_all(at)?;
-        let options = format!("size={size},mode=755");
-        let status =
-            std::process::Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(at).status()?;
-        Ok(status.success().then(|| SmallDisk(at.to_owned())))
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

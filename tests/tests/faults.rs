@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use e2e::{Cluster, ClusterOptions, Project, processes, sql};
+use e2e::{Cluster, ClusterOptions, Project, SmallDisk, processes, sql};
 use serde_json::json;
 
 /// An installation whose computes have hardly any memory, and one project.
@@ -116,14 +116,10 @@ async fn cache_damaged(cluster: &Cluster, project: &Project) -> anyhow::Result<(
         let again = sql::ask(&project.uri, sum).await?;
         ensure!(again == wanted, "{again} was {wanted}");
     }
-    let log = std::fs::read_to_string(cluster.data_dir().join(format!("logs/{}.log", project.endpoint)));
-    let found = || async { log.as_ref().is_ok_and(|log| log.contains("damaged")) };
-    if !found().await {
-        tokio::time::sleep(Duration::from_secs(2)).await;
-    }
-    let log = std::fs::read_to_string(cluster.data_dir().join(format!("logs/{}.log", project.endpoint)))?;
-    ensure!(log.contains("pages in the page cache's file were damaged"), "nobody noticed");
-    Ok(())
+    let log = cluster.data_dir().join(format!("logs/{}.log", project.endpoint));
+    let noticed =
+        || std::fs::read_to_string(&log).is_ok_and(|text| text.contains("pages in the page cache's file were damaged"));
+    processes::wait_until("the agent to tell of the damage", Duration::from_secs(10), noticed).await
 }
 
 /// The only file of cached pages below a directory.
@@ -153,27 +149,6 @@ fn damage(path: &Path) -> anyhow::Result<u64> {
         file.write_all_at(&[byte[0] ^ 1], page * 8192 + 5000)?;
     }
     Ok(pages)
-}
-
-/// A small tmpfs: only root can mount one.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    fn mount(at: &Path, size: &str) -> anyhow::Result<Option<SmallDisk>> {
-        if !nix::unistd::geteuid().is_root() {
-            return Ok(None);
-        }
-        std::fs::create_dir_all(at)?;
-        let mut mount = std::process::Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", &format!("size={size},mode=755"), "tmpfs"]).arg(at);
-        Ok(mount.status()?.success().then(|| SmallDisk(at.to_owned())))
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,21 +1,30 @@
-//! The library's redo against Postgres's own pages, record by record (see `oracle`).
+//! The library's redo against Postgres's own pages, record by record (see the crate `redo-oracle`).
 
-use redo_oracle::{Report, check, server::Server};
+#[path = "../../wal/tests/support/mod.rs"]
+mod support;
 
-/// What every run needs: images of all touched pages in every record.
-const CHECKING: &str = "wal_consistency_checking=all";
+use redo_oracle::{Report, check};
+use support::{Cluster, succeed};
 
-fn run(settings: &[&str], workload: impl FnOnce(&Server)) -> Report {
-    let mut server = Server::create();
-    server.remember();
-    let mut all = vec![CHECKING, "autovacuum=off"];
-    all.extend(settings);
-    server.start(&all);
-    workload(&server);
-    server.stop();
-    let report = check(&server.before_dir(), &server.data_dir());
-    println!("{settings:?}\n{report}");
+/// What every run needs: images of all touched pages in every record, and all WAL kept.
+const CHECKING: &str = "wal_consistency_checking = all\nautovacuum = off\nfsync = off\nwal_keep_size = 100GB\n\
+                        max_wal_size = 20GB\nmax_connections = 30";
+
+fn run(settings: &str, workload: impl FnOnce(&Cluster)) -> Report {
+    let mut cluster = Cluster::init();
+    cluster.configure(CHECKING);
+    cluster.configure(settings);
+    let before = cluster.copy();
+    cluster.start();
+    workload(&cluster);
+    cluster.stop("fast");
+    let report = check(&before.data(), &cluster.data());
+    println!("{settings}\n{report}");
     report
+}
+
+fn pgbench(cluster: &Cluster, arguments: &[&str]) {
+    succeed(cluster.client("pgbench").args(arguments).arg("postgres"));
 }
 
 fn assert_covers(report: &Report, kinds: &[&str]) {
@@ -26,9 +35,9 @@ fn assert_covers(report: &Report, kinds: &[&str]) {
 
 #[test]
 fn heap_and_btree() {
-    let report = run(&["full_page_writes=off", "wal_level=logical"], |server| {
-        server.sql(include_str!("sql/heap.sql"));
-        server.sql(include_str!("sql/btree.sql"));
+    let report = run("full_page_writes = off\nwal_level = logical", |cluster| {
+        cluster.sql(include_str!("sql/heap.sql"));
+        cluster.sql(include_str!("sql/btree.sql"));
     });
     assert_covers(
         &report,
@@ -67,7 +76,7 @@ fn heap_and_btree() {
 
 #[test]
 fn other_index_types() {
-    let report = run(&["full_page_writes=off"], |server| server.sql(include_str!("sql/indexes.sql")));
+    let report = run("full_page_writes = off", |cluster| drop(cluster.sql(include_str!("sql/indexes.sql"))));
     assert_covers(
         &report,
         &[
@@ -114,12 +123,12 @@ fn other_index_types() {
 #[test]
 fn full_page_images_in_every_compression() {
     for compression in ["off", "pglz", "lz4", "zstd"] {
-        let setting = format!("wal_compression={compression}");
-        let report = run(&["full_page_writes=on", &setting, "wal_log_hints=on"], |server| {
-            server.pgbench(&["-i", "-q", "-s", "1"]);
-            server.sql("CHECKPOINT");
-            server.pgbench(&["-n", "-c", "4", "-t", "100"]);
-            server.sql("VACUUM FREEZE; CHECKPOINT; UPDATE pgbench_branches SET bbalance = 1");
+        let settings = format!("full_page_writes = on\nwal_log_hints = on\nwal_compression = {compression}");
+        let report = run(&settings, |cluster| {
+            pgbench(cluster, &["-i", "-q", "-s", "1"]);
+            cluster.sql("CHECKPOINT");
+            pgbench(cluster, &["-n", "-c", "4", "-t", "100"]);
+            cluster.sql("VACUUM FREEZE; CHECKPOINT; UPDATE pgbench_branches SET bbalance = 1");
         });
         assert_covers(&report, &["Heap/INSERT", "Heap/HOT_UPDATE"]);
         assert!(report.kinds.values().map(|counts| counts.restored).sum::<u64>() > 100, "{compression}");
@@ -128,10 +137,10 @@ fn full_page_images_in_every_compression() {
 
 #[test]
 fn pgbench_with_concurrent_sessions() {
-    let report = run(&["full_page_writes=off"], |server| {
-        server.pgbench(&["-i", "-q", "-s", "1", "-I", "dtgvpf"]);
-        server.pgbench(&["-n", "-c", "8", "-T", "5"]);
-        server.sql("VACUUM; REINDEX DATABASE postgres; VACUUM FULL pgbench_accounts");
+    let report = run("full_page_writes = off", |cluster| {
+        pgbench(cluster, &["-i", "-q", "-s", "1", "-I", "dtgvpf"]);
+        pgbench(cluster, &["-n", "-c", "8", "-T", "5"]);
+        cluster.sql("VACUUM; REINDEX DATABASE postgres; VACUUM FULL pgbench_accounts");
     });
     assert_covers(&report, &["Heap/HOT_UPDATE", "Heap2/PRUNE"]);
 }

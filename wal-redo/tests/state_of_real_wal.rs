@@ -15,17 +15,8 @@ use wal::{DecodedRecord, WalDecodeError, WalStreamDecoder};
 const SETTINGS: &str = "wal_level = logical\nmax_prepared_transactions = 10\nwal_keep_size = 2GB\nmax_wal_size = 4GB\n\
                         shared_buffers = 16MB\nfsync = off\nfull_page_writes = off";
 
-/// More transactions than a clog page (32768) or commit-timestamp page (819) holds, more multixacts than an offsets page (2048)
-/// and members than a members page (1636), then everything frozen and truncated.
-const MANY_IDS: &str = r#"
-CREATE TABLE locked (id int PRIMARY KEY);
-INSERT INTO locked SELECT generate_series(1, 2500);
-CREATE TABLE noise (a int);
-DO $$ BEGIN FOR i IN 1..34000 LOOP INSERT INTO noise VALUES (i); COMMIT; END LOOP; END $$;
-DO $$ BEGIN FOR i IN 1..2200 LOOP PERFORM 1 FROM locked WHERE id = i FOR KEY SHARE;
-  BEGIN UPDATE locked SET id = id WHERE id = i; EXCEPTION WHEN OTHERS THEN NULL; END; COMMIT; END LOOP; END $$;
-BEGIN; DO $$ BEGIN FOR i IN 1..2000 LOOP BEGIN INSERT INTO noise VALUES (i); EXCEPTION WHEN OTHERS THEN NULL; END; END LOOP; END $$; COMMIT;
-"#;
+/// More ids than a page of each SLRU area holds; then everything is frozen and truncated.
+const MANY_IDS: &str = include_str!("sql/many_ids.sql");
 
 /// All records from one place on.
 fn records(cluster: &Cluster, start: Lsn) -> Vec<DecodedRecord> {

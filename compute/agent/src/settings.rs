@@ -16,6 +16,8 @@ const DEFAULTS: &[(&str, &str)] = &[
     // Local WAL serves nobody once a quorum has it: keep little of it.
     ("max_wal_size", "256MB"),
     ("min_wal_size", "32MB"),
+    // Users may make replication slots; one that nobody reads must not fill the host's disk.
+    ("max_slot_wal_keep_size", "1GB"),
     ("synchronous_commit", "on"),
     ("autovacuum", "on"),
     ("password_encryption", "scram-sha-256"),

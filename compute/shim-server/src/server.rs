@@ -107,40 +107,43 @@ impl Service {
                 read => read?,
             };
             let request = Request::decode(&bytes).ok_or_else(|| io::Error::other("not a request of this build"))?;
-            if request.op == Op::ReadAhead {
-                self.ahead.hint(&PageTag { rel: request.rel, block: request.block });
-                continue;
-            }
             let answer = self.answer(&request).await.unwrap_or_else(|error| {
                 tracing::warn!(%error, op = ?request.op, rel = %request.rel, block = request.block, "a file call fails");
-                Answer::failed(&error)
+                Some(Answer::failed(&error))
             });
+            let Some(answer) = answer else { continue };
             stream.write_all(&answer.head.encode()).await?;
             stream.write_all(&answer.payload).await?;
         }
     }
 
-    async fn answer(&self, request: &Request) -> Result<Answer, BackendError> {
-        match request.op {
-            Op::GetPage => self.get_page(PageTag { rel: request.rel, block: request.block }).await,
-            Op::RelSize => {
-                let blocks = self.backend.rel_size(request.rel).await?;
-                Ok(Answer::new(blocks, Vec::new()))
-            }
-            Op::ListRels => self.list_rels(request).await,
+    /// `None` where the shim waits for no answer.
+    async fn answer(&self, request: &Request) -> Result<Option<Answer>, BackendError> {
+        let tag = PageTag { rel: request.rel, block: request.block };
+        let answer = match request.op {
+            Op::GetPage => self.get_page(tag).await?,
+            Op::RelSize => Answer::new(self.backend.rel_size(request.rel).await?, Vec::new()),
+            Op::ListRels => self.list_rels(request).await?,
             Op::SyncWal => {
                 self.backend.sync_wal().await?;
-                Ok(Answer::new(None, Vec::new()))
+                Answer::new(None, Vec::new())
             }
-            // Has no answer: never comes here.
-            Op::ReadAhead => Ok(Answer::new(None, Vec::new())),
-        }
+            Op::ReadAhead => {
+                self.ahead.hint(&tag);
+                return Ok(None);
+            }
+        };
+        Ok(Some(answer))
     }
 
     async fn get_page(&self, tag: PageTag) -> Result<Answer, BackendError> {
-        let mut ready = [0; PAGE_BYTES];
-        if self.ahead.wait_for(&tag).await && self.cache.read(tag, &mut ready).unwrap_or(false) {
-            return Ok(Answer::new(None, ready.to_vec()));
+        if self.ahead.wait_for(&tag).await {
+            let mut ready = [0; PAGE_BYTES];
+            // What the cache cannot read may be newer than what storage has: then nobody has the page.
+            let failed = |error| BackendError::Storage(format!("{tag} in the page cache: {error}"));
+            if self.cache.read(tag, &mut ready).map_err(failed)? {
+                return Ok(Answer::new(None, ready.to_vec()));
+            }
         }
         let page = self.backend.get_page(tag).await?;
         if page.len() != PAGE_BYTES {

@@ -85,10 +85,7 @@ async fn main() -> ExitCode {
 }
 
 async fn all(arguments: &Arguments) -> anyhow::Result<bool> {
-    if arguments.keep.exists() {
-        std::fs::remove_dir_all(&arguments.keep)?;
-    }
-    std::fs::create_dir_all(&arguments.keep)?;
+    e2e::emptied_directory(&arguments.keep)?;
     let sources = Sources::prepare(&arguments.source)?;
     let mut total = Report::default();
     let contrib: Vec<Suite> = sources.contrib()?;

@@ -64,11 +64,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run(arguments: &Arguments) -> anyhow::Result<Comparison> {
-    let keep = &arguments.keep;
-    if keep.exists() {
-        std::fs::remove_dir_all(keep).with_context(|| keep.display().to_string())?;
-    }
-    std::fs::create_dir_all(keep)?;
+    e2e::emptied_directory(&arguments.keep)?;
     let sources = Sources::prepare(&arguments.source)?;
     let limits = ["--page-cache-mib", PAGE_CACHE_MIB].map(str::to_owned).into();
     let mut cluster = Cluster::start(ClusterOptions { arguments: limits, ..ClusterOptions::default() }).await?;

@@ -1,4 +1,4 @@
--- Rows that move, relations that are rewritten, databases, two-phase commits, ids past the ends of their SLRU pages.
+-- Rows that move, relations that are rewritten, databases, two-phase commits; at last everything is frozen.
 CREATE EXTENSION IF NOT EXISTS bloom;
 CREATE TABLE blooming (a int, b int);
 INSERT INTO blooming SELECT g, g % 97 FROM generate_series(1, 3000) g;
@@ -74,16 +74,6 @@ CHECKPOINT;
 COMMIT PREPARED 'committed';
 ROLLBACK PREPARED 'aborted';
 
--- More transactions than a clog page has (32768), more multixacts than an offsets page (2048) and members than a members page.
-CREATE TABLE locked (id int PRIMARY KEY);
-INSERT INTO locked SELECT generate_series(1, 2500);
-CREATE TABLE noise (a int);
-DO $$ BEGIN FOR i IN 1..34000 LOOP INSERT INTO noise VALUES (i); COMMIT; END LOOP; END $$;
-DO $$ BEGIN FOR i IN 1..2200 LOOP PERFORM 1 FROM locked WHERE id = i FOR KEY SHARE;
-  BEGIN UPDATE locked SET id = id WHERE id = i; EXCEPTION WHEN OTHERS THEN NULL; END; COMMIT; END LOOP; END $$;
-BEGIN;
-DO $$ BEGIN FOR i IN 1..2000 LOOP BEGIN INSERT INTO noise VALUES (i); EXCEPTION WHEN OTHERS THEN NULL; END; END LOOP; END $$;
-COMMIT;
 ROLLBACK PREPARED 'kept';
 SET vacuum_freeze_min_age = 0;
 SET vacuum_freeze_table_age = 0;

@@ -13,10 +13,11 @@ use crate::{
     stock::{SUPERUSER, run},
 };
 
-const SCRIPTS: [(&str, &str); 4] = [
+const SCRIPTS: [(&str, &str); 5] = [
     ("heap", include_str!("../../../wal-redo/tests/sql/heap.sql")),
     ("btree", include_str!("../../../wal-redo/tests/sql/btree.sql")),
     ("indexes", include_str!("../../../wal-redo/tests/sql/indexes.sql")),
+    ("many ids", include_str!("../../../wal-redo/tests/sql/many_ids.sql")),
     ("maintenance", include_str!("maintenance.sql")),
 ];
 

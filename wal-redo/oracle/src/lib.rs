@@ -7,7 +7,6 @@
 pub mod damage;
 pub mod mask;
 pub mod names;
-pub mod server;
 mod standby;
 pub mod state;
 pub mod store;

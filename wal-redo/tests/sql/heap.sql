@@ -21,7 +21,7 @@ INSERT INTO plain VALUES (1, 1, 'dup') ON CONFLICT DO NOTHING;
 INSERT INTO plain SELECT g, g, 'conflict' FROM generate_series(2900, 3100) g ON CONFLICT (id) DO UPDATE SET v = plain.v + 1;
 
 -- Two sessions: locks on updated rows, multixacts, an aborted one.
-SELECT dblink_connect('other', 'dbname=postgres user=dormouse_admin host=' || current_setting('unix_socket_directories'));
+SELECT dblink_connect('other', 'dbname=postgres user=' || current_user || ' host=' || current_setting('unix_socket_directories'));
 SELECT dblink_exec('other', 'BEGIN');
 SELECT dblink_exec('other', 'UPDATE plain SET v = -1 WHERE id BETWEEN 100 AND 120');
 SELECT dblink_exec('other', 'UPDATE plain SET v = -2 WHERE id BETWEEN 100 AND 120');
