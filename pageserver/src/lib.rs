@@ -3,12 +3,14 @@
 //! - [`Config`], [`Server`], [`run`]: the service.
 //! - [`storage`]: every key and value that is stored.
 //! - [`layer`], [`remote`]: files of values, and the object store that holds them.
+//! - [`compaction`]: which layers to merge, of which to make images, which may go. Pure.
 //! - [`branch`]: one branch's memory, layers and history; making and removing branches.
 //! - [`ingest`]: WAL in. [`read`], [`base_files`]: pages and files out.
 //! - [`import_template`]: a stopped cluster as a branch to start from.
 
 pub mod base_files;
 pub mod branch;
+pub mod compaction;
 pub mod config;
 pub mod error;
 pub mod ingest;

@@ -185,6 +185,30 @@ impl Key {
         bytes
     }
 
+    /// The key right behind this one; `None` behind the last.
+    pub fn next(&self) -> Option<Key> {
+        let mut bytes = self.encode();
+        for byte in bytes.iter_mut().rev() {
+            *byte = byte.wrapping_add(1);
+            if *byte != 0 {
+                break;
+            }
+        }
+        Key::decode(&bytes)
+    }
+
+    /// The key right before this one; `None` before the first.
+    pub fn previous(&self) -> Option<Key> {
+        let mut bytes = self.encode();
+        for byte in bytes.iter_mut().rev() {
+            *byte = byte.wrapping_sub(1);
+            if *byte != u8::MAX {
+                break;
+            }
+        }
+        Key::decode(&bytes)
+    }
+
     /// Reads what [`Key::encode`] wrote; `None` for an unknown kind.
     pub fn decode(bytes: &[u8; KEY_BYTES]) -> Option<Key> {
         let mut from = &bytes[..];
@@ -401,6 +425,24 @@ mod tests {
             assert_eq!(serde_json::from_str::<Key>(&json).expect("key"), key);
         }
         assert_eq!(Key::decode(&[99; KEY_BYTES]), None);
+    }
+
+    #[test]
+    fn neighbours_are_next_to_each_other() {
+        let rel = RelTag { spc: 1663, db: 5, rel: 16384, fork: ForkNumber::Vm };
+        let full = Key { block: u32::MAX, ..Key::page(PageTag { rel, block: 0 }) };
+        let keys = [
+            (full, Key { fork: 3, block: 0, ..full }),
+            (Key { fork: u8::MAX, ..full }, Key { rel: 16385, fork: 0, block: 0, ..full }),
+            (Key { rel: u32::MAX, fork: u8::MAX, ..full }, Key { db: 6, rel: 0, fork: 0, block: 0, ..full }),
+            (Key::last_of(Kind::CommitTime), Key::of(Kind::RelPage)),
+        ];
+        for (low, high) in keys {
+            assert_eq!(low.next(), Some(high));
+            assert_eq!(high.previous(), Some(low));
+        }
+        assert_eq!(Key::MAX.next(), None);
+        assert_eq!(Key::MIN.previous(), None);
     }
 
     #[test]

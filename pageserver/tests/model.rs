@@ -33,6 +33,11 @@ enum Step {
     Flush {
         branch: usize,
     },
+    /// Drops what only older positions need, but for children.
+    Collect {
+        branch: usize,
+        back: usize,
+    },
     /// A new pageserver with a higher generation; what was not uploaded is lost and put again.
     Restart,
     Branch {
@@ -52,6 +57,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         6 => (any::<usize>(), prop::collection::vec(value, 1..4)).prop_map(|(branch, values)| Step::Record { branch, values }),
         2 => any::<usize>().prop_map(|branch| Step::Flush { branch }),
         1 => Just(Step::Restart),
+        2 => (any::<usize>(), 0usize..6).prop_map(|(branch, back)| Step::Collect { branch, back }),
         1 => (any::<usize>(), 0usize..6).prop_map(|(parent, back)| Step::Branch { parent, back }),
         8 => (any::<usize>(), 0u8..12, 0usize..8).prop_map(|(branch, key, back)| Step::Read { branch, key, back }),
     ];
@@ -80,6 +86,8 @@ struct ModelBranch {
     name: BranchRef,
     parent: Option<(usize, Lsn)>,
     start: Lsn,
+    /// Nothing before it is asked for, but by children.
+    cutoff: Lsn,
     records: Vec<(Lsn, Values)>,
 }
 
@@ -91,7 +99,7 @@ impl ModelBranch {
     /// The position `back` records before the end, at earliest the start.
     fn position(&self, back: usize) -> Lsn {
         let at = self.records.len().checked_sub(back + 1);
-        at.map_or(self.start, |at| self.records[at].0).max(READY)
+        at.map_or(self.start, |at| self.records[at].0).max(READY).max(self.cutoff)
     }
 }
 
@@ -119,7 +127,13 @@ struct World {
 }
 
 fn tuning() -> Tuning {
-    Tuning { deltas_per_image: 3, image_layer_bytes: 20_000, wal_wait: Duration::from_millis(10), ..Tuning::default() }
+    Tuning {
+        deltas_per_image: 3,
+        image_layer_bytes: 20_000,
+        wal_wait: Duration::from_millis(10),
+        removal_delay: Duration::ZERO,
+        ..Tuning::default()
+    }
 }
 
 impl World {
@@ -135,7 +149,8 @@ impl World {
         branch.apply([first].into_iter().chain(pages), tip(READY));
         branch.flush().await.expect("flush");
         let zeroes = (6..12).map(|number| (number, None)).collect();
-        let model = ModelBranch { name: root, parent: None, start: START, records: vec![(READY, zeroes)] };
+        let model =
+            ModelBranch { name: root, parent: None, start: START, cutoff: START, records: vec![(READY, zeroes)] };
         World { remote, branches, generation: 1, model: Model { branches: vec![model] } }
     }
 
@@ -156,6 +171,7 @@ impl World {
                 let branch = self.branch(branch % count).await;
                 assert_eq!(branch.flush().await.expect("flush"), branch.tip().last_record_lsn);
             }
+            Step::Collect { branch, back } => self.collect(branch % count, back).await,
             Step::Restart => self.restart().await,
             Step::Branch { parent, back } => {
                 let parent = parent % count;
@@ -165,11 +181,21 @@ impl World {
                 let ancestor = self.model.branches[parent].name.clone();
                 assert_eq!(self.branches.create(&name, &ancestor, point).await.expect("create"), at);
                 assert_eq!(self.branches.create(&name, &ancestor, point).await.expect("again"), at);
-                let child = ModelBranch { name, parent: Some((parent, at)), start: at, records: Vec::new() };
+                let child =
+                    ModelBranch { name, parent: Some((parent, at)), start: at, cutoff: at, records: Vec::new() };
                 self.model.branches.push(child);
             }
             Step::Read { branch, key, back } => self.check(branch % count, key, back).await,
         }
+    }
+
+    async fn collect(&mut self, index: usize, back: usize) {
+        let cutoff = self.model.branches[index].position(back);
+        let children = self.model.branches.iter().filter_map(|branch| branch.parent);
+        let children: Vec<Lsn> = children.filter(|(parent, _)| *parent == index).map(|(_, lsn)| lsn).collect();
+        let branch = self.branch(index).await;
+        branch.collect_garbage(cutoff, &children, &[]).await.expect("collect");
+        self.model.branches[index].cutoff = branch.gc_cutoff();
     }
 
     async fn restart(&mut self) {

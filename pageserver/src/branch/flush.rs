@@ -6,7 +6,7 @@ use bytes::Bytes;
 use tokio::time::Instant;
 use types::{Generation, Lsn};
 
-use super::{Branch, Frozen, Tip, should_compact};
+use super::{Branch, Frozen, Tip, collect::Doomed, should_compact};
 use crate::{
     error::StorageError,
     layer::{BuiltLayer, Layer, LayerKind, LayerMeta},
@@ -22,12 +22,16 @@ pub(super) struct FlushState {
     /// What the attached manifest said.
     attached: Manifest,
     last_flush: Instant,
+    pub(super) doomed: Vec<Doomed>,
 }
 
 impl FlushState {
     pub(super) fn new(manifest: &Manifest) -> FlushState {
         let attached = manifest.clone();
+        let now = Some(Instant::now());
+        let doomed = manifest.doomed_layers.iter().map(|name| Doomed { name: name.clone(), since: now }).collect();
         FlushState {
+            doomed,
             next_layer: manifest.next_layer,
             claimed: false,
             older_removed: false,
@@ -52,14 +56,15 @@ impl Branch {
             self.replace_frozen(layer, frozen.tip);
         }
         let tip = self.state.read().frozen_tip;
-        self.write_manifest(&flush, tip).await?;
+        self.write_manifest(&mut flush, tip).await?;
         if should_compact(&self.compaction_input(tip.last_record_lsn)) {
             let images = self.make_images(&mut flush, tip.last_record_lsn).await?;
             self.add_layers(images);
-            self.write_manifest(&flush, tip).await?;
+            self.write_manifest(&mut flush, tip).await?;
         }
         flush.last_flush = Instant::now();
         self.report_consistent(tip.last_record_lsn).await?;
+        self.remove_doomed(&mut flush).await?;
         if !flush.older_removed {
             self.remove_older_generations().await;
             flush.older_removed = true;
@@ -129,7 +134,7 @@ impl Branch {
     /// Once per attachment, before the first write: puts the claim, then makes sure that no newer generation has one
     /// and that the manifest is still the one that was attached. An older generation that finishes a write after that
     /// sees the claim and does not tell the safekeepers, so the WAL it wrote out stays for us.
-    async fn claim(&self, flush: &mut FlushState) -> Result<(), StorageError> {
+    pub(super) async fn claim(&self, flush: &mut FlushState) -> Result<(), StorageError> {
         if self.deleted.load(Ordering::Acquire) {
             return Err(StorageError::NoBranch(self.name.clone()));
         }
@@ -151,7 +156,7 @@ impl Branch {
         Ok(())
     }
 
-    async fn check_not_deposed(&self) -> Result<(), StorageError> {
+    pub(super) async fn check_not_deposed(&self) -> Result<(), StorageError> {
         let own = self.shared.generation;
         let found = self.shared.remote.list(self.names.root()).await?;
         let claims = found.iter().filter_map(BranchNames::generation_of_claim);
@@ -204,8 +209,11 @@ impl Branch {
         Ok(layer)
     }
 
-    async fn write_manifest(&self, flush: &FlushState, tip: Tip) -> Result<(), StorageError> {
-        let layers = self.state.read().layers.metas();
+    pub(super) async fn write_manifest(&self, flush: &mut FlushState, tip: Tip) -> Result<(), StorageError> {
+        let (layers, gc_cutoff_lsn) = {
+            let state = self.state.read();
+            (state.layers.metas(), state.gc_cutoff_lsn)
+        };
         let manifest = Manifest {
             ancestor: self.ancestor.clone(),
             start_lsn: self.start_lsn,
@@ -213,6 +221,8 @@ impl Branch {
             prev_record_lsn: tip.prev_record_lsn,
             last_commit_us: tip.last_commit_us,
             next_layer: flush.next_layer,
+            gc_cutoff_lsn,
+            doomed_layers: flush.doomed.iter().map(|doomed| doomed.name.clone()).collect(),
             layers,
             ..flush.attached.clone()
         };
@@ -220,7 +230,10 @@ impl Branch {
         let bytes = manifest
             .encode()
             .map_err(|error| StorageError::Store { object: object.to_string(), reason: error.to_string() })?;
-        self.shared.remote.put(&object, bytes.into()).await
+        self.shared.remote.put(&object, bytes.into()).await?;
+        let now = Instant::now();
+        flush.doomed.iter_mut().for_each(|doomed| _ = doomed.since.get_or_insert(now));
+        Ok(())
     }
 
     /// The manifest is written: publishes that, and lets safekeepers drop the WAL if we are still the owner.
@@ -247,6 +260,7 @@ pub fn prepare_layer(
     let meta = LayerMeta {
         name,
         kind,
+        level: 0,
         first_key: built.first_key,
         last_key: built.last_key,
         start_lsn,

@@ -1,5 +1,6 @@
 //! A branch: its values in memory and in layers, how far it has ingested WAL, and what its ancestor is.
 
+mod collect;
 mod compaction;
 mod flush;
 mod history;
@@ -7,6 +8,7 @@ mod memory;
 mod registry;
 mod wal_feed;
 
+pub use collect::Collected;
 pub use compaction::{CompactionInput, should_compact};
 pub use flush::prepare_layer;
 pub use history::branch_point;
@@ -72,6 +74,9 @@ pub struct Tuning {
     pub deltas_per_image: usize,
     /// Image layers are cut at this size. Default 64 MiB.
     pub image_layer_bytes: usize,
+    /// An object that no manifest names any more is deleted after this, so that whoever reads it now can finish. Default
+    /// 10 min.
+    pub removal_delay: Duration,
 }
 
 impl Default for Tuning {
@@ -85,6 +90,7 @@ impl Default for Tuning {
             wal_wait: Duration::from_secs(30),
             deltas_per_image: 8,
             image_layer_bytes: 64 << 20,
+            removal_delay: Duration::from_secs(600),
         }
     }
 }
@@ -124,6 +130,8 @@ struct State {
     /// As of the newest frozen layer, or the manifest.
     frozen_tip: Tip,
     remote_consistent_lsn: Lsn,
+    /// Layers that only older positions need may be gone.
+    gc_cutoff_lsn: Lsn,
 }
 
 /// A memory layer that gets no more values.
@@ -186,6 +194,7 @@ impl Branch {
             tip,
             frozen_tip: tip,
             remote_consistent_lsn: manifest.remote_consistent_lsn,
+            gc_cutoff_lsn: manifest.gc_cutoff_lsn,
         };
         let progress =
             Progress { last_record_lsn: tip.last_record_lsn, stopped: None, trouble: None, commit_lsn: None };

@@ -34,9 +34,12 @@ pub struct LayerMeta {
     pub name: String,
     /// Which sort.
     pub kind: LayerKind,
-    /// The smallest key in it.
+    /// How often a delta's content was merged: 0 as memory was written out, over all keys; above that it holds a range
+    /// of keys. Of an image, 0.
+    pub level: u8,
+    /// A delta holds nothing before this; an image speaks for all keys from here on.
     pub first_key: Key,
-    /// The largest key in it.
+    /// A delta holds nothing behind this; an image speaks for all keys up to here.
     pub last_key: Key,
     /// A delta holds what came after this; of an image, equal to `end_lsn`.
     pub start_lsn: Lsn,

@@ -1,6 +1,6 @@
 //! A branch's layers, and which of them a search has to open. Pure.
 
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 
 use types::Lsn;
 
@@ -40,6 +40,11 @@ impl LayerSet {
     /// The same with some more.
     pub fn with(&self, more: impl IntoIterator<Item = Arc<Layer>>) -> LayerSet {
         LayerSet::new(self.iter().cloned().chain(more))
+    }
+
+    /// The same without those of these names.
+    pub fn without(&self, names: &HashSet<&str>) -> LayerSet {
+        LayerSet::new(self.iter().filter(|layer| !names.contains(layer.meta.name.as_str())).cloned())
     }
 
     /// All of them.
@@ -89,6 +94,7 @@ mod tests {
         let meta = LayerMeta {
             name: format!("{start}-{end}"),
             kind,
+            level: 0,
             first_key: Key::MIN,
             last_key: Key::MAX,
             start_lsn: Lsn(start),

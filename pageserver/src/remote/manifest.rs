@@ -7,7 +7,7 @@ use types::{BranchRef, Lsn};
 
 use crate::layer::LayerMeta;
 
-const FORMAT_VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 2;
 
 /// Where a branch left another.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,8 +35,12 @@ pub struct Manifest {
     pub last_commit_us: Option<i64>,
     /// Part of the next new layer's name.
     pub next_layer: u64,
+    /// Every position from here on is readable; of those before it only the ones that children and leases keep.
+    pub gc_cutoff_lsn: Lsn,
     /// The layers.
     pub layers: Vec<LayerMeta>,
+    /// Names of layers that are not part of the branch any more and are to be deleted.
+    pub doomed_layers: Vec<String>,
 }
 
 /// Bytes that are not a manifest.
@@ -64,7 +68,9 @@ impl Manifest {
             prev_record_lsn,
             last_commit_us: None,
             next_layer: 0,
+            gc_cutoff_lsn: start_lsn,
             layers: Vec::new(),
+            doomed_layers: Vec::new(),
         }
     }
 
@@ -104,6 +110,7 @@ mod tests {
         let layer = LayerMeta {
             name: "x".to_owned(),
             kind: LayerKind::Delta,
+            level: 0,
             first_key: Key::MIN,
             last_key: Key::MAX,
             start_lsn: Lsn(1),
@@ -129,7 +136,7 @@ mod tests {
 
     #[test]
     fn a_later_format_is_refused_by_name() {
-        let later = Manifest { format_version: 2, ..sample() }.encode().expect("encode");
-        assert!(matches!(Manifest::decode(&later), Err(ManifestError::Version(2))));
+        let later = Manifest { format_version: 3, ..sample() }.encode().expect("encode");
+        assert!(matches!(Manifest::decode(&later), Err(ManifestError::Version(3))));
     }
 }

@@ -8,7 +8,7 @@ mod names;
 pub use config::{ObjectStoreConfig, ObjectStoreConfigError};
 pub use disk_cache::DiskCache;
 pub use manifest::{Ancestor, Manifest, ManifestError};
-pub use names::{BranchNames, layer_name};
+pub use names::{BranchNames, layer_generation, layer_name};
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 

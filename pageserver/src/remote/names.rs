@@ -78,6 +78,12 @@ pub fn layer_name(generation: Generation, sequence: u64, kind: LayerKind, start:
     format!("{:08x}-{sequence:08x}-{kind}-{:016x}-{:016x}", generation.0, start.0, end.0)
 }
 
+/// The generation that wrote a layer; `None` for other names.
+pub fn layer_generation(layer_name: &str) -> Option<Generation> {
+    let digits = layer_name.split('-').next()?;
+    u32::from_str_radix(digits, 16).ok().filter(|_| digits.len() == 8).map(Generation)
+}
+
 fn numbered(object: &Path, prefix: &str) -> Option<Generation> {
     let digits = object.filename()?.strip_prefix(prefix)?;
     u32::from_str_radix(digits, 16).ok().filter(|_| digits.len() == 8).map(Generation)
