@@ -1,10 +1,9 @@
 //! Branches: made from a parent at its head, at a position or at a time; deleted with their computes.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use control_plane_api::v2::{BranchCreated, BranchFields, BranchRequest};
-use time::{OffsetDateTime, format_description::well_known::Rfc3339, macros::datetime};
-use types::{BranchId, BranchRef, EndpointId, Lsn, ProjectId};
+use types::{BranchId, BranchRef, EndpointId, ProjectId};
 use wire::pageserver::BranchPoint;
 
 use crate::{
@@ -12,6 +11,7 @@ use crate::{
     app::{self, App},
     compute::SuspendReason,
     endpoint_rules::{self, WantedEndpoint},
+    history::{self, Point, Position},
     names,
     problem::Problem,
     store::{
@@ -23,45 +23,6 @@ use crate::{
     },
 };
 
-/// Storage that has not answered by then may be waiting for WAL that nobody tells it about.
-const STORAGE_PATIENCE: Duration = Duration::from_secs(1);
-/// WAL counts microseconds from here.
-const POSTGRES_EPOCH: OffsetDateTime = datetime!(2000-01-01 0:00 UTC);
-
-/// Where on its parent a branch is wanted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Point {
-    Head,
-    Lsn(Lsn),
-    /// Microseconds since 2000.
-    Time(i64),
-}
-
-impl Point {
-    fn new(fields: &BranchFields) -> Result<Point, Problem> {
-        match (&fields.parent_lsn, &fields.parent_timestamp) {
-            (None, None) => Ok(Point::Head),
-            (Some(_), Some(_)) => Err(Problem::Invalid("give parent_lsn or parent_timestamp, not both".into())),
-            (Some(lsn), None) => lsn.parse().map(Point::Lsn).map_err(|e| Problem::Invalid(e.to_string())),
-            (None, Some(text)) => {
-                let time = OffsetDateTime::parse(text, &Rfc3339).map_err(|_| {
-                    let example = "such as 2024-05-01T12:00:00Z";
-                    Problem::Invalid(format!("parent_timestamp must be an RFC 3339 time {example}"))
-                })?;
-                if time > OffsetDateTime::now_utc() {
-                    return Err(Problem::Invalid("parent_timestamp is in the future".into()));
-                }
-                wal_time(time).map(Point::Time).ok_or_else(|| Problem::Invalid("parent_timestamp is too old".into()))
-            }
-        }
-    }
-}
-
-/// Microseconds since 2000, as in WAL.
-fn wal_time(time: OffsetDateTime) -> Option<i64> {
-    i64::try_from((time - POSTGRES_EPOCH).whole_microseconds()).ok()
-}
-
 /// What a new branch's rows are made from.
 struct Begun {
     parent: BranchRow,
@@ -71,7 +32,7 @@ struct Begun {
 
 /// Makes a branch, with an endpoint when one is asked for. Nothing is started: the endpoint wakes at its first connection.
 pub async fn create(app: &Arc<App>, project: ProjectId, request: BranchRequest) -> Result<BranchCreated, Problem> {
-    let point = Point::new(&request.branch)?;
+    let point = Point::of_branch(&request.branch)?;
     if request.endpoints.len() > 1 {
         return Err(Problem::Invalid("a branch has at most one endpoint (of type read_write)".into()));
     }
@@ -126,13 +87,9 @@ async fn make(
     endpoint: Option<WantedEndpoint>,
 ) -> Result<BranchCreated, Problem> {
     let head = app.computes.head(&begun.parent.branch).await?;
-    let (ancestor, lsn) = match point {
-        Point::Head => (begun.parent.clone(), head),
-        Point::Lsn(lsn) => at_lsn(app, begun.parent.clone(), head, lsn).await?,
-        Point::Time(timestamp_us) => at_time(app, begun.parent.clone(), head, timestamp_us).await?,
-    };
+    let Position { branch: ancestor, lsn } = history::locate(app, begun.parent.clone(), head, point).await?;
     let creation = app.storage.create_branch(&begun.branch, &ancestor.branch, BranchPoint::Lsn(lsn));
-    let start = patiently(app, &ancestor.branch, creation).await?;
+    let start = history::patiently(app, &ancestor.branch, creation).await?;
     tracing::info!(branch = %begun.branch, ancestor = %ancestor.branch, lsn = %start, "branch was made");
     let branch = begun.branch.clone();
     let parent = begun.parent.clone();
@@ -142,6 +99,7 @@ async fn make(
         // Rows and data agree only at the head, and only if no change was on its way.
         let now = branches::get(db, &branch.project, &parent.branch.branch)?;
         let settled = now.catalog_version == parent.catalog_version && parent.catalog_version <= parent.catalog_applied;
+        branches::set_parent(db, &branch, &ancestor.branch.branch)?;
         let row = branches::made(db, &branch, start, settled && point == Point::Head)?;
         let endpoint = endpoint.map(|wanted| wanted.insert(db, &branch)).transpose()?;
         operations::end(db, &operation, None)?;
@@ -165,77 +123,6 @@ async fn make(
         databases: databases.into_iter().map(app::database).collect(),
         connection_uris,
     })
-}
-
-/// The branch in whose own history `lsn` is: the parent, or the one it was itself made from.
-async fn at_lsn(app: &App, parent: BranchRow, head: Lsn, lsn: Lsn) -> Result<(BranchRow, Lsn), Problem> {
-    if lsn > head {
-        return Err(Problem::Invalid(format!("parent_lsn {lsn} is after the end of the parent's history, {head}")));
-    }
-    let mut ancestor = parent;
-    while lsn < ancestor.start_lsn {
-        let start = ancestor.start_lsn;
-        let too_old = || Problem::Invalid(format!("parent_lsn {lsn} is before the start of the history, {start}"));
-        ancestor = parent_of(app, &ancestor).await?.ok_or_else(too_old)?;
-    }
-    Ok((ancestor, lsn))
-}
-
-async fn at_time(app: &App, parent: BranchRow, head: Lsn, timestamp_us: i64) -> Result<(BranchRow, Lsn), Problem> {
-    let (mut ancestor, mut end) = (parent, head);
-    loop {
-        refuse_before_root(&ancestor, timestamp_us)?;
-        let search = app.storage.lsn_by_timestamp(&ancestor.branch, timestamp_us, end);
-        let found = patiently(app, &ancestor.branch, search).await;
-        let reason = match found {
-            Ok(lsn) if lsn >= ancestor.start_lsn => return Ok((ancestor, lsn.min(end))),
-            Ok(lsn) => format!("its state is that of {lsn}, in the history of its own parent"),
-            Err(Problem::Invalid(reason)) => reason,
-            Err(problem) => return Err(problem),
-        };
-        // Before this branch was made it was its parent, up to where it left it.
-        end = ancestor.start_lsn;
-        ancestor = parent_of(app, &ancestor)
-            .await?
-            .ok_or_else(|| Problem::Invalid(format!("parent_timestamp is not in the branch's history: {reason}")))?;
-    }
-}
-
-/// A root branch has no commits from before it was made: the template's state is not a point of its history.
-fn refuse_before_root(branch: &BranchRow, timestamp_us: i64) -> Result<(), Problem> {
-    let made = OffsetDateTime::parse(&branch.created_at, &Rfc3339).ok().filter(|_| branch.parent.is_none());
-    let made_us = made.and_then(wal_time);
-    match made_us {
-        Some(made_us) if timestamp_us < made_us => {
-            Err(Problem::Invalid(format!("parent_timestamp is before the start of the history, {}", branch.created_at)))
-        }
-        Some(_) | None => Ok(()),
-    }
-}
-
-/// Waits for storage, which may be waiting for WAL of a sleeping branch: after a while its end is settled again.
-async fn patiently<T>(
-    app: &App,
-    branch: &BranchRef,
-    request: impl Future<Output = Result<T, Problem>>,
-) -> Result<T, Problem> {
-    let nudge = async {
-        tokio::time::sleep(STORAGE_PATIENCE).await;
-        if let Err(error) = app.computes.settle_again(branch).await {
-            tracing::warn!(%branch, %error, "settling a branch whose WAL does not arrive");
-        }
-        std::future::pending().await
-    };
-    tokio::select! {
-        done = request => done,
-        never = nudge => never,
-    }
-}
-
-async fn parent_of(app: &App, row: &BranchRow) -> Result<Option<BranchRow>, Problem> {
-    let Some(parent) = row.parent.clone() else { return Ok(None) };
-    let project = row.branch.project.clone();
-    app.store.call(move |db| branches::get(db, &project, &parent).map(Some)).await
 }
 
 /// Deletes a branch unless it has children or is the default, the root or protected.
@@ -336,28 +223,4 @@ pub async fn create_endpoint(
         wanted.insert(db, &branch)
     });
     made.await
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn points_are_checked() {
-        let fields = |lsn: Option<&str>, time: Option<&str>| BranchFields {
-            parent_lsn: lsn.map(str::to_owned),
-            parent_timestamp: time.map(str::to_owned),
-            ..Default::default()
-        };
-        assert_eq!(Point::new(&fields(None, None)), Ok(Point::Head));
-        assert_eq!(Point::new(&fields(Some("0/10"), None)), Ok(Point::Lsn(Lsn(16))));
-        assert_eq!(Point::new(&fields(None, Some("2000-01-01T00:00:01Z"))), Ok(Point::Time(1_000_000)));
-        assert_eq!(Point::new(&fields(None, Some("2000-01-01T02:00:00+02:00"))), Ok(Point::Time(0)));
-        for bad in
-            [fields(Some("x"), None), fields(None, Some("yesterday")), fields(None, Some("2999-01-01T00:00:00Z"))]
-        {
-            assert!(Point::new(&bad).is_err());
-        }
-        assert!(Point::new(&fields(Some("0/10"), Some("2000-01-01T00:00:01Z"))).is_err());
-    }
 }

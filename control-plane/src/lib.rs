@@ -10,6 +10,7 @@ mod branching;
 pub mod compute;
 pub mod config;
 mod endpoint_rules;
+mod history;
 pub mod host;
 pub mod http;
 pub mod keys;

@@ -22,8 +22,8 @@ use crate::{
 
 const DEFAULT_BRANCH: &str = "main";
 const DEFAULT_DATABASE: &str = "dormouse";
-/// A day.
-const DEFAULT_HISTORY_SECONDS: u64 = 86_400;
+/// Seven days.
+const DEFAULT_HISTORY_SECONDS: u64 = 7 * 86_400;
 const MAX_HISTORY_SECONDS: u64 = 30 * 86_400;
 
 /// A request for a project, checked and with all defaults filled in.

@@ -34,6 +34,9 @@ pub trait Storage: Send + Sync + 'static {
     /// at `head`.
     async fn lsn_by_timestamp(&self, branch: &BranchRef, timestamp_us: i64, head: Lsn) -> Result<Lsn, Problem>;
 
+    /// When the latest commit at or before `lsn` was, microseconds since 2000; `None` when no commit's time is known there.
+    async fn timestamp_by_lsn(&self, branch: &BranchRef, lsn: Lsn) -> Result<Option<i64>, Problem>;
+
     /// The end of a branch's WAL. Fences any compute: the caller makes sure that none runs.
     async fn settle(&self, branch: &BranchRef, start_lsn: Lsn) -> Result<Lsn, Problem>;
 
@@ -112,6 +115,10 @@ impl Storage for Services {
         let caught_up = ReadLsn { request: head, not_modified_since: head };
         self.pageserver.rel_size(branch, PG_DATABASE, caught_up).await.map_err(problem)?;
         self.pageserver.lsn_by_timestamp(branch, timestamp_us).await.map_err(problem)
+    }
+
+    async fn timestamp_by_lsn(&self, branch: &BranchRef, lsn: Lsn) -> Result<Option<i64>, Problem> {
+        self.pageserver.timestamp_by_lsn(branch, lsn).await.map_err(problem)
     }
 
     async fn settle(&self, branch: &BranchRef, start_lsn: Lsn) -> Result<Lsn, Problem> {

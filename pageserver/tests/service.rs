@@ -232,9 +232,19 @@ async fn time_finds_the_position_before_the_first_later_commit() {
     {
         assert_eq!(branch.lsn_by_timestamp(timestamp_us).await.expect("found"), Lsn(lsn), "{timestamp_us}");
     }
+    for (lsn, timestamp_us) in [
+        (879, None),
+        (880, Some(1_000_000)),
+        (1000, Some(1_500_000)),
+        (1040, Some(90_000_000)),
+        (1 << 40, Some(90_000_001)),
+    ] {
+        assert_eq!(branch.timestamp_by_lsn(Lsn(lsn)).await.expect("found"), timestamp_us, "{lsn}");
+    }
     let child = branch_ref("p", "child");
     all.create(&child, &name, BranchPoint::Lsn(Lsn(960))).await.expect("create");
     let child = all.get(&child).await.expect("attach");
+    assert_eq!(child.timestamp_by_lsn(Lsn(2000)).await.expect("the ancestor's"), Some(1_500_000));
     assert_eq!(child.lsn_by_timestamp(2_000_000).await.expect("found"), Lsn(960));
     let error = child.lsn_by_timestamp(1_200_000).await.expect_err("the ancestor's time");
     assert_eq!(error.kind(), ErrorKind::Invalid);

@@ -53,6 +53,8 @@ pub enum RequestBody {
     /// Ingest up to here and upload all of it to the object store; answered with [`ResponseBody::Lsn`] (what the object
     /// store now holds). Services only.
     Checkpoint { up_to: Lsn },
+    /// When the latest commit at or before this position was; answered with [`ResponseBody::Timestamp`]. Services only.
+    TimestampByLsn { lsn: Lsn },
 }
 
 /// Most pages in one [`RequestBody::GetPages`].
@@ -95,6 +97,8 @@ pub enum ResponseBody {
     Lsn(Lsn),
     /// Done.
     Done,
+    /// Microseconds since 2000-01-01 UTC; `None` when no commit's time is known at or before the position.
+    Timestamp(Option<i64>),
 }
 
 /// The files of a data directory that are not relations, as of an LSN.

@@ -516,6 +516,89 @@ pub struct BranchList {
     pub pagination: Option<Pagination>,
 }
 
+/// How far a branch's history reaches, and a point in it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BranchHistory {
+    /// The branch.
+    pub branch_id: BranchId,
+    /// Its project's window, seconds.
+    pub history_retention_seconds: u64,
+    /// The oldest position of which a branch can be made.
+    #[serde(with = "lsn_text")]
+    pub start_lsn: Option<Lsn>,
+    /// The end of its WAL.
+    #[serde(with = "lsn_text")]
+    pub end_lsn: Option<Lsn>,
+    /// When the last commit before [`BranchHistory::end_lsn`] was; absent when there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end_timestamp: Option<String>,
+    /// The position asked for, or that of the time asked for; the end when neither was.
+    #[serde(with = "lsn_text")]
+    pub lsn: Option<Lsn>,
+    /// When the last commit at or before [`BranchHistory::lsn`] was; absent when there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timestamp: Option<String>,
+    /// The branch that wrote it: this one or one that it comes from.
+    pub lsn_branch_id: BranchId,
+}
+
+/// `{"history": …}`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct BranchHistoryEnvelope {
+    /// The history.
+    pub history: BranchHistory,
+}
+
+/// Keeps a position though it falls out of the history window.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// A UUID.
+    pub id: String,
+    /// The branch that wrote the position: the one asked about or one that it comes from.
+    pub branch_id: BranchId,
+    /// The position.
+    #[serde(with = "lsn_text")]
+    pub lsn: Option<Lsn>,
+    /// Until when it is kept.
+    pub expires_at: String,
+}
+
+/// `POST .../branches/{id}/leases`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct LeaseRequest {
+    /// The lease.
+    #[serde(default)]
+    pub lease: LeaseFields,
+}
+
+/// What may be said about a lease.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct LeaseFields {
+    /// The position; the branch's newest by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lsn: Option<String>,
+    /// A time (RFC 3339) instead of a position.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timestamp: Option<String>,
+    /// How long it holds; 3600 by default, 30 days at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<u64>,
+}
+
+/// `{"lease": …}`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct LeaseEnvelope {
+    /// The lease.
+    pub lease: Lease,
+}
+
+/// A branch's leases.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct LeaseList {
+    /// By position.
+    pub leases: Vec<Lease>,
+}
+
 /// `{"endpoint": …}`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct EndpointEnvelope {

@@ -3,6 +3,7 @@
 mod branches;
 mod catalog;
 mod endpoints;
+mod history;
 mod internal;
 mod projects;
 
@@ -38,6 +39,7 @@ pub fn router(app: Arc<App>) -> Router {
     let public = Router::new()
         .merge(projects::routes())
         .merge(branches::routes())
+        .merge(history::routes())
         .merge(endpoints::routes())
         .merge(catalog::routes())
         .fallback(unknown_path)

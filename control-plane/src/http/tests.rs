@@ -81,6 +81,10 @@ impl Storage for FakeStorage {
         if lsn < start { Err(Problem::Invalid("before the start".into())) } else { Ok(lsn) }
     }
 
+    async fn timestamp_by_lsn(&self, _branch: &BranchRef, lsn: Lsn) -> Result<Option<i64>, Problem> {
+        Ok(i64::try_from(lsn.0).ok())
+    }
+
     async fn settle(&self, _branch: &BranchRef, _start_lsn: Lsn) -> Result<Lsn, Problem> {
         self.settled.fetch_add(1, Ordering::Relaxed);
         Ok(HEAD)
@@ -433,12 +437,48 @@ async fn branches_leave_their_parent_where_asked() {
     let early = json!({"branch": {"parent_timestamp": "2001-01-01T00:00:00Z"}});
     assert_eq!(world.api(Method::POST, &branches, early).await.0, 400, "before the project was made");
 
+    assert_eq!(old["branch"]["parent_id"], made["branch"]["id"], "the parent is the one that has the position");
+    let young = branch(json!({"branch": {"parent_id": dev, "name": "young"}})).await;
     let (status, error) = world.api(Method::DELETE, &format!("{branches}/{dev}"), Value::Null).await;
     assert_eq!((status, text(&error["code"])), (409, "BRANCH_HAS_CHILDREN"));
-    let old = text(&old["branch"]["id"]);
-    assert_eq!(world.api(Method::DELETE, &format!("{branches}/{old}"), Value::Null).await.0, 200);
+    let young = text(&young["branch"]["id"]);
+    assert!(text(&error["message"]).contains(young), "{error}");
+    assert_eq!(world.api(Method::DELETE, &format!("{branches}/{young}"), Value::Null).await.0, 200);
     assert_eq!(world.api(Method::DELETE, &format!("{branches}/{dev}"), Value::Null).await.0, 200);
     assert_eq!(world.wake(&dev_endpoint).await.0, 404);
+}
+
+#[tokio::test]
+async fn history_has_a_window_and_leases_hold_positions_beyond_it() {
+    let world = World::new().await;
+    let made = world.project().await;
+    let project = format!("/projects/{}", text(&made["project"]["id"]));
+    let branches = format!("{project}/branches");
+    let main = format!("{branches}/{}", text(&made["branch"]["id"]));
+    assert_eq!(world.get(&project).await["project"]["history_retention_seconds"], 604_800);
+    let shown = world.get(&format!("{main}/history?lsn=0/1800")).await;
+    assert_eq!(shown["history"]["start_lsn"], "0/1000", "younger than the window");
+    assert_eq!(shown["history"]["timestamp"], "2000-01-01T00:00:00.006144Z", "{shown}");
+    let lease = json!({"lease": {"lsn": "0/1800", "seconds": 60}});
+    let leased = world.post(&format!("{main}/leases"), lease).await;
+    for bad in [json!({"lsn": "0/1800", "seconds": 0}), json!({"lsn": "0/1800", "timestamp": "2001-01-01T00:00:00Z"})] {
+        let (status, _) = world.api(Method::POST, &format!("{main}/leases"), json!({"lease": bad})).await;
+        assert_eq!(status, 400);
+    }
+
+    let none = json!({"project": {"history_retention_seconds": 0}});
+    assert_eq!(world.api(Method::PATCH, &project, none).await.0, 200);
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    let at = |lsn: &str| json!({"branch": {"parent_lsn": lsn}});
+    let (status, error) = world.api(Method::POST, &branches, at("0/1900")).await;
+    let message = text(&error["message"]);
+    assert!(status == 400 && message.contains("no history") && message.contains("0/1900"), "{error}");
+    world.post(&branches, at("0/1800")).await;
+    world.post(&branches, json!({})).await;
+    let lease = format!("{main}/leases/{}", text(&leased["lease"]["id"]));
+    assert_eq!(world.api(Method::DELETE, &lease, Value::Null).await.0, 200);
+    assert_eq!(world.api(Method::DELETE, &lease, Value::Null).await.0, 404);
+    assert_eq!(world.api(Method::POST, &branches, at("0/1800")).await.0, 400);
 }
 
 #[tokio::test]

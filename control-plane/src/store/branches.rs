@@ -155,6 +155,13 @@ pub fn made(db: &Connection, branch: &BranchRef, start: Lsn, catalog_is_applied:
     get(db, &branch.project, &branch.branch)
 }
 
+/// Says which branch it left: that in whose own history the point is, which may be one that the parent asked for comes from.
+pub fn set_parent(db: &Connection, branch: &BranchRef, parent: &BranchId) -> Result<(), Problem> {
+    get(db, &branch.project, parent)?;
+    db.execute("UPDATE branches SET parent_id = ? WHERE id = ?", (parent.as_str(), branch.branch.as_str()))?;
+    Ok(())
+}
+
 /// A branch in any state.
 pub fn find(db: &Connection, project: &ProjectId, id: &BranchId) -> Result<Option<BranchRow>, Problem> {
     let sql = "SELECT * FROM branches WHERE id = ? AND project_id = ?";
@@ -233,10 +240,10 @@ pub fn set_default(db: &Connection, branch: &BranchRef) -> Result<BranchRow, Pro
 pub fn mark_deleting(db: &Connection, branch: &BranchRef) -> Result<BranchRow, Problem> {
     super::projects::get(db, &branch.project)?;
     let row = find(db, &branch.project, &branch.branch)?.ok_or_else(|| Problem::not_found("branch", &branch.branch))?;
-    let children: i64 =
-        db.query_row("SELECT count(*) FROM branches WHERE parent_id = ?", [branch.branch.as_str()], |r| r.get(0))?;
-    if children > 0 {
-        let message = format!("branch {} has {children} child branches; delete them first", branch.branch);
+    let children = children(db, &branch.branch)?;
+    if !children.is_empty() {
+        let message =
+            format!("branch {} has child branches; delete or detach them first: {}", row.name, children.join(", "));
         return Err(Problem::Conflict { code: "BRANCH_HAS_CHILDREN", message });
     }
     if row.is_default {
@@ -254,6 +261,14 @@ pub fn mark_deleting(db: &Connection, branch: &BranchRef) -> Result<BranchRow, P
     Ok(row)
 }
 
+/// Names and ids of its children, at most ten of them.
+fn children(db: &Connection, parent: &BranchId) -> Result<Vec<String>, Problem> {
+    let mut statement = db.prepare("SELECT name, id FROM branches WHERE parent_id = ? ORDER BY seq LIMIT 10")?;
+    let named = |row: &Row<'_>| Ok(format!("{} ({})", row.get::<_, String>(0)?, row.get::<_, String>(1)?));
+    let rows = statement.query_map([parent.as_str()], named)?;
+    Ok(rows.collect::<Result<_, _>>()?)
+}
+
 /// Begins its deletion, whatever it is.
 pub fn force_deleting(db: &Connection, branch: &BranchRef) -> Result<(), Problem> {
     db.execute(
@@ -265,7 +280,7 @@ pub fn force_deleting(db: &Connection, branch: &BranchRef) -> Result<(), Problem
 
 /// Ends its deletion: the branch, its endpoint, roles and databases are gone.
 pub fn remove(db: &Connection, branch: &BranchRef) -> Result<(), Problem> {
-    for table in ["endpoints", "roles", "databases", "dropped"] {
+    for table in ["endpoints", "roles", "databases", "dropped", "leases"] {
         db.execute(&format!("DELETE FROM {table} WHERE branch_id = ?"), [branch.branch.as_str()])?;
     }
     db.execute("DELETE FROM branches WHERE id = ?", [branch.branch.as_str()])?;

@@ -8,6 +8,7 @@ pub mod branches;
 pub mod catalog;
 pub mod endpoints;
 pub mod generations;
+pub mod leases;
 pub mod operations;
 pub mod projects;
 
@@ -116,8 +117,20 @@ CREATE TABLE generations (
 ) STRICT;
 ";
 
+/// Version 2: leases.
+const SCHEMA_2: &str = "
+CREATE TABLE leases (
+    id TEXT PRIMARY KEY,
+    project_id TEXT NOT NULL,
+    branch_id TEXT NOT NULL REFERENCES branches (id),
+    lsn INTEGER NOT NULL,
+    expires_ms INTEGER NOT NULL                -- Unix time
+) STRICT;
+CREATE INDEX leases_by_branch ON leases (branch_id);
+";
+
 /// What brings an older database up to date, in order; `user_version` counts those done.
-const MIGRATIONS: [&str; 1] = [SCHEMA_1];
+const MIGRATIONS: [&str; 2] = [SCHEMA_1, SCHEMA_2];
 
 /// The metadata store; cheap to clone.
 #[derive(Clone)]

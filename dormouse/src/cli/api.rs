@@ -52,6 +52,11 @@ impl Api {
         self.call(Method::POST, path, Some(body)).await
     }
 
+    /// Changes.
+    pub async fn patch<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
+        self.call(Method::PATCH, path, Some(body)).await
+    }
+
     /// Deletes.
     pub async fn delete<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
         self.call(Method::DELETE, path, None::<&()>).await

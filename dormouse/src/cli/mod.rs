@@ -30,7 +30,7 @@ pub struct Connection {
     data_dir: Option<PathBuf>,
     /// Shape of the answer
     #[arg(long, value_enum, default_value = "table", env = "DORMOUSE_OUTPUT", help_heading = "API")]
-    output: Output,
+    pub output: Output,
 }
 
 /// Which project a command is about.

@@ -219,6 +219,12 @@ impl PageserverClient {
         expect_answer!(answer, "LsnByTimestamp", ResponseBody::Lsn(lsn) => lsn)
     }
 
+    /// When the latest commit at or before `lsn` was, microseconds since 2000-01-01 UTC; `None` when that is not known.
+    pub async fn timestamp_by_lsn(&self, branch: &BranchRef, lsn: Lsn) -> Result<Option<i64>, ClientError> {
+        let answer = self.call(branch, RequestBody::TimestampByLsn { lsn }).await?;
+        expect_answer!(answer, "TimestampByLsn", ResponseBody::Timestamp(timestamp_us) => timestamp_us)
+    }
+
     /// Ingests up to `up_to` and uploads everything; answers what the object store now holds.
     pub async fn checkpoint(&self, branch: &BranchRef, up_to: Lsn) -> Result<Lsn, ClientError> {
         let answer = self.call(branch, RequestBody::Checkpoint { up_to }).await?;
@@ -233,7 +239,8 @@ fn timeout_of(body: &RequestBody) -> Duration {
         | RequestBody::ListRels { .. }
         | RequestBody::BaseFiles { .. }
         | RequestBody::BranchInfo
-        | RequestBody::LsnByTimestamp { .. } => READ_TIMEOUT,
+        | RequestBody::LsnByTimestamp { .. }
+        | RequestBody::TimestampByLsn { .. } => READ_TIMEOUT,
         RequestBody::CreateBranch { .. } | RequestBody::DeleteBranch | RequestBody::Checkpoint { .. } => CHANGE_TIMEOUT,
     }
 }

@@ -46,6 +46,52 @@ impl Branch {
         Ok(first.map_or(tip, |commit| commit.before))
     }
 
+    /// When the latest commit at or before `lsn` was, in this branch or those it comes from; `None` when no commit's time
+    /// is stored there.
+    pub async fn timestamp_by_lsn(self: &Arc<Self>, lsn: Lsn) -> Result<Option<i64>, StorageError> {
+        let (mut branch, mut at) = (self.clone(), lsn);
+        loop {
+            if let Some(commit) = branch.last_commit(at).await? {
+                return Ok(Some(commit.timestamp_us));
+            }
+            let Some((ancestor, left_at)) = branch.ancestor_ready().await?.map(|(a, lsn)| (a.clone(), lsn)) else {
+                return Ok(None);
+            };
+            at = at.min(left_at);
+            branch = ancestor;
+        }
+    }
+
+    /// The last of the branch's own stored commits at or before `at`. Looks at memory, then at layers from the newest one
+    /// back, no further than needed: commits of an older layer are older.
+    async fn last_commit(&self, at: Lsn) -> Result<Option<CommitTime>, StorageError> {
+        let (first, end) = (Key::of(Kind::CommitTime), Key::last_of(Kind::CommitTime));
+        let mut latest = LatestCommit { at, found: None, malformed: None };
+        let view =
+            self.view(|memory| memory.scan(first, end).for_each(|(key, lsn, value)| latest.see(key, lsn, value)));
+        let mut layers: Vec<_> = view.layers.iter().filter(|layer| layer.meta.start_lsn < at).collect();
+        layers.sort_by_key(|layer| std::cmp::Reverse(layer.meta.end_lsn));
+        for layer in layers {
+            if latest.found.is_some_and(|(lsn, _)| lsn >= layer.meta.end_lsn) {
+                break;
+            }
+            layer.scan(&self.shared.remote, first, end, |key, lsn, value| latest.see(key, lsn, &value)).await?;
+        }
+        match latest.malformed {
+            None => Ok(latest.found.map(|(_, commit)| commit)),
+            Some((key, lsn)) => Err(self.malformed_commit(key, lsn)),
+        }
+    }
+
+    fn malformed_commit(&self, key: Key, lsn: Lsn) -> StorageError {
+        StorageError::Unmakeable {
+            branch: self.name.clone(),
+            what: key.to_string(),
+            lsn,
+            reason: "the stored commit time is malformed".to_owned(),
+        }
+    }
+
     /// The first of the branch's own commits, in WAL order and up to `at`, whose time is after `timestamp_us`. The
     /// stored times only ever grow, so it is the first stored one that is.
     async fn first_commit_after(&self, timestamp_us: i64, at: Lsn) -> Result<Option<CommitTime>, StorageError> {
@@ -74,12 +120,9 @@ impl Branch {
             if key.kind != Kind::CommitTime || lsn > at {
                 return;
             }
-            match value {
-                Value::Image(content) => match CommitTime::decode(content) {
-                    Some(commit) => commits.push((lsn, commit)),
-                    None => malformed = Some((key, lsn)),
-                },
-                Value::Tombstone | Value::Record(_) => malformed = Some((key, lsn)),
+            match decode_commit(value) {
+                Some(commit) => commits.push((lsn, commit)),
+                None => malformed = Some((key, lsn)),
             }
         };
         let view = self.view(|memory| memory.scan(first, last).for_each(|(key, lsn, value)| keep(key, lsn, value)));
@@ -88,13 +131,34 @@ impl Branch {
         }
         match malformed {
             None => Ok(commits),
-            Some((key, lsn)) => Err(StorageError::Unmakeable {
-                branch: self.name.clone(),
-                what: key.to_string(),
-                lsn,
-                reason: "the stored commit time is malformed".to_owned(),
-            }),
+            Some((key, lsn)) => Err(self.malformed_commit(key, lsn)),
         }
+    }
+}
+
+/// The latest commit up to `at` among those seen.
+struct LatestCommit {
+    at: Lsn,
+    found: Option<(Lsn, CommitTime)>,
+    malformed: Option<(Key, Lsn)>,
+}
+
+impl LatestCommit {
+    fn see(&mut self, key: Key, lsn: Lsn, value: &Value) {
+        if lsn > self.at || self.found.is_some_and(|(known, _)| known >= lsn) {
+            return;
+        }
+        match decode_commit(value) {
+            Some(commit) => self.found = Some((lsn, commit)),
+            None => self.malformed = Some((key, lsn)),
+        }
+    }
+}
+
+fn decode_commit(value: &Value) -> Option<CommitTime> {
+    match value {
+        Value::Image(content) => CommitTime::decode(content),
+        Value::Tombstone | Value::Record(_) => None,
     }
 }
 

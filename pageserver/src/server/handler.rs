@@ -39,6 +39,7 @@ impl Handler {
             | RequestBody::DeleteBranch
             | RequestBody::BranchInfo
             | RequestBody::LsnByTimestamp { .. }
+            | RequestBody::TimestampByLsn { .. }
             | RequestBody::Checkpoint { .. } => false,
         };
         let allowed = claims.is_service() || (for_compute && claims.allows_branch(&request.branch));
@@ -89,6 +90,11 @@ impl Handler {
                 let branch = self.branches.get(name).await?;
                 branch.catch_up().await?;
                 Ok(ResponseBody::Lsn(branch.lsn_by_timestamp(timestamp_us).await?))
+            }
+            RequestBody::TimestampByLsn { lsn } => {
+                let branch = self.branches.get(name).await?;
+                branch.wait_for(lsn).await?;
+                Ok(ResponseBody::Timestamp(branch.timestamp_by_lsn(lsn).await?))
             }
             RequestBody::Checkpoint { up_to } => {
                 let branch = self.branches.get(name).await?;

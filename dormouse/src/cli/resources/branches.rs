@@ -3,10 +3,13 @@
 use clap::{Args, Subcommand};
 use control_plane_api::v2::{Branch, BranchCreated, BranchEnvelope, BranchFields, BranchRequest, EndpointFields};
 
-use super::super::{
-    Api, Connection, ProjectChoice,
-    output::{Output, or_dash},
-    select,
+use super::{
+    super::{
+        Api, Connection, ProjectChoice,
+        output::{Output, or_dash},
+        select,
+    },
+    history,
 };
 
 /// What can be done with branches.
@@ -28,6 +31,14 @@ pub enum BranchCommand {
     Get(OneArguments),
     /// Delete a branch that has no children
     Delete(OneArguments),
+    /// Show how far back a branch's history reaches; find the position of a time and the time of a position
+    #[command(
+        after_help = "Examples:\n  dormouse branches history main\n  dormouse branches history main --at-timestamp 2030-01-01T12:00:00Z\n  dormouse branches history main --at-lsn 0/1A2B3C8\n\nThe window is the project's: `dormouse projects update <project> --history-retention 14d` changes it."
+    )]
+    History(history::HistoryArguments),
+    /// Keep single positions of a branch's history beyond its window
+    #[command(subcommand, visible_alias = "lease")]
+    Leases(history::LeaseCommand),
 }
 
 /// `create`.
@@ -57,15 +68,16 @@ pub struct CreateArguments {
     connection: Connection,
 }
 
-/// `get` and `delete`.
+/// A branch, and how to reach the API: what commands about one branch have in common.
 #[derive(Args)]
 pub struct OneArguments {
     /// The branch, by id or name
     branch: String,
     #[command(flatten)]
     project: ProjectChoice,
+    /// How to reach the API.
     #[command(flatten)]
-    connection: Connection,
+    pub connection: Connection,
 }
 
 /// Does it.
@@ -88,10 +100,13 @@ pub async fn run(command: BranchCommand) -> anyhow::Result<()> {
             let deleted: BranchEnvelope = api.delete(&path).await?;
             print(arguments.connection.output, &deleted, std::slice::from_ref(&deleted.branch))
         }
+        BranchCommand::History(arguments) => history::show(arguments).await,
+        BranchCommand::Leases(command) => history::run_lease(command).await,
     }
 }
 
-async fn find(arguments: &OneArguments) -> anyhow::Result<(Api, String)> {
+/// The API, and the branch's path in it.
+pub async fn find(arguments: &OneArguments) -> anyhow::Result<(Api, String)> {
     let api = Api::new(&arguments.connection)?;
     let project = select::project(&api, &arguments.project).await?;
     let branch = select::branch(&api, &project, Some(&arguments.branch)).await?;

@@ -3,4 +3,5 @@
 pub mod branches;
 pub mod catalog;
 pub mod endpoints;
+pub mod history;
 pub mod projects;

@@ -1,5 +1,7 @@
 //! `dormouse projects`.
 
+use std::time::Duration;
+
 use clap::{Args, Subcommand};
 use control_plane_api::v2::{
     EndpointDefaults, FirstBranchFields, Project, ProjectCreated, ProjectEnvelope, ProjectFields, ProjectRequest,
@@ -20,6 +22,11 @@ pub enum ProjectCommand {
     },
     /// Show a project
     Get(OneArguments),
+    /// Change a project's name, history window or sleep
+    #[command(
+        after_help = "Examples:\n  dormouse projects update shop --history-retention 14d\n  dormouse projects update shop --history-retention 0s    no history: only the newest state is kept\n\nA longer window keeps more from now on; what a shorter one has let go does not come back."
+    )]
+    Update(UpdateArguments),
     /// Delete a project with all its branches and data
     Delete(OneArguments),
 }
@@ -37,6 +44,27 @@ pub struct CreateArguments {
     #[arg(long)]
     role: Option<String>,
     /// Idle seconds before its endpoints sleep; 0 is the default of 300, -1 never
+    #[arg(long, allow_hyphen_values = true)]
+    suspend_timeout: Option<i64>,
+    /// How far back branches can be made, such as 12h or 14d; 30d at most [default: 7d]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    history_retention: Option<Duration>,
+    #[command(flatten)]
+    connection: Connection,
+}
+
+/// `update`.
+#[derive(Args)]
+pub struct UpdateArguments {
+    /// The project, by id or name
+    project: String,
+    /// A new name
+    #[arg(long)]
+    name: Option<String>,
+    /// How far back branches can be made, such as 12h or 14d; 30d at most
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    history_retention: Option<Duration>,
+    /// Idle seconds before new endpoints sleep; 0 is the default of 300, -1 never
     #[arg(long, allow_hyphen_values = true)]
     suspend_timeout: Option<i64>,
     #[command(flatten)]
@@ -65,6 +93,7 @@ pub async fn run(command: ProjectCommand) -> anyhow::Result<()> {
             let project = select::project(&api, &ProjectChoice { project: Some(arguments.project) }).await?;
             print(arguments.connection.output, &project, std::slice::from_ref(&project))
         }
+        ProjectCommand::Update(arguments) => update(arguments).await,
         ProjectCommand::Delete(arguments) => {
             let api = Api::new(&arguments.connection)?;
             let project = select::project(&api, &ProjectChoice { project: Some(arguments.project) }).await?;
@@ -82,6 +111,7 @@ async fn create(arguments: CreateArguments) -> anyhow::Result<()> {
         default_endpoint_settings: arguments
             .suspend_timeout
             .map(|seconds| EndpointDefaults { suspend_timeout_seconds: Some(seconds) }),
+        history_retention_seconds: arguments.history_retention.map(|kept| kept.as_secs()),
         ..Default::default()
     };
     let created: ProjectCreated = api.post("/projects", &ProjectRequest { project }).await?;
@@ -92,8 +122,24 @@ async fn create(arguments: CreateArguments) -> anyhow::Result<()> {
     Ok(())
 }
 
+async fn update(arguments: UpdateArguments) -> anyhow::Result<()> {
+    let api = Api::new(&arguments.connection)?;
+    let found = select::project(&api, &ProjectChoice { project: Some(arguments.project) }).await?;
+    let timeout = arguments.suspend_timeout;
+    let project = ProjectFields {
+        name: arguments.name,
+        history_retention_seconds: arguments.history_retention.map(|kept| kept.as_secs()),
+        default_endpoint_settings: timeout.map(|seconds| EndpointDefaults { suspend_timeout_seconds: Some(seconds) }),
+        ..Default::default()
+    };
+    let updated: ProjectEnvelope = api.patch(&format!("/projects/{}", found.id), &ProjectRequest { project }).await?;
+    print(arguments.connection.output, &updated, std::slice::from_ref(&updated.project))
+}
+
 fn print(output: Output, answer: &impl serde::Serialize, projects: &[Project]) -> anyhow::Result<()> {
-    let rows =
-        projects.iter().map(|p| [p.id.to_string(), p.name.clone(), p.pg_version.to_string(), p.created_at.clone()]);
-    output.print(answer, ["id", "name", "postgres", "created"], rows)
+    let rows = projects.iter().map(|p| {
+        let history = humantime::format_duration(Duration::from_secs(p.history_retention_seconds)).to_string();
+        [p.id.to_string(), p.name.clone(), p.pg_version.to_string(), history, p.created_at.clone()]
+    });
+    output.print(answer, ["id", "name", "postgres", "history", "created"], rows)
 }
