@@ -3,6 +3,7 @@
 use std::{io, path::Path};
 
 use bytes::{Bytes, BytesMut};
+use connection_pool::session::Answer;
 use postgres_protocol::message::frontend;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -41,6 +42,32 @@ pub async fn open(socket: &Path, startup: &[u8]) -> Result<Opened, OpenError> {
         }
         if greeting.output.len() + input.len() > GREETING_MAX_BYTES {
             return Err(OpenError::Unexpected("more than a greeting".to_owned()));
+        }
+        if stream.read_buf(&mut input).await.map_err(OpenError::Lost)? == 0 {
+            return Err(OpenError::Lost(io::ErrorKind::UnexpectedEof.into()));
+        }
+    }
+}
+
+/// Asks Postgres one question whose rows are (kind, name, value), on a session where nothing else goes on.
+pub async fn ask(stream: &mut UnixStream, question: &str) -> Result<Answer, OpenError> {
+    let mut message = BytesMut::new();
+    frontend::query(question, &mut message).map_err(OpenError::Lost)?;
+    stream.write_all(&message).await.map_err(OpenError::Lost)?;
+    let (mut answer, mut input) = (Answer::default(), BytesMut::new());
+    loop {
+        while let Some((kind, frame)) = take_frame(&mut input)? {
+            match kind {
+                b'Z' => return Ok(answer),
+                b'D' => {
+                    answer.take_row(&frame[5..]).ok_or_else(|| OpenError::Unexpected("a strange row".to_owned()))?
+                }
+                b'E' => {
+                    let response = Bytes::copy_from_slice(&frame);
+                    return Err(OpenError::Refused { sqlstate: sqlstate(&frame[5..]), response });
+                }
+                _ => {}
+            }
         }
         if stream.read_buf(&mut input).await.map_err(OpenError::Lost)? == 0 {
             return Err(OpenError::Lost(io::ErrorKind::UnexpectedEof.into()));

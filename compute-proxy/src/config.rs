@@ -2,6 +2,8 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
+use crate::endpoint_name::PoolMode;
+
 /// Settings of the proxy. No `Debug`: it holds a token.
 #[derive(Clone, clap::Args)]
 pub struct Config {
@@ -54,6 +56,23 @@ pub struct Config {
     /// login, so that a new password counts at once. While it is slow or down, verifiers up to ten minutes old are used.
     #[arg(long, default_value = "0s", value_parser = humantime::parse_duration, value_name = "TIME")]
     pub auth_cache: Duration,
+
+    /// How clients of -pooler hosts are served that don't say pool_mode=transaction or pool_mode=session in their options.
+    #[arg(long, default_value = "transaction", value_name = "MODE")]
+    pub pool_mode: PoolMode,
+
+    /// Server connections for each database and role of an endpoint. By default, and at most, nine tenths of what the
+    /// compute's max_connections leaves, which all pools of the endpoint share.
+    #[arg(long, value_name = "COUNT")]
+    pub pool_size: Option<usize>,
+
+    /// How long a pooled client waits for a server connection.
+    #[arg(long, default_value = "120s", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub pool_queue_timeout: Duration,
+
+    /// How long an unused server connection is kept open. It does not keep the compute awake.
+    #[arg(long, default_value = "10m", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub pool_idle_timeout: Duration,
 
     /// How long sessions may go on when the proxy stops.
     #[arg(long, default_value = "5s", value_parser = humantime::parse_duration, value_name = "TIME")]

@@ -43,6 +43,8 @@ pub enum EndReason {
     WakeFailed,
     /// Postgres refused the session.
     ComputeRefused,
+    /// The pool had no connection for the client, or could not go on with its session.
+    PoolRefused,
     /// It was a request to cancel another session's query.
     Cancel,
     /// A fault of the proxy.
@@ -70,6 +72,7 @@ impl EndReason {
             Self::ControlPlaneDown => "control-plane-down",
             Self::WakeFailed => "wake-failed",
             Self::ComputeRefused => "compute-refused",
+            Self::PoolRefused => "pool-refused",
             Self::Cancel => "cancel",
             Self::Internal => "internal",
         }

@@ -10,6 +10,9 @@ const POOLER_SUFFIX: &str = "-pooler";
 /// Names of the setting that names an endpoint in `options` and in a password prefix; `project` is the older one.
 const SETTINGS: [&str; 2] = ["endpoint", "project"];
 
+/// Name of the setting in `options` that says how a pooled client is served.
+const POOL_MODE: &str = "pool_mode";
+
 /// Finds the endpoint before the login.
 ///
 /// A host below `domain` or `localhost` is taken at its word, and an `options` that says otherwise is an error. The first
@@ -30,6 +33,15 @@ pub fn choose(sni: Option<&str>, options: &Options, domain: Option<&str>) -> Res
             Err(EndpointNameError::Conflict { host: host.endpoint, option: option.endpoint })
         }
     }
+}
+
+/// How long a pooled client keeps a server connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum PoolMode {
+    /// For one transaction at a time.
+    Transaction,
+    /// Until it leaves.
+    Session,
 }
 
 /// What [`choose`] found.
@@ -78,6 +90,12 @@ pub enum EndpointNameError {
         /// From `options`.
         option: EndpointId,
     },
+    /// No such way of pooling.
+    #[error("pool_mode is transaction or session, not {text:?}")]
+    PoolMode {
+        /// As sent, shortened.
+        text: String,
+    },
     /// `options` names two endpoints.
     #[error("the connection options name two endpoints, \"{first}\" and \"{second}\"")]
     Twice {
@@ -116,6 +134,8 @@ fn first_label(host: &str) -> Option<String> {
 pub struct Options {
     /// The endpoint that it names.
     pub endpoint: Option<EndpointName>,
+    /// `pool_mode`, for pooled connections.
+    pub pool_mode: Option<PoolMode>,
     /// Everything else, to be passed on as it was; `None` when nothing is left.
     pub rest: Option<String>,
 }
@@ -130,19 +150,23 @@ impl Options {
         let mut rest: Vec<&str> = Vec::new();
         let mut words = split_words(text).into_iter().peekable();
         while let Some(word) = words.next() {
-            let named = if word == "-c" {
-                words.peek().and_then(|next| setting_value(next))
+            let setting = if word == "-c" {
+                words.peek().copied()
             } else {
-                setting_value(word.strip_prefix("--").or_else(|| word.strip_prefix("-c")).unwrap_or(word))
+                Some(word.strip_prefix("--").or_else(|| word.strip_prefix("-c")).unwrap_or(word))
             };
-            match named {
-                None => rest.push(word),
-                Some(value) => {
-                    options.name(EndpointName::parse(value)?)?;
-                    if word == "-c" {
-                        words.next();
-                    }
+            let endpoint = setting.and_then(|setting| SETTINGS.iter().find_map(|name| value_of(setting, name)));
+            let pool_mode = setting.and_then(|setting| value_of(setting, POOL_MODE));
+            match (endpoint, pool_mode) {
+                (None, None) => {
+                    rest.push(word);
+                    continue;
                 }
+                (Some(value), _) => options.name(EndpointName::parse(value)?)?,
+                (None, Some(value)) => options.pool_mode = Some(PoolMode::parse(value)?),
+            }
+            if word == "-c" {
+                words.next();
             }
         }
         options.rest = if rest.is_empty() { None } else { Some(rest.join(" ")) };
@@ -179,11 +203,20 @@ fn split_words(text: &str) -> Vec<&str> {
     words
 }
 
-fn setting_value(word: &str) -> Option<&str> {
-    SETTINGS.iter().find_map(|name| {
-        let value = word.strip_prefix(name)?;
-        ["=", "%3D", "%3d"].iter().find_map(|equals| value.strip_prefix(equals))
-    })
+/// The value in `<name>=<value>`.
+fn value_of<'a>(word: &'a str, name: &str) -> Option<&'a str> {
+    let value = word.strip_prefix(name)?;
+    ["=", "%3D", "%3d"].iter().find_map(|equals| value.strip_prefix(equals))
+}
+
+impl PoolMode {
+    fn parse(text: &str) -> Result<Self, EndpointNameError> {
+        match text {
+            "transaction" => Ok(Self::Transaction),
+            "session" => Ok(Self::Session),
+            other => Err(EndpointNameError::PoolMode { text: other.chars().take(80).collect() }),
+        }
+    }
 }
 
 /// Splits `endpoint=<id>;<password>` or `endpoint=<id>$<password>`; `None` when the password has no such prefix.
@@ -262,6 +295,9 @@ mod tests {
             assert_eq!(options.rest.as_deref(), rest, "{text}");
         }
         assert!(matches!(Options::parse("endpoint=../x"), Err(EndpointNameError::Invalid { .. })));
+        let options = Options::parse("-c pool_mode=session endpoint=ep-a-pooler").expect("good");
+        assert_eq!((options.pool_mode, options.rest), (Some(PoolMode::Session), None));
+        assert!(matches!(Options::parse("pool_mode=statement"), Err(EndpointNameError::PoolMode { .. })));
     }
 
     #[test]

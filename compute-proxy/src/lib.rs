@@ -2,7 +2,8 @@
 //!
 //! A connection goes through [`server`], then `session`, which drives the rest: [`handshake`] parses what the client
 //! sends before it logs in, [`endpoint_name`] tells which endpoint it means, [`scram`] checks the password, `wake` and
-//! `compute` get a session with Postgres, and `splice` passes bytes until one side has enough.
+//! `compute` get a session with Postgres, and `splice` passes bytes until one side has enough. Clients of `-pooler` hosts
+//! share few sessions: `pooling`.
 
 mod cancel;
 mod coalesce;
@@ -14,6 +15,7 @@ pub mod endpoint_name;
 pub mod handshake;
 mod login;
 mod messages;
+mod pooling;
 mod roles;
 pub mod scram;
 pub mod server;

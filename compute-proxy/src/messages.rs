@@ -29,8 +29,13 @@ impl FatalError {
 
     /// The `ErrorResponse`.
     pub fn encode(&self) -> Bytes {
+        self.encode_as("FATAL")
+    }
+
+    /// The `ErrorResponse` with another severity: after an `ERROR` the connection goes on.
+    pub fn encode_as(&self, severity: &str) -> Bytes {
         message(b'E', |body| {
-            for (field, text) in [(b'S', "FATAL"), (b'V', "FATAL"), (b'C', self.sqlstate), (b'M', &self.message)] {
+            for (field, text) in [(b'S', severity), (b'V', severity), (b'C', self.sqlstate), (b'M', &self.message)] {
                 body.put_u8(field);
                 put_text(body, text);
             }
@@ -73,6 +78,24 @@ pub fn negotiate_protocol_version(unknown_extensions: &[String]) -> Bytes {
         body.put_u32(unknown_extensions.len() as u32);
         unknown_extensions.iter().for_each(|name| put_text(body, name));
     })
+}
+
+/// `AuthenticationOk`.
+pub fn authentication_ok() -> Bytes {
+    authentication(0, |_| ())
+}
+
+/// `ParameterStatus`.
+pub fn parameter_status(name: &str, value: &str) -> Bytes {
+    message(b'S', |body| {
+        put_text(body, name);
+        put_text(body, value);
+    })
+}
+
+/// `ReadyForQuery`, in no transaction.
+pub fn ready_for_query() -> Bytes {
+    message(b'Z', |body| body.put_u8(b'I'))
 }
 
 /// `BackendKeyData`.

@@ -6,6 +6,7 @@ use rustix::net::sockopt;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
+    task::JoinHandle,
     time::{sleep, timeout},
 };
 use tokio_rustls::server::TlsStream;
@@ -16,6 +17,7 @@ use crate::{
     config::Config,
     control::ControlPlane,
     login::Login,
+    pooling::{PoolOptions, Pools},
     roles::Roles,
     session,
     tls::{Tls, TlsError},
@@ -54,6 +56,8 @@ pub struct Shared {
     pub login: Login,
     /// Wakes endpoints.
     pub waker: Waker,
+    /// Server connections that pooled clients share.
+    pub pools: Pools,
     /// Sessions that can be cancelled.
     pub cancels: CancelMap,
     /// The proxy stops: no new sessions.
@@ -81,10 +85,12 @@ impl Server {
         };
         let listener = TcpListener::bind(config.listen).await.map_err(listen_error)?;
         let address = listener.local_addr().map_err(listen_error)?;
+        let waker = Waker::new(control.clone());
         let shared = Shared {
             tls,
             login: Login::new(Roles::new(control.clone(), config.auth_cache)),
-            waker: Waker::new(control),
+            pools: Pools::new(pool_options(&config), waker.clone()),
+            waker,
             cancels: CancelMap::default(),
             draining: CancellationToken::new(),
             kill: CancellationToken::new(),
@@ -104,6 +110,7 @@ impl Server {
         let Self { listener, address, shared } = self;
         tracing::info!(%address, "compute proxy is listening");
         let sessions = TaskTracker::new();
+        let looking_after = looking_after(shared.clone());
         let connections = Arc::new(Semaphore::new(shared.config.max_connections.saturating_add(SPARE_CONNECTIONS)));
         loop {
             let accepted = tokio::select! {
@@ -139,6 +146,7 @@ impl Server {
                 tracing::warn!(sessions = sessions.len(), "some sessions did not end");
             }
         }
+        looking_after.abort();
         Ok(())
     }
 }
@@ -168,6 +176,20 @@ pub enum BindError {
     /// There is no HTTP client.
     #[error("cannot make an HTTP client: {0}")]
     Http(#[from] reqwest::Error),
+}
+
+/// Looks after the pools until the proxy has stopped: while it drains, clients still wait for connections.
+fn looking_after(shared: Arc<Shared>) -> JoinHandle<()> {
+    tokio::spawn(async move { shared.pools.look_after().await })
+}
+
+fn pool_options(config: &Config) -> PoolOptions {
+    PoolOptions {
+        size: config.pool_size,
+        queue_timeout: config.pool_queue_timeout,
+        idle_timeout: config.pool_idle_timeout,
+        queue: config.max_connections,
+    }
 }
 
 /// A connection works without these too, so a failure is only noted.

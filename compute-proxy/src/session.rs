@@ -12,13 +12,14 @@ use tokio::{
 use tokio_util::either::Either;
 
 use crate::{
-    cancel::CancelGuard,
+    cancel::{CancelGuard, CancelTarget},
     compute::{self, OpenError, Opened},
     end::{EndReason, Stop},
-    endpoint_name::{self, Choice, Options},
+    endpoint_name::{self, Choice, EndpointName, Options},
     handshake::{self, CancelRequest, HandshakeError, Packet, Startup, TLS_HANDSHAKE_BYTE},
     login,
     messages::{self, FatalError},
+    pooling,
     server::{ClientStream, Shared},
     splice::splice,
     tls::TlsInfo,
@@ -84,7 +85,12 @@ async fn run(shared: &Shared, tcp: TcpStream, login_deadline: Instant, who: &mut
         prepared = prepare(shared, &mut stream, tls.as_ref(), &startup, login_deadline, who) => prepared,
     };
     match prepared {
-        Ok(Ready { session, _slot, _cancel }) => splice(stream, session.stream, &shared.kill).await,
+        Ok(Ready { session: Session::Direct(session), _slot, _cancel }) => {
+            splice(stream, session.stream, &shared.kill).await
+        }
+        Ok(Ready { session: Session::Pooled(session), _slot, .. }) => {
+            pooling::serve(stream, session, shared.draining.clone(), shared.kill.clone()).await
+        }
         Err(stop) => farewell(stream, stop).await,
     }
 }
@@ -174,9 +180,16 @@ async fn cancel(shared: &Shared, request: CancelRequest) {
 
 /// A session that may begin.
 struct Ready {
-    session: Opened,
+    session: Session,
     _slot: OwnedSemaphorePermit,
     _cancel: Option<CancelGuard>,
+}
+
+enum Session {
+    /// With a server connection of its own.
+    Direct(Opened),
+    /// With one at a time from the pool.
+    Pooled(pooling::Session),
 }
 
 /// Login, wake, and Postgres's greeting passed on.
@@ -193,8 +206,15 @@ async fn prepare(
     })?;
     let options = Options::parse(startup.options.as_deref().unwrap_or(""))?;
     let logging_in = log_in(shared, stream, tls, startup, &options, who);
-    let endpoint =
+    let EndpointName { endpoint, pooled } =
         timeout_at(login_deadline, logging_in).await.map_err(|_| Stop::silent(EndReason::HandshakeTimeout))??;
+    if pooled {
+        let mode = options.pool_mode.unwrap_or(shared.config.pool_mode);
+        let Shared { pools, cancels, .. } = shared;
+        let rest = options.rest.as_deref();
+        let session = Box::pin(pooling::greet(pools, cancels, stream, &endpoint, startup, rest, mode)).await?;
+        return Ok(Ready { session: Session::Pooled(session), _slot: slot, _cancel: None });
+    }
 
     let message = compute::encode_startup(startup, options.rest.as_deref())
         .map_err(|_| Stop::refuse(EndReason::Internal, FatalError::new("XX000", "cannot pass the parameters on")))?;
@@ -204,14 +224,15 @@ async fn prepare(
     who.cold = cold;
 
     let mut greeting = BytesMut::from(&session.before_key[..]);
-    let guard = session.key.map(|key| shared.cancels.register(&socket, key));
+    let target = session.key.map(|key| Arc::new(CancelTarget { socket, key }));
+    let guard = target.map(|target| shared.cancels.register(Some(target)));
     if let Some(key) = guard.as_ref().map(CancelGuard::key) {
         greeting.extend_from_slice(&messages::backend_key_data(key.process_id, key.secret));
     }
     greeting.extend_from_slice(&session.after_key);
     stream.write_all(&greeting).await?;
     stream.flush().await?;
-    Ok(Ready { session, _slot: slot, _cancel: guard })
+    Ok(Ready { session: Session::Direct(session), _slot: slot, _cancel: guard })
 }
 
 async fn log_in(
@@ -221,7 +242,7 @@ async fn log_in(
     startup: &Startup,
     options: &Options,
     who: &mut Who,
-) -> Result<types::EndpointId, Stop> {
+) -> Result<EndpointName, Stop> {
     if startup.needs_negotiation() {
         stream.write_all(&messages::negotiate_protocol_version(&startup.unknown_extensions)).await?;
     }
@@ -231,13 +252,13 @@ async fn log_in(
         Choice::Named(name) => {
             who.endpoint = name.endpoint.to_string();
             shared.login.by_scram(stream, tls, &name.endpoint, &startup.user).await?;
-            Ok(name.endpoint)
+            Ok(name)
         }
         Choice::AskPassword if tls.is_some() || shared.config.allow_cleartext => {
             let (name, password) = login::ask_password(stream, || no_endpoint(domain)).await?;
             who.endpoint = name.endpoint.to_string();
             shared.login.by_password(&name.endpoint, &startup.user, &password).await?;
-            Ok(name.endpoint)
+            Ok(name)
         }
         Choice::AskPassword => Err(no_endpoint(domain)),
     }
@@ -257,7 +278,8 @@ fn no_endpoint(domain: Option<&str>) -> Stop {
     Stop::refuse(EndReason::EndpointName, error)
 }
 
-fn wake_refusal(endpoint: &types::EndpointId, error: WakeError) -> Stop {
+/// What a client is told whose compute gives it no session.
+pub fn wake_refusal(endpoint: &types::EndpointId, error: WakeError) -> Stop {
     tracing::warn!(%endpoint, %error, "no session");
     match error {
         WakeError::Control(error) if error.is_endpoint_not_found() => login::endpoint_not_found(endpoint),

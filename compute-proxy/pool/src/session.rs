@@ -60,15 +60,9 @@ impl Pin {
     }
 
     fn parse(text: &[u8]) -> Option<Self> {
-        [
-            Self::Listening,
-            Self::AdvisoryLock,
-            Self::Temporary,
-            Self::HeldCursor,
-            Self::SqlPrepared,
-        ]
-        .into_iter()
-        .find(|pin| pin.as_str().as_bytes() == text)
+        [Self::Listening, Self::AdvisoryLock, Self::Temporary, Self::HeldCursor, Self::SqlPrepared]
+            .into_iter()
+            .find(|pin| pin.as_str().as_bytes() == text)
     }
 }
 

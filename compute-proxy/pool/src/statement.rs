@@ -100,7 +100,8 @@ impl Interner {
         }
         table.last_id += 1;
         let effects = sql::effects(text(definition));
-        let statement = Arc::new(Statement { id: Some(StatementId(table.last_id)), definition: definition.into(), effects });
+        let statement =
+            Arc::new(Statement { id: Some(StatementId(table.last_id)), definition: definition.into(), effects });
         table.by_definition.insert(definition.into(), Arc::downgrade(&statement));
         // What nobody knows any more is swept out whenever the table has doubled.
         if table.by_definition.len() > 64 + 2 * table.swept_to {

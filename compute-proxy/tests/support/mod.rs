@@ -74,8 +74,13 @@ impl World {
 
     /// A tokio-postgres client without TLS.
     pub async fn connect(&self, options: &str) -> Result<tokio_postgres::Client, tokio_postgres::Error> {
+        self.connect_as("alice", options).await
+    }
+
+    /// The same as another role.
+    pub async fn connect_as(&self, role: &str, options: &str) -> Result<tokio_postgres::Client, tokio_postgres::Error> {
         let mut config = tokio_postgres::Config::new();
-        config.host("127.0.0.1").port(self.address.port()).user("alice").password(PASSWORD).dbname("postgres");
+        config.host("127.0.0.1").port(self.address.port()).user(role).password(PASSWORD).dbname("postgres");
         let (client, connection) = config.options(options).connect(tokio_postgres::NoTls).await?;
         tokio::spawn(connection);
         Ok(client)

@@ -63,7 +63,7 @@ impl Postgres {
             .expect("postgres runs");
         let postgres = Self { dir, child };
         postgres.admin_retrying(
-            "CREATE ROLE alice LOGIN; CREATE ROLE bob LOGIN; GRANT pg_read_server_files TO alice; \
+            "CREATE ROLE alice LOGIN; CREATE ROLE bob LOGIN; CREATE ROLE carol LOGIN; GRANT pg_read_server_files TO alice; \
                                  GRANT ALL ON SCHEMA public TO alice",
         );
         postgres
@@ -74,13 +74,19 @@ impl Postgres {
         self.dir.path().join(".s.PGSQL.5432")
     }
 
+    /// Ends a role's sessions, as a compute that goes to sleep does; returns when they are gone.
+    pub fn terminate_backends_of(&self, role: &str) {
+        let sessions = format!("FROM pg_stat_activity WHERE usename = '{role}'");
+        self.admin_retrying(&format!("SELECT pg_terminate_backend(pid, 10000) {sessions}"));
+    }
+
     /// Runs SQL as the superuser, past the proxy, as soon as Postgres takes connections.
     fn admin_retrying(&self, sql: &str) {
         let begun = Instant::now();
         loop {
             let mut psql = Command::new("psql");
             psql.args(["-X", "-q", "-U", "postgres", "-d", "postgres", "-h"]).arg(self.dir.path()).args(["-c", sql]);
-            if psql.stderr(Stdio::null()).status().expect("psql runs").success() {
+            if psql.stdout(Stdio::null()).stderr(Stdio::null()).status().expect("psql runs").success() {
                 return;
             }
             assert!(begun.elapsed() < Duration::from_secs(30), "postgres does not start");

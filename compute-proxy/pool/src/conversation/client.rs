@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{
-    CUSTOM_SETTINGS_MAX, Conversation, Copy, EXPECTED_MAX, Expected, OUTPUT_MAX_BYTES, Output, Rest, Status,
-};
+use super::{CUSTOM_SETTINGS_MAX, Conversation, Copy, EXPECTED_MAX, Expected, OUTPUT_MAX_BYTES, Output, Rest, Status};
 use crate::{
     Violation,
     frame::{self, HEADER_BYTES, Header},
@@ -49,10 +47,17 @@ impl Conversation {
         let mut taken = self.pass_client_rest(input, output);
         loop {
             let rest = &input[taken..];
-            let Some(Header { kind, bytes }) = frame::header(rest)? else { return Ok((taken, Unattached::More)) };
+            let header = if self.client_rest == Rest::None { frame::header(rest)? } else { None };
+            let Some(Header { kind, bytes }) = header else { return Ok((taken, Unattached::More)) };
+            if self.skipping && !matches!(kind, b'S' | b'X') {
+                self.client_rest = Rest::Drop(bytes);
+                taken += self.pass_client_rest(rest, output);
+                continue;
+            }
             match kind {
                 b'X' => return Ok((taken, Unattached::Terminate)),
                 b'S' if rest.len() >= bytes => {
+                    self.skipping = false;
                     output.to_client.extend_from_slice(READY);
                     taken += bytes;
                 }
@@ -61,9 +66,6 @@ impl Conversation {
                 b'd' | b'c' | b'f' | b'H' => {
                     self.client_rest = Rest::Drop(bytes);
                     taken += self.pass_client_rest(rest, output);
-                    if self.client_rest != Rest::None {
-                        return Ok((taken, Unattached::More));
-                    }
                 }
                 b'Q' | b'P' | b'B' | b'D' | b'C' | b'E' | b'F' => {
                     let enough = bytes.min(self.needed_bytes(kind, bytes));
@@ -72,6 +74,18 @@ impl Conversation {
                 }
                 other => return Err(Violation::MessageType(other)),
             }
+        }
+    }
+
+    /// Answers the message with which `input` begins, for which there is no server connection, with an error.
+    pub fn refuse_first(&mut self, input: &[u8], error: &[u8], output: &mut Output) {
+        output.to_client.extend_from_slice(error);
+        match frame::header(input) {
+            Ok(Some(Header { kind: b'Q' | b'F', bytes })) => {
+                self.client_rest = Rest::Drop(bytes);
+                output.to_client.extend_from_slice(READY);
+            }
+            _ => self.skipping = true,
         }
     }
 
@@ -99,7 +113,7 @@ impl Conversation {
 
     /// False while the client must wait: too much is on its way.
     pub fn has_room(&self, output: &Output) -> bool {
-        self.expected.len() < EXPECTED_MAX && output.to_server.len() < OUTPUT_MAX_BYTES && !self.is_replaying()
+        self.expected.len() < EXPECTED_MAX && output.to_server.len() < OUTPUT_MAX_BYTES && !self.is_own_turn()
     }
 
     fn pass_client_rest(&mut self, input: &[u8], output: &mut Output) -> usize {

@@ -112,27 +112,46 @@ enum Rest {
 #[derive(Debug)]
 enum Expected {
     /// The client's own `Parse`.
-    Parse { statement: Arc<Statement>, name: Box<[u8]> },
+    Parse {
+        statement: Arc<Statement>,
+        name: Box<[u8]>,
+    },
     /// One put in; the client hears nothing.
-    OwnParse { statement: Arc<Statement> },
+    OwnParse {
+        statement: Arc<Statement>,
+    },
     /// The client's `Parse` of what the server has already: the answer is made up when its turn comes.
-    MadeUpParse { name: Box<[u8]> },
+    MadeUpParse {
+        name: Box<[u8]>,
+    },
     /// The client's `Close` of a portal.
     Close,
     /// One put in.
-    OwnClose { id: StatementId },
+    OwnClose {
+        id: StatementId,
+    },
     /// The client's `Close` of a statement, which others may go on using.
-    MadeUpClose { name: Box<[u8]>, statement: Option<Arc<Statement>> },
+    MadeUpClose {
+        name: Box<[u8]>,
+        statement: Option<Arc<Statement>>,
+    },
     /// Session mode: a `Parse` or `Close` that passes.
     Passed,
-    Bind { id: Option<StatementId> },
-    Describe { id: Option<StatementId> },
+    Bind {
+        id: Option<StatementId>,
+    },
+    Describe {
+        id: Option<StatementId>,
+    },
     Execute,
     Sync,
     /// A simple query or a function call.
     Query,
     /// `DEALLOCATE` of a statement by its name here.
-    Deallocate { name: Box<[u8]>, id: StatementId },
+    Deallocate {
+        name: Box<[u8]>,
+        id: StatementId,
+    },
     /// A statement that is refused here: the error is given when its turn comes.
     Refused,
     /// `CopyDone` or `CopyFail` sent before COPY was known to begin.
@@ -198,21 +217,26 @@ impl Conversation {
     }
 
     /// Begins to use a server connection. If its settings differ, statements that change them are put out first: until
-    /// [`Conversation::is_replaying`] says no, nothing may be taken from the client.
+    /// they are done, nothing is taken from the client.
     pub fn attach(&mut self, server: &mut ServerState, output: &mut Output) {
-        match session::replay(&server.settings, &self.settings) {
-            Some(text) => {
-                self.write_query(&text, &mut output.to_server);
-                self.expected.push_back(Expected::Replay);
-            }
-            None => self.announce(server, &mut output.to_client),
+        if !self.replay(server, output) {
+            self.announce(server, &mut output.to_client);
         }
-        server.settings = self.settings.clone();
     }
 
-    /// True while the connection is being given this client's settings.
-    pub fn is_replaying(&self) -> bool {
-        matches!(self.expected.front(), Some(Expected::Replay))
+    /// Brings the connection to the client's settings; false when it has them.
+    fn replay(&mut self, server: &mut ServerState, output: &mut Output) -> bool {
+        let text = session::replay(&server.settings, &self.settings);
+        server.settings = self.settings.clone();
+        let Some(text) = text else { return false };
+        self.write_query(&text, &mut output.to_server);
+        self.expected.push_back(Expected::Replay);
+        true
+    }
+
+    /// True while Postgres works at a statement of ours: until then nothing is taken from the client.
+    fn is_own_turn(&self) -> bool {
+        matches!(self.expected.front(), Some(Expected::Replay | Expected::Question | Expected::Reset))
     }
 
     /// Postgres's error to a statement that this put in, the body of an `ErrorResponse`: the connection is not as it must be.
@@ -253,7 +277,9 @@ impl Conversation {
         if self.expected.capacity() > 64 {
             self.expected = VecDeque::new();
         }
-        self.pins.first().map_or(Settled::Free, |pin| Settled::Pinned(*pin))
+        let Some(pin) = self.pins.first().copied() else { return Settled::Free };
+        // What `RESET` has taken back to the server's own value may have begun with another for this client.
+        if self.replay(server, output) { Settled::Busy } else { Settled::Pinned(pin) }
     }
 
     /// True when the client has an open transaction or waits for an answer.

@@ -64,7 +64,7 @@ impl Conversation {
 
     /// True for an answer to a statement of ours: the client is not to see it.
     fn is_own(&self, kind: u8) -> bool {
-        kind != b'A' && matches!(self.expected.front(), Some(Expected::Replay | Expected::Question | Expected::Reset))
+        kind != b'A' && self.is_own_turn()
     }
 
     /// What a message does that passes without being looked into.
@@ -105,11 +105,7 @@ impl Conversation {
             }
             b'C' | b'I' | b's' => self.command_complete(body, server),
             b'G' => self.copy_begins(),
-            b'D' => {
-                if matches!(self.expected.front(), Some(Expected::Question)) && self.answer.take_row(body).is_none() {
-                    return Err(Violation::Unexpected(kind));
-                }
-            }
+            b'D' => self.answer.take_row(body).ok_or(Violation::Unexpected(kind))?,
             b'E' if own => self.own_error = Some(body.into()),
             b'E' => {
                 self.error(message, server, &mut output.to_client);
@@ -191,11 +187,7 @@ impl Conversation {
         matches!(
             self.expected.front(),
             Some(
-                Expected::Query
-                    | Expected::Deallocate { .. }
-                    | Expected::Replay
-                    | Expected::Question
-                    | Expected::Reset
+                Expected::Query | Expected::Deallocate { .. } | Expected::Replay | Expected::Question | Expected::Reset
             )
         )
     }
@@ -304,7 +296,7 @@ impl Conversation {
     fn parameter(&mut self, mut body: &[u8], server: &mut ServerState) -> Option<bool> {
         let mut text = || Some(String::from_utf8_lossy(frame::take_string(&mut body)?).into_owned());
         let (name, value) = (text()?, text()?);
-        if self.rewrites && self.expected.iter().all(|expected| !matches!(expected, Expected::Replay)) {
+        if self.rewrites && !self.is_own_turn() {
             // However it was changed: what the text did not tell, this does.
             self.hints |= Hints::SETTINGS;
         }
@@ -318,7 +310,7 @@ impl Conversation {
         if server.reported.get(&name) != Some(&value) {
             server.reported = with(&server.reported);
         }
-        if self.is_replaying() {
+        if self.is_own_turn() {
             return Some(false);
         }
         if in_step {

@@ -193,7 +193,7 @@ impl<'a> Scan<'a> {
         }
         let (mut depth, mut commas, mut words_of_third) = (1, 0, 0);
         let (mut name, mut first, mut third_is_true) = (None, true, false);
-        while let Some(token) = rest.next() {
+        for token in rest {
             match token {
                 Token::Symbol(b'(') => depth += 1,
                 Token::Symbol(b')') => depth -= 1,
