@@ -37,6 +37,8 @@ pub struct App {
     pub admin_key_hash: [u8; 32],
     /// Checks services' tokens.
     pub verifier: TokenVerifier,
+    /// Garbage collection keeps at least so much history.
+    pub gc_slack_seconds: u64,
 }
 
 impl App {

@@ -88,7 +88,8 @@ async fn make(
 ) -> Result<BranchCreated, Problem> {
     let head = app.computes.head(&begun.parent.branch).await?;
     let Position { branch: ancestor, lsn } = history::locate(app, begun.parent.clone(), head, point).await?;
-    let creation = app.storage.create_branch(&begun.branch, &ancestor.branch, BranchPoint::Lsn(lsn));
+    // A new branch and its timeline have the same name.
+    let creation = app.storage.create_branch(&begun.branch, &ancestor.timeline, BranchPoint::Lsn(lsn));
     let start = history::patiently(app, &ancestor.branch, creation).await?;
     tracing::info!(branch = %begun.branch, ancestor = %ancestor.branch, lsn = %start, "branch was made");
     let branch = begun.branch.clone();
@@ -147,7 +148,10 @@ pub async fn delete(app: &Arc<App>, branch: BranchRef) -> Result<(BranchRow, Str
 /// Deletes what is left of a branch whose deletion has begun. May be repeated after a failure.
 pub async fn finish_deletion(app: &App, branch: &BranchRef) -> Result<(), Problem> {
     app.computes.suspend(branch, SuspendReason::Deleted).await?;
-    app.storage.delete_branch(branch).await?;
+    let wanted = branch.clone();
+    let row = app.store.call(move |db| branches::find(db, &wanted.project, &wanted.branch)).await?;
+    let Some(row) = row else { return Ok(()) };
+    app.storage.delete_branch(&row.timeline).await?;
     let wanted = branch.clone();
     let endpoint: Option<EndpointId> = app
         .store

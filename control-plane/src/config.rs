@@ -57,6 +57,12 @@ pub struct Config {
     /// Longest wait for a compute to take connections, seconds.
     #[arg(long, default_value_t = 60)]
     pub wake_timeout_seconds: u64,
+    /// How often history that is outside its project's window is let go, seconds.
+    #[arg(long, default_value_t = 3600, env = "DORMOUSE_GC_INTERVAL_SECONDS")]
+    pub gc_interval_seconds: u64,
+    /// History that is kept in any case, seconds, so that reads which are under way find what they need.
+    #[arg(long, default_value_t = 60, env = "DORMOUSE_GC_SLACK_SECONDS", hide = true)]
+    pub gc_slack_seconds: u64,
     /// Put all computes to sleep when the control plane stops, instead of leaving them to the next one.
     #[arg(long)]
     pub stop_computes_at_exit: bool,

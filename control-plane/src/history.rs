@@ -97,6 +97,16 @@ impl Window {
         Ok(Window::new(retention_seconds))
     }
 
+    /// Its first moment, microseconds since 2000.
+    pub fn since_us(self) -> i64 {
+        self.since_us
+    }
+
+    /// No shorter than so many seconds: what is being read right now must stay, though a project wants no history.
+    pub fn at_least(self, seconds: u64) -> Window {
+        if self.retention_seconds >= seconds { self } else { Window::new(seconds) }
+    }
+
     /// That ends now.
     pub fn new(retention_seconds: u64) -> Window {
         let now_us = wal_time(OffsetDateTime::now_utc()).unwrap_or(i64::MAX);
@@ -193,7 +203,7 @@ async fn at_time(app: &App, branch: BranchRow, head: Lsn, timestamp_us: i64) -> 
     let (mut ancestor, mut end) = (branch, head);
     loop {
         refuse_before_root(&ancestor, timestamp_us)?;
-        let search = app.storage.lsn_by_timestamp(&ancestor.branch, timestamp_us, end);
+        let search = app.storage.lsn_by_timestamp(&ancestor.timeline, timestamp_us, end);
         let found = patiently(app, &ancestor.branch, search).await;
         let reason = match found {
             Ok(lsn) if lsn >= ancestor.start_lsn => return Ok(Position { branch: ancestor, lsn: lsn.min(end) }),
@@ -257,7 +267,7 @@ pub async fn show(app: &App, branch: BranchRef, point: Point) -> Result<BranchHi
     let oldest = oldest(app, row.clone(), head, window).await?;
     let position = locate(app, row.clone(), head, point).await?;
     let time_of = async |position: &Position| {
-        let search = app.storage.timestamp_by_lsn(&position.branch.branch, position.lsn);
+        let search = app.storage.timestamp_by_lsn(&position.branch.timeline, position.lsn);
         let found = patiently(app, &position.branch.branch, search).await?;
         Ok::<_, Problem>(found.map(shown_time))
     };

@@ -23,7 +23,7 @@ use crate::{
     branching::Interrupted,
     compute::{ComputeSettings, Computes, ProcessLauncher},
     config::{Config, api_url_path},
-    host, http,
+    garbage, host, http,
     keys::{self, InstallationKeys},
     storage::Services,
     store::{Store, operations},
@@ -47,6 +47,7 @@ pub struct Server {
     app: Arc<App>,
     interrupted: Interrupted,
     stop_computes_at_exit: bool,
+    gc_interval: Duration,
     _lock: Flock<File>,
 }
 
@@ -76,7 +77,9 @@ impl Server {
         let computes = Computes::new(store.clone(), Arc::clone(&storage) as _, launcher, keys.signer, settings);
         computes.adopt().await?;
         let address = ProxyAddress { domain: config.domain, host: config.proxy_host, port: config.proxy_port };
-        let app = App { store, storage, computes, address, admin_key_hash, verifier: keys.verifier };
+        let gc_slack_seconds = config.gc_slack_seconds;
+        let verifier = keys.verifier;
+        let app = App { store, storage, computes, address, admin_key_hash, verifier, gc_slack_seconds };
         let url = format!("http://{}\n", listener.local_addr()?);
         std::fs::write(api_url_path(&config.data_dir), url).context("writing api.url")?;
         let interrupted = Interrupted::read(&app.store).await?;
@@ -85,6 +88,7 @@ impl Server {
             app: Arc::new(app),
             interrupted,
             stop_computes_at_exit: config.stop_computes_at_exit,
+            gc_interval: Duration::from_secs(config.gc_interval_seconds.max(1)),
             _lock: lock,
         })
     }
@@ -98,12 +102,14 @@ impl Server {
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         tracing::info!(address = %self.local_addr()?, "control plane is listening");
         let cleaning = tokio::spawn(clean_up(Arc::clone(&self.app), self.interrupted));
+        let collecting = tokio::spawn(garbage::run(Arc::clone(&self.app), self.gc_interval));
         let stop = shutdown.clone();
         let serving = axum::serve(self.listener, http::router(Arc::clone(&self.app)))
             .with_graceful_shutdown(async move { stop.cancelled().await });
         let serving = tokio::spawn(async move { serving.await });
         shutdown.cancelled().await;
         cleaning.abort();
+        collecting.abort();
         if self.stop_computes_at_exit {
             self.app.computes.stop_all().await;
         }

@@ -8,7 +8,7 @@ use futures::future::join_all;
 use pageserver_client::{ClientError, PageserverClient};
 use safekeeper_client::ProposerConfig;
 use types::{BranchId, BranchRef, ForkNumber, Lsn, ProjectId, RelTag, oids};
-use wire::pageserver::{BranchInfo, BranchPoint, ErrorKind, ReadLsn};
+use wire::pageserver::{BranchInfo, BranchPoint, ErrorKind, GarbageReport, ReadLsn};
 
 use crate::problem::Problem;
 
@@ -26,6 +26,20 @@ const PG_DATABASE: RelTag = RelTag { spc: oids::GLOBAL_TABLESPACE, db: 0, rel: 1
 pub trait Storage: Send + Sync + 'static {
     /// Makes `branch` from `ancestor`; answers where exactly. Repeating it is harmless.
     async fn create_branch(&self, branch: &BranchRef, ancestor: &BranchRef, at: BranchPoint) -> Result<Lsn, Problem>;
+
+    /// Gives a branch all its data to itself, so that what it comes from can be deleted. Repeating it is harmless.
+    async fn detach_branch(&self, branch: &BranchRef) -> Result<(), Problem>;
+
+    /// Brings everything up to `lsn` to the object store, so that nothing else has to keep it.
+    async fn checkpoint(&self, branch: &BranchRef, lsn: Lsn) -> Result<(), Problem>;
+
+    /// Lets go what only positions from before `since_us` (microseconds since 2000) need, but for those of `leases`.
+    async fn collect_garbage(
+        &self,
+        branch: &BranchRef,
+        since_us: i64,
+        leases: Vec<Lsn>,
+    ) -> Result<GarbageReport, Problem>;
 
     /// Removes a branch from pageserver and safekeepers. Repeating it is harmless.
     async fn delete_branch(&self, branch: &BranchRef) -> Result<(), Problem>;
@@ -87,6 +101,23 @@ fn problem(error: ClientError) -> Problem {
 impl Storage for Services {
     async fn create_branch(&self, branch: &BranchRef, ancestor: &BranchRef, at: BranchPoint) -> Result<Lsn, Problem> {
         self.pageserver.create_branch(branch, ancestor, at).await.map_err(problem)
+    }
+
+    async fn detach_branch(&self, branch: &BranchRef) -> Result<(), Problem> {
+        self.pageserver.detach_branch(branch).await.map_err(problem)
+    }
+
+    async fn checkpoint(&self, branch: &BranchRef, lsn: Lsn) -> Result<(), Problem> {
+        self.pageserver.checkpoint(branch, lsn).await.map(|_| ()).map_err(problem)
+    }
+
+    async fn collect_garbage(
+        &self,
+        branch: &BranchRef,
+        since_us: i64,
+        leases: Vec<Lsn>,
+    ) -> Result<GarbageReport, Problem> {
+        self.pageserver.collect_garbage(branch, since_us, leases).await.map_err(problem)
     }
 
     async fn delete_branch(&self, branch: &BranchRef) -> Result<(), Problem> {

@@ -271,7 +271,7 @@ async fn a_child_registration_without_a_branch_does_not_block() {
     let name = branch_ref("t", "root");
     put_root(&remote, &name, Lsn(800)).await;
     let ghost = branch_ref("p", "ghost");
-    remote.put(&BranchNames::new(&name).child(&ghost), Default::default()).await.expect("put");
+    remote.put(&BranchNames::new(&name).child(&ghost, Lsn(800)), Default::default()).await.expect("put");
     branches(&remote, 1, Tuning::default()).delete(&name).await.expect("delete");
     assert!(remote.manifest(&name).await.expect("get").is_none());
     let manifest = Manifest::new(None, Lsn(8), Lsn(0));

@@ -55,6 +55,11 @@ pub enum RequestBody {
     Checkpoint { up_to: Lsn },
     /// When the latest commit at or before this position was; answered with [`ResponseBody::Timestamp`]. Services only.
     TimestampByLsn { lsn: Lsn },
+    /// Let go what only positions from before this time (microseconds since 2000-01-01 UTC) need, but for those at which
+    /// children left the branch and those of `leases`; answered with [`ResponseBody::GarbageCollected`]. Services only.
+    CollectGarbage { since_us: i64, leases: Vec<Lsn> },
+    /// Give the branch all its data to itself, so that its ancestor can be deleted. Repeating it is harmless. Services only.
+    DetachBranch,
 }
 
 /// Most pages in one [`RequestBody::GetPages`].
@@ -99,6 +104,8 @@ pub enum ResponseBody {
     Done,
     /// Microseconds since 2000-01-01 UTC; `None` when no commit's time is known at or before the position.
     Timestamp(Option<i64>),
+    /// See [`GarbageReport`].
+    GarbageCollected(GarbageReport),
 }
 
 /// The files of a data directory that are not relations, as of an LSN.
@@ -147,6 +154,21 @@ pub struct BranchInfo {
     pub logical_size_bytes: u64,
     /// Why ingestion stopped, when it did.
     pub ingest_error: Option<String>,
+}
+
+/// What a collection of garbage did, and what it left.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GarbageReport {
+    /// Every position from here on is readable.
+    pub start_lsn: Lsn,
+    /// End of the last record ingested.
+    pub last_record_lsn: Lsn,
+    /// A child keeps a position from before `start_lsn`.
+    pub is_held: bool,
+    /// Layers that are not part of the branch any more.
+    pub removed_layers: u64,
+    /// Their size in the object store.
+    pub removed_bytes: u64,
 }
 
 /// What the asker can do about an error.

@@ -257,7 +257,8 @@ pub struct Operation {
     /// Its endpoint, if it is about one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoint_id: Option<EndpointId>,
-    /// `create_timeline`, `delete_timeline`, `start_compute`, `suspend_compute`, `apply_config`.
+    /// `create_timeline`, `delete_timeline`, `timeline_restore`, `detach_parent_branch`, `start_compute`, `suspend_compute`,
+    /// `apply_config`.
     pub action: String,
     /// `running`, `finished` or `failed`.
     pub status: String,
@@ -376,6 +377,34 @@ pub struct BranchFields {
     /// Refuse to delete it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub protected: Option<bool>,
+}
+
+/// `POST .../branches/{id}/restore`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct RestoreRequest {
+    /// Whose state it gets; may be the branch itself.
+    pub source_branch_id: String,
+    /// As of this position; the source's newest state by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_lsn: Option<String>,
+    /// A time (RFC 3339) instead of a position.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_timestamp: Option<String>,
+    /// Keep what the branch was as a branch of this name. Needed when the source is the branch itself or it has children.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preserve_under_name: Option<String>,
+}
+
+/// `POST .../branches/{id}/collect_garbage`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GarbageCollected {
+    /// The oldest position that is readable now, but for those that children and leases keep.
+    #[serde(with = "lsn_text")]
+    pub start_lsn: Option<Lsn>,
+    /// Layers that are not part of the branch any more.
+    pub removed_layers: u64,
+    /// Their size in the object store, bytes.
+    pub removed_bytes: u64,
 }
 
 /// `POST /projects/{id}/endpoints`, `PATCH .../endpoints/{id}`.

@@ -30,7 +30,9 @@ use crate::{
     problem::Problem,
     storage::Storage,
     store::{
-        self, Store, branches, catalog,
+        self, Store,
+        branches::{self, BranchRow},
+        catalog,
         endpoints::{self, EndpointRow},
         operations::{self, Action},
     },
@@ -139,6 +141,8 @@ pub enum SuspendReason {
     Requested,
     /// Its endpoint or branch is being deleted.
     Deleted,
+    /// Its branch is being restored to another state.
+    Restored,
     /// The installation stops.
     Shutdown,
 }
@@ -279,7 +283,7 @@ impl Computes {
         let process = launching.process();
         let branch = route.slot.branch.clone();
         let prepared = self.inner.store.call(move |db| prepare_start(db, &branch, &endpoint, process, operation)).await;
-        let Prepared { row, start_lsn, catalog, operation } = match prepared {
+        let Prepared { row, timeline, start_lsn, catalog, operation } = match prepared {
             Ok(prepared) => prepared,
             Err(problem) => {
                 self.inner.launcher.kill(process);
@@ -287,7 +291,7 @@ impl Computes {
             }
         };
         let (version, catalog) = catalog.map_or((None, None), |(version, spec)| (Some(version), Some(spec)));
-        let spec = self.spec(&row, start_lsn, catalog)?;
+        let spec = self.spec(&row, timeline, start_lsn, catalog)?;
         let outcome = launching.start(&spec, self.inner.settings.wake_timeout).await;
         match outcome {
             Ok(ready) => {
@@ -335,12 +339,18 @@ impl Computes {
         });
     }
 
-    fn spec(&self, row: &EndpointRow, start_lsn: Lsn, catalog: Option<CatalogSpec>) -> Result<ComputeSpec, Problem> {
+    fn spec(
+        &self,
+        row: &EndpointRow,
+        timeline: BranchRef,
+        start_lsn: Lsn,
+        catalog: Option<CatalogSpec>,
+    ) -> Result<ComputeSpec, Problem> {
         let settings = &self.inner.settings;
-        let scope = Scope::Branch { branch: row.branch.clone() };
+        let scope = Scope::Branch { branch: timeline.clone() };
         let token = self.inner.signer.sign(scope, AGENT_TOKEN_LIFETIME);
         Ok(ComputeSpec {
-            branch: row.branch.clone(),
+            branch: timeline,
             endpoint: row.id.clone(),
             branch_start_lsn: start_lsn,
             compute_dir: self.compute_dir(&row.id),
@@ -409,15 +419,29 @@ impl Computes {
         let operation = began?;
         let last_active = store::at(*running.last_active.lock());
         let (endpoint, branch, id) = (running.endpoint.clone(), slot.branch.clone(), operation.id);
-        self.inner
-            .store
-            .call(move |db| {
-                endpoints::asleep(db, &endpoint, Some(last_active))?;
-                branches::set_settled(db, &branch.branch, settled)?;
-                operations::end(db, &id, None)?;
-                operations::get(db, &branch.project, &id)
-            })
-            .await
+        let recorded = self.inner.store.call(move |db| {
+            endpoints::asleep(db, &endpoint, Some(last_active))?;
+            branches::set_settled(db, &branch.branch, settled)?;
+            operations::end(db, &id, None)?;
+            let row = branches::find(db, &branch.project, &branch.branch)?;
+            Ok((operations::get(db, &branch.project, &id)?, row))
+        });
+        let (operation, row) = recorded.await?;
+        if let (Some(row), Some(settled), false) = (row, settled, reason == SuspendReason::Deleted) {
+            self.store_in_background(row.timeline, settled);
+        }
+        Ok(operation)
+    }
+
+    /// A sleeping branch's WAL goes to the object store, so that its sizes are known and safekeepers can forget it. Were it
+    /// not done, whoever reads the branch next would do it.
+    fn store_in_background(&self, timeline: BranchRef, lsn: Lsn) {
+        let storage = Arc::clone(&self.inner.storage);
+        tokio::spawn(async move {
+            if let Err(error) = storage.checkpoint(&timeline, lsn).await {
+                tracing::debug!(branch = %timeline, %error, "a sleeping branch is not in the object store yet");
+            }
+        });
     }
 
     async fn wait_for_exit(&self, process: AgentProcess) -> bool {
@@ -448,6 +472,22 @@ impl Computes {
             .await
     }
 
+    /// Puts a branch's compute to sleep and starts none until the answer is dropped: wakes wait. The end of the branch's
+    /// WAL is then known to the store.
+    pub async fn pause(&self, branch: &BranchRef, reason: SuspendReason) -> Result<Paused, Problem> {
+        let slot = self.slot(branch);
+        let turn = Arc::clone(&slot.turn).lock_owned().await;
+        let phase = slot.state.lock().phase.clone();
+        match phase {
+            Phase::Awake(running) if self.inner.launcher.is_alive(running.process) => {
+                self.stop(&slot, &running, reason).await?;
+            }
+            Phase::Idle | Phase::Starting(_) | Phase::Awake(_) | Phase::Stopping(_) => self.bury(&slot).await?,
+        }
+        self.settled_head(branch).await?;
+        Ok(Paused { _turn: turn })
+    }
+
     /// The end of a branch's WAL: everything committed before this call is before it.
     pub async fn head(&self, branch: &BranchRef) -> Result<Lsn, Problem> {
         let slot = self.slot(branch);
@@ -462,11 +502,16 @@ impl Computes {
                 Err(_) => self.bury(&slot).await?,
             }
         }
+        self.settled_head(branch).await
+    }
+
+    /// The caller holds the turn, and no compute runs.
+    async fn settled_head(&self, branch: &BranchRef) -> Result<Lsn, Problem> {
         let wanted = branch.clone();
         let row = self.inner.store.call(move |db| branches::get(db, &wanted.project, &wanted.branch)).await?;
         match row.settled_lsn {
             Some(settled) => Ok(settled),
-            None => self.settle(branch, row.start_lsn).await,
+            None => self.settle(&row).await,
         }
     }
 
@@ -480,13 +525,13 @@ impl Computes {
         }
         let wanted = branch.clone();
         let row = self.inner.store.call(move |db| branches::get(db, &wanted.project, &wanted.branch)).await?;
-        self.settle(branch, row.start_lsn).await.map(|_| ())
+        self.settle(&row).await.map(|_| ())
     }
 
     /// The caller holds the turn, and no compute runs.
-    async fn settle(&self, branch: &BranchRef, start_lsn: Lsn) -> Result<Lsn, Problem> {
-        let head = self.inner.storage.settle(branch, start_lsn).await?;
-        let id = branch.branch.clone();
+    async fn settle(&self, row: &BranchRow) -> Result<Lsn, Problem> {
+        let head = self.inner.storage.settle(&row.timeline, row.start_lsn).await?;
+        let id = row.branch.branch.clone();
         self.inner.store.call(move |db| branches::set_settled(db, &id, Some(head))).await?;
         Ok(head)
     }
@@ -606,9 +651,15 @@ impl Computes {
     }
 }
 
+/// A branch whose compute sleeps and is not woken until this is dropped.
+pub struct Paused {
+    _turn: tokio::sync::OwnedMutexGuard<()>,
+}
+
 /// What [`prepare_start`] learned and wrote.
 struct Prepared {
     row: EndpointRow,
+    timeline: BranchRef,
     start_lsn: Lsn,
     catalog: Option<(i64, CatalogSpec)>,
     operation: String,
@@ -633,7 +684,8 @@ fn prepare_start(
         Some(begun) => begun,
         None => operations::begin(db, branch, Some(endpoint), Action::StartCompute)?.id,
     };
-    Ok(Prepared { row, start_lsn: branch_row.start_lsn, catalog: catalog::pending(db, &branch.branch)?, operation })
+    let catalog = catalog::pending(db, &branch.branch)?;
+    Ok(Prepared { row, timeline: branch_row.timeline, start_lsn: branch_row.start_lsn, catalog, operation })
 }
 
 fn answer(running: &Running, cold: bool) -> Wake {

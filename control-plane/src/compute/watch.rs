@@ -131,9 +131,11 @@ impl Computes {
 
     async fn adopt_one(&self, route: &Arc<Route>, running: Arc<Running>) -> Result<(), Problem> {
         let deadline = Instant::now() + ADOPTION_TIMEOUT;
+        let wanted = route.slot.branch.clone();
+        let row = self.inner.store.call(move |db| branches::get(db, &wanted.project, &wanted.branch)).await?;
         while self.inner.launcher.is_alive(running.process) && Instant::now() < deadline {
             let status = self.inner.launcher.status(&running.agent_socket).await;
-            if status.is_ok_and(|status| status.running && status.branch == route.slot.branch) {
+            if status.is_ok_and(|status| status.running && status.branch == row.timeline) {
                 tracing::info!(endpoint = %running.endpoint, branch = %route.slot.branch, "compute was found awake");
                 {
                     let mut state = route.slot.state.lock();

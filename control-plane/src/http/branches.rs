@@ -9,13 +9,16 @@ use axum::{
     http::StatusCode,
     routing::{get, post},
 };
-use control_plane_api::v2::{BranchCreated, BranchEnvelope, BranchList, BranchRequest, EndpointList};
+use control_plane_api::v2::{
+    BranchCreated, BranchEnvelope, BranchList, BranchRequest, EndpointList, GarbageCollected, RestoreRequest,
+};
 
 use super::{ListQuery, Shared, branch_ref, pagination, parse, project_id};
 use crate::{
     app::App,
-    branching,
+    branching, garbage,
     problem::Problem,
+    restoring,
     store::{branches, endpoints, operations},
 };
 
@@ -25,6 +28,9 @@ pub fn routes() -> Router<Arc<App>> {
         .route("/projects/{project}/branches", get(list).post(create))
         .route("/projects/{project}/branches/{branch}", get(show).patch(update).delete(delete))
         .route("/projects/{project}/branches/{branch}/set_as_default", post(set_as_default))
+        .route("/projects/{project}/branches/{branch}/restore", post(restore))
+        .route("/projects/{project}/branches/{branch}/detach", post(detach))
+        .route("/projects/{project}/branches/{branch}/collect_garbage", post(collect_garbage))
         .route("/projects/{project}/branches/{branch}/endpoints", get(list_endpoints))
 }
 
@@ -56,7 +62,7 @@ async fn show(
     let wanted = branch.clone();
     let row = app.store.call(move |db| branches::get(db, &wanted.project, &wanted.branch)).await?;
     // Only shown: a pageserver that is away does not fail the request.
-    let info = app.storage.branch_info(&branch).await.ok();
+    let info = app.storage.branch_info(&row.timeline).await.ok();
     let mut branch = app.branch(row);
     branch.logical_size = info.map(|info| info.logical_size_bytes);
     Ok(Json(BranchEnvelope { branch, operations: Vec::new() }))
@@ -90,6 +96,36 @@ async fn set_as_default(
     let branch = branch_ref(&project, &branch)?;
     let row = app.store.call(move |db| branches::set_default(db, &branch)).await?;
     Ok(Json(BranchEnvelope { branch: app.branch(row), operations: Vec::new() }))
+}
+
+async fn restore(
+    State(app): Shared,
+    Path((project, branch)): Path<(String, String)>,
+    body: Bytes,
+) -> Result<Json<BranchEnvelope>, Problem> {
+    let request: RestoreRequest = parse(&body)?;
+    Ok(Json(restoring::restore(&app, branch_ref(&project, &branch)?, request).await?))
+}
+
+async fn detach(
+    State(app): Shared,
+    Path((project, branch)): Path<(String, String)>,
+) -> Result<Json<BranchEnvelope>, Problem> {
+    Ok(Json(restoring::detach(&app, branch_ref(&project, &branch)?).await?))
+}
+
+async fn collect_garbage(
+    State(app): Shared,
+    Path((project, branch)): Path<(String, String)>,
+) -> Result<Json<GarbageCollected>, Problem> {
+    let branch = branch_ref(&project, &branch)?;
+    let row = app.store.call(move |db| branches::get(db, &branch.project, &branch.branch)).await?;
+    let report = garbage::collect(&app, &row).await?;
+    Ok(Json(GarbageCollected {
+        start_lsn: Some(report.start_lsn),
+        removed_layers: report.removed_layers,
+        removed_bytes: report.removed_bytes,
+    }))
 }
 
 async fn list_endpoints(

@@ -24,7 +24,7 @@ use types::{BranchRef, EndpointId, Generation, Lsn, Term};
 use wire::{
     Scope, TokenSigner, TokenVerifier,
     auth::TokenKeys,
-    pageserver::{BranchInfo, BranchPoint},
+    pageserver::{BranchInfo, BranchPoint, GarbageReport},
 };
 
 use crate::{
@@ -48,6 +48,8 @@ const HEAD: Lsn = Lsn(0x3000);
 struct FakeStorage {
     branches: Mutex<BTreeMap<BranchRef, (BranchRef, Lsn)>>,
     settled: AtomicU32,
+    /// Branch, start of the window, leases.
+    collected: Mutex<Vec<(BranchRef, i64, Vec<Lsn>)>>,
     failing: std::sync::atomic::AtomicBool,
     /// WAL arrives only once it was settled.
     forgetful: std::sync::atomic::AtomicBool,
@@ -70,7 +72,31 @@ impl Storage for FakeStorage {
         Ok(lsn)
     }
 
+    async fn detach_branch(&self, branch: &BranchRef) -> Result<(), Problem> {
+        self.branches.lock().get_mut(branch).expect("exists").0 = crate::storage::template();
+        Ok(())
+    }
+
+    async fn checkpoint(&self, _branch: &BranchRef, _lsn: Lsn) -> Result<(), Problem> {
+        Ok(())
+    }
+
+    async fn collect_garbage(
+        &self,
+        branch: &BranchRef,
+        since_us: i64,
+        leases: Vec<Lsn>,
+    ) -> Result<GarbageReport, Problem> {
+        self.collected.lock().push((branch.clone(), since_us, leases));
+        let (start_lsn, last_record_lsn) = (HEAD, HEAD);
+        Ok(GarbageReport { start_lsn, last_record_lsn, is_held: false, removed_layers: 2, removed_bytes: 100 })
+    }
+
     async fn delete_branch(&self, branch: &BranchRef) -> Result<(), Problem> {
+        let child = self.branches.lock().iter().find(|(_, (ancestor, _))| ancestor == branch).map(|(b, _)| b.clone());
+        if let Some(child) = child {
+            return Err(Problem::Conflict { code: "STORAGE_CONFLICT", message: format!("it has a child: {child}") });
+        }
         self.branches.lock().remove(branch);
         Ok(())
     }
@@ -224,6 +250,7 @@ impl World {
             address: ProxyAddress { domain: None, host: "localhost".into(), port: 5432 },
             admin_key_hash: keys::hash(ADMIN_KEY),
             verifier: TokenVerifier::from_pem(&token_keys.public_pem).expect("verifier"),
+            gc_slack_seconds: 0,
         });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
         let url = format!("http://{}", listener.local_addr().expect("address"));
@@ -479,6 +506,84 @@ async fn history_has_a_window_and_leases_hold_positions_beyond_it() {
     assert_eq!(world.api(Method::DELETE, &lease, Value::Null).await.0, 200);
     assert_eq!(world.api(Method::DELETE, &lease, Value::Null).await.0, 404);
     assert_eq!(world.api(Method::POST, &branches, at("0/1800")).await.0, 400);
+}
+
+#[tokio::test]
+async fn a_restore_exchanges_timelines_and_a_detached_branch_stands_alone() {
+    let world = World::new().await;
+    let made = world.project().await;
+    let project = format!("/projects/{}", text(&made["project"]["id"]));
+    let branches = format!("{project}/branches");
+    let (main, endpoint) = (text(&made["branch"]["id"]), text(&made["endpoints"][0]["id"]).to_owned());
+    let child = world.post(&branches, json!({"branch": {"name": "child"}})).await;
+    world.post(&format!("{branches}/{main}/leases"), json!({"lease": {"lsn": "0/1800"}})).await;
+    let restore = format!("{branches}/{main}/restore");
+    for (bad, wanted) in [
+        (json!({"source_branch_id": main, "preserve_under_name": "old"}), 400),
+        (json!({"source_branch_id": main, "source_lsn": "0/1800"}), 400),
+        (json!({"source_branch_id": "br-none", "source_lsn": "0/1800", "preserve_under_name": "old"}), 404),
+        (json!({"source_branch_id": main, "source_lsn": "0/1800", "preserve_under_name": "child"}), 409),
+        (json!({"source_branch_id": main, "source_lsn": "1/1800", "preserve_under_name": "old"}), 400),
+    ] {
+        assert_eq!(world.api(Method::POST, &restore, bad.clone()).await.0, wanted, "{bad}");
+    }
+    let body = json!({"source_branch_id": main, "source_lsn": "0/1800", "preserve_under_name": "old"});
+    let restored = world.post(&restore, body).await;
+    assert_eq!(restored["branch"]["id"], main);
+    assert_eq!(restored["branch"]["parent_lsn"], "0/1800");
+    assert_eq!(restored["operations"][0]["status"], "finished");
+    assert!(world.computes.alive.lock().is_empty(), "it sleeps until somebody connects");
+    let old = restored["branch"]["parent_id"].clone();
+    let shown = world.get(&format!("{branches}/{}", text(&old))).await;
+    assert_eq!((&shown["branch"]["name"], &shown["branch"]["default"]), (&json!("old"), &json!(false)));
+    let moved = world.get(&format!("{branches}/{}", text(&child["branch"]["id"]))).await;
+    assert_eq!(moved["branch"]["parent_id"], old, "children stay with the state that they left");
+    let leases = world.get(&format!("{branches}/{}/leases", text(&old))).await;
+    assert_eq!(leases["leases"].as_array().map(Vec::len), Some(1), "and so do leases");
+    assert_eq!(world.wake(&endpoint).await.0, 200);
+    let spec = world.computes.specs.lock().last().cloned().expect("spec");
+    assert_eq!(spec.branch.branch.as_str(), text(&old), "the timeline is called after the row it was made for");
+    assert_eq!(spec.branch_start_lsn, Lsn(0x1800));
+    assert!(spec.catalog.is_some(), "roles and databases of now are brought to the state of then");
+
+    // The old state is needed until the branch stands alone.
+    let (status, _) = world.api(Method::DELETE, &format!("{branches}/{}", text(&old)), Value::Null).await;
+    assert_eq!(status, 409);
+    for id in [main, text(&child["branch"]["id"])] {
+        let detached = world.post(&format!("{branches}/{id}/detach"), Value::Null).await;
+        assert!(detached["branch"].get("parent_id").is_none(), "{detached}");
+        assert_eq!(world.api(Method::POST, &format!("{branches}/{id}/detach"), Value::Null).await.0, 422);
+    }
+    assert_eq!(world.api(Method::DELETE, &format!("{branches}/{}", text(&old)), Value::Null).await.0, 200);
+    // From another branch, without keeping what it was: its roles come along, the old timeline goes.
+    let body = json!({"source_branch_id": child["branch"]["id"]});
+    let restored = world.post(&restore, body).await;
+    assert_eq!(restored["branch"]["parent_id"], child["branch"]["id"]);
+    for _ in 0..100 {
+        if world.storage.branches.lock().len() == 2 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(world.storage.branches.lock().len(), 2, "the timelines of main and of its source");
+    assert_eq!(world.api(Method::DELETE, &project, Value::Null).await.0, 200, "children go before parents");
+    assert!(world.storage.branches.lock().is_empty());
+}
+
+#[tokio::test]
+async fn garbage_is_collected_with_the_window_and_the_leases() {
+    let world = World::new().await;
+    let made = world.project().await;
+    let branches = format!("/projects/{}/branches", text(&made["project"]["id"]));
+    let main = format!("{branches}/{}", text(&made["branch"]["id"]));
+    world.post(&format!("{main}/leases"), json!({"lease": {"lsn": "0/1800"}})).await;
+    let report = world.post(&format!("{main}/collect_garbage"), Value::Null).await;
+    assert_eq!((&report["removed_layers"], &report["start_lsn"]), (&json!(2), &json!("0/3000")));
+    let (branch, since_us, leases) = world.storage.collected.lock().pop().expect("asked");
+    assert_eq!((branch.branch.as_str(), leases), (text(&made["branch"]["id"]), vec![Lsn(0x1800)]));
+    let week_ago = time::OffsetDateTime::now_utc() - time::Duration::days(7);
+    let since = time::macros::datetime!(2000-01-01 0:00 UTC) + time::Duration::microseconds(since_us);
+    assert!((since - week_ago).abs() < time::Duration::minutes(1), "{since}");
 }
 
 #[tokio::test]

@@ -1,5 +1,7 @@
 //! Rows of `branches`.
 
+use std::collections::HashMap;
+
 use rusqlite::{Connection, OptionalExtension, Row};
 use types::{BranchId, BranchRef, Lsn, ProjectId};
 
@@ -13,9 +15,11 @@ pub struct BranchRow {
     pub seq: i64,
     /// Project and id.
     pub branch: BranchRef,
+    /// Its timeline: the branch's name in storage, on safekeepers and for its compute. A restore exchanges it.
+    pub timeline: BranchRef,
     /// Its owner's name for it.
     pub name: String,
-    /// What it was made from; `None` for a project's first.
+    /// What it was made from; `None` for a root.
     pub parent: Option<BranchId>,
     /// Where it left its parent.
     pub parent_lsn: Option<Lsn>,
@@ -33,6 +37,8 @@ pub struct BranchRow {
     pub is_default: bool,
     /// Deleting it is refused.
     pub protected: bool,
+    /// Garbage collection has nothing to do until there is WAL after this.
+    pub collected_lsn: Option<Lsn>,
     /// Grows with every change of roles and databases.
     pub catalog_version: i64,
     /// The version that Postgres is known to have.
@@ -79,6 +85,7 @@ fn from_row(row: &Row<'_>) -> rusqlite::Result<BranchRow> {
     Ok(BranchRow {
         seq: row.get("seq")?,
         branch: BranchRef { project: parsed(row, "project_id")?, branch: parsed(row, "id")? },
+        timeline: BranchRef { project: parsed(row, "project_id")?, branch: parsed(row, "timeline")? },
         name: row.get("name")?,
         parent: optional_parsed(row, "parent_id")?,
         parent_lsn: optional_lsn(row, "parent_lsn")?,
@@ -89,6 +96,7 @@ fn from_row(row: &Row<'_>) -> rusqlite::Result<BranchRow> {
         state_changed_at: row.get("state_changed_at")?,
         is_default: row.get("is_default")?,
         protected: row.get("protected")?,
+        collected_lsn: optional_lsn(row, "collected_lsn")?,
         catalog_version: row.get("catalog_version")?,
         catalog_applied: row.get("catalog_applied")?,
         created_at: row.get("created_at")?,
@@ -121,8 +129,8 @@ pub fn insert(db: &Connection, new: &NewBranch) -> Result<(), Problem> {
     let now = now();
     let inserted = db.execute(
         "INSERT INTO branches (id, project_id, name, parent_id, parent_timestamp, start_lsn, state, state_changed_at,
-         is_default, protected, catalog_version, catalog_applied, created_at, updated_at)
-         VALUES (?1, ?2, ?3, ?4, ?5, 0, 'init', ?6, ?7, ?8, 1, 0, ?6, ?6)",
+         is_default, protected, catalog_version, catalog_applied, created_at, updated_at, timeline)
+         VALUES (?1, ?2, ?3, ?4, ?5, 0, 'init', ?6, ?7, ?8, 1, 0, ?6, ?6, ?1)",
         (
             new.branch.branch.as_str(),
             new.branch.project.as_str(),
@@ -197,10 +205,16 @@ pub fn list(db: &Connection, project: &ProjectId, page: Page, search: &str) -> R
 
 /// All branches of a project, children before their parents.
 pub fn children_first(db: &Connection, project: &ProjectId) -> Result<Vec<BranchRow>, Problem> {
-    // A child is always made after its parent.
-    let mut statement = db.prepare("SELECT * FROM branches WHERE project_id = ? ORDER BY seq DESC")?;
+    let mut statement = db.prepare("SELECT * FROM branches WHERE project_id = ?")?;
     let rows = statement.query_map([project.as_str()], from_row)?;
-    Ok(rows.collect::<Result<_, _>>()?)
+    let mut rows: Vec<BranchRow> = rows.collect::<Result<_, _>>()?;
+    let parents: HashMap<BranchId, BranchId> =
+        rows.iter().filter_map(|row| Some((row.branch.branch.clone(), row.parent.clone()?))).collect();
+    let generations_above = |row: &BranchRow| {
+        std::iter::successors(row.parent.as_ref(), |ancestor| parents.get(*ancestor)).take(parents.len()).count()
+    };
+    rows.sort_by_cached_key(|row| std::cmp::Reverse(generations_above(row)));
+    Ok(rows)
 }
 
 /// Branches that a stop of the control plane left half made or half deleted.
@@ -251,9 +265,6 @@ pub fn mark_deleting(db: &Connection, branch: &BranchRef) -> Result<BranchRow, P
             "the project's default branch cannot be deleted; set another as default first".into(),
         ));
     }
-    if row.parent.is_none() {
-        return Err(Problem::Refused("a project's root branch cannot be deleted; delete the project instead".into()));
-    }
     if row.protected {
         return Err(Problem::Refused("the branch is protected; set protected to false first".into()));
     }
@@ -262,7 +273,7 @@ pub fn mark_deleting(db: &Connection, branch: &BranchRef) -> Result<BranchRow, P
 }
 
 /// Names and ids of its children, at most ten of them.
-fn children(db: &Connection, parent: &BranchId) -> Result<Vec<String>, Problem> {
+pub fn children(db: &Connection, parent: &BranchId) -> Result<Vec<String>, Problem> {
     let mut statement = db.prepare("SELECT name, id FROM branches WHERE parent_id = ? ORDER BY seq LIMIT 10")?;
     let named = |row: &Row<'_>| Ok(format!("{} ({})", row.get::<_, String>(0)?, row.get::<_, String>(1)?));
     let rows = statement.query_map([parent.as_str()], named)?;
@@ -285,6 +296,96 @@ pub fn remove(db: &Connection, branch: &BranchRef) -> Result<(), Problem> {
     }
     db.execute("DELETE FROM branches WHERE id = ?", [branch.branch.as_str()])?;
     Ok(())
+}
+
+/// What a restore exchanges.
+#[derive(Debug, Clone)]
+pub struct Restored {
+    /// The branch that is restored.
+    pub target: BranchRef,
+    /// In state `init` and with the new timeline before, with the old one afterwards.
+    pub old: BranchRef,
+    /// The branch in whose history the new timeline starts.
+    pub source: BranchId,
+    /// Where.
+    pub start: Lsn,
+    /// The time asked for, if one was.
+    pub timestamp: Option<String>,
+    /// Whose roles and databases it gets; its own stay otherwise.
+    pub catalog_from: Option<BranchId>,
+}
+
+/// The target goes on with the new timeline, from the source; `old` becomes what the target was, with its children, leases,
+/// roles and databases.
+pub fn exchange_timelines(db: &Connection, restored: &Restored) -> Result<BranchRow, Problem> {
+    let Restored { target, old, source, start, timestamp, catalog_from } = restored;
+    let was = get(db, &target.project, &target.branch)?;
+    let (target_id, old_id) = (target.branch.as_str(), old.branch.as_str());
+    db.execute("UPDATE branches SET parent_id = ?1 WHERE parent_id = ?2", (old_id, target_id))?;
+    // No two branches have one timeline, not even for a moment.
+    db.execute("UPDATE branches SET timeline = '' WHERE id = ?", [target_id])?;
+    db.execute(
+        "UPDATE branches SET timeline = ?1, parent_id = ?2, parent_lsn = ?3, parent_timestamp = ?4, start_lsn = ?5,
+         settled_lsn = ?6, collected_lsn = ?7, created_at = ?8, catalog_version = ?9, catalog_applied = ?10,
+         state = 'ready', state_changed_at = ?11, updated_at = ?11 WHERE id = ?12",
+        rusqlite::params![
+            was.timeline.branch.as_str(),
+            was.parent.as_ref().map(BranchId::as_str),
+            was.parent_lsn.map(lsn_column),
+            was.parent_timestamp,
+            lsn_column(was.start_lsn),
+            was.settled_lsn.map(lsn_column),
+            was.collected_lsn.map(lsn_column),
+            was.created_at,
+            was.catalog_version,
+            was.catalog_applied,
+            now(),
+            old_id,
+        ],
+    )?;
+    super::catalog::inherit(db, &target.branch, &old.branch)?;
+    db.execute("UPDATE leases SET branch_id = ?1 WHERE branch_id = ?2", (old_id, target_id))?;
+    if let Some(other) = catalog_from {
+        for table in ["roles", "databases", "dropped"] {
+            db.execute(&format!("DELETE FROM {table} WHERE branch_id = ?"), [target_id])?;
+        }
+        super::catalog::inherit(db, other, &target.branch)?;
+    }
+    let parent = if *source == target.branch { old_id } else { source.as_str() };
+    db.execute(
+        "UPDATE branches SET timeline = ?1, parent_id = ?2, parent_lsn = ?3, parent_timestamp = ?4, start_lsn = ?3,
+         settled_lsn = ?3, collected_lsn = NULL, catalog_version = catalog_version + 1, catalog_applied = 0,
+         state_changed_at = ?5, updated_at = ?5 WHERE id = ?6",
+        // A timeline is called after the row it was made for.
+        (old_id, parent, lsn_column(*start), timestamp, now(), target_id),
+    )?;
+    get(db, &target.project, &target.branch)
+}
+
+/// It has all its data to itself.
+pub fn detached(db: &Connection, branch: &BranchRef) -> Result<(), Problem> {
+    db.execute(
+        "UPDATE branches SET parent_id = NULL, parent_lsn = NULL, parent_timestamp = NULL, updated_at = ? WHERE id = ?",
+        (now(), branch.branch.as_str()),
+    )?;
+    Ok(())
+}
+
+/// Garbage collection has nothing to do until there is WAL after `lsn`; `None`: it may have.
+pub fn set_collected(db: &Connection, branch: &BranchId, lsn: Option<Lsn>) -> Result<(), Problem> {
+    db.execute("UPDATE branches SET collected_lsn = ? WHERE id = ?", (lsn.map(lsn_column), branch.as_str()))?;
+    Ok(())
+}
+
+/// Branches of all projects in which garbage collection may find something, by their order of creation after `after`.
+pub fn collectable(db: &Connection, after: i64, limit: u32) -> Result<Vec<BranchRow>, Problem> {
+    let mut statement = db.prepare_cached(
+        "SELECT * FROM branches WHERE seq > ?1 AND state = 'ready'
+         AND (settled_lsn IS NULL OR (settled_lsn > start_lsn AND settled_lsn IS NOT collected_lsn))
+         ORDER BY seq LIMIT ?2",
+    )?;
+    let rows = statement.query_map((after, limit), from_row)?;
+    Ok(rows.collect::<Result<_, _>>()?)
 }
 
 /// Remembers the end of its WAL, or that it is not known any more.

@@ -129,8 +129,16 @@ CREATE TABLE leases (
 CREATE INDEX leases_by_branch ON leases (branch_id);
 ";
 
+/// Version 3: a branch is a name for a timeline in storage, which a restore exchanges.
+const SCHEMA_3: &str = "
+ALTER TABLE branches ADD COLUMN timeline TEXT NOT NULL DEFAULT '';
+UPDATE branches SET timeline = id;
+CREATE UNIQUE INDEX branches_by_timeline ON branches (timeline);
+ALTER TABLE branches ADD COLUMN collected_lsn INTEGER;  -- everything before it is outside the history window and was collected
+";
+
 /// What brings an older database up to date, in order; `user_version` counts those done.
-const MIGRATIONS: [&str; 2] = [SCHEMA_1, SCHEMA_2];
+const MIGRATIONS: [&str; 3] = [SCHEMA_1, SCHEMA_2, SCHEMA_3];
 
 /// The metadata store; cheap to clone.
 #[derive(Clone)]

@@ -21,6 +21,10 @@ pub enum Action {
     StartCompute,
     /// A compute falls asleep.
     SuspendCompute,
+    /// A branch gets another state.
+    Restore,
+    /// A branch gets all its data to itself.
+    DetachParent,
     /// Roles and databases are brought to a running compute.
     ApplyConfig,
 }
@@ -33,6 +37,8 @@ impl Action {
             Action::DeleteTimeline => "delete_timeline",
             Action::StartCompute => "start_compute",
             Action::SuspendCompute => "suspend_compute",
+            Action::Restore => "timeline_restore",
+            Action::DetachParent => "detach_parent_branch",
             Action::ApplyConfig => "apply_config",
         }
     }

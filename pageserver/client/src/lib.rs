@@ -10,7 +10,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use types::{BlockNumber, BranchRef, Lsn, Oid, PageTag, RelTag};
 use wire::pageserver::{
-    BaseFiles, BranchInfo, BranchPoint, ErrorKind, PageserverError, ReadLsn, RequestBody, ResponseBody,
+    BaseFiles, BranchInfo, BranchPoint, ErrorKind, GarbageReport, PageserverError, ReadLsn, RequestBody, ResponseBody,
 };
 
 use connection::Connection;
@@ -225,6 +225,24 @@ impl PageserverClient {
         expect_answer!(answer, "TimestampByLsn", ResponseBody::Timestamp(timestamp_us) => timestamp_us)
     }
 
+    /// Lets go what only positions from before `since_us` (microseconds since 2000-01-01 UTC) need, but for those of children
+    /// and `leases`.
+    pub async fn collect_garbage(
+        &self,
+        branch: &BranchRef,
+        since_us: i64,
+        leases: Vec<Lsn>,
+    ) -> Result<GarbageReport, ClientError> {
+        let answer = self.call(branch, RequestBody::CollectGarbage { since_us, leases }).await?;
+        expect_answer!(answer, "CollectGarbage", ResponseBody::GarbageCollected(report) => report)
+    }
+
+    /// Gives the branch all its data to itself.
+    pub async fn detach_branch(&self, branch: &BranchRef) -> Result<(), ClientError> {
+        let answer = self.call(branch, RequestBody::DetachBranch).await?;
+        expect_answer!(answer, "DetachBranch", ResponseBody::Done => ())
+    }
+
     /// Ingests up to `up_to` and uploads everything; answers what the object store now holds.
     pub async fn checkpoint(&self, branch: &BranchRef, up_to: Lsn) -> Result<Lsn, ClientError> {
         let answer = self.call(branch, RequestBody::Checkpoint { up_to }).await?;
@@ -241,7 +259,11 @@ fn timeout_of(body: &RequestBody) -> Duration {
         | RequestBody::BranchInfo
         | RequestBody::LsnByTimestamp { .. }
         | RequestBody::TimestampByLsn { .. } => READ_TIMEOUT,
-        RequestBody::CreateBranch { .. } | RequestBody::DeleteBranch | RequestBody::Checkpoint { .. } => CHANGE_TIMEOUT,
+        RequestBody::CreateBranch { .. }
+        | RequestBody::DeleteBranch
+        | RequestBody::CollectGarbage { .. }
+        | RequestBody::DetachBranch
+        | RequestBody::Checkpoint { .. } => CHANGE_TIMEOUT,
     }
 }
 

@@ -43,17 +43,22 @@ impl Branch {
         leases: &[Lsn],
     ) -> Result<Collected, StorageError> {
         let mut flush = self.flush.lock().await;
-        let (layers, known_cutoff, consistent) = {
+        let (layers, known_cutoff, known_held, consistent) = {
             let state = self.state.read();
-            (state.layers.clone(), state.gc_cutoff_lsn, state.remote_consistent_lsn)
+            (state.layers.clone(), state.gc_cutoff_lsn, state.held_lsns.clone(), state.remote_consistent_lsn)
         };
         let cutoff_lsn = cutoff_lsn.min(consistent).max(known_cutoff);
+        let held_lsns = held_before(cutoff_lsn, child_lsns, leases);
         let metas = layers.metas();
         let input = GcInput { layers: &metas, cutoff_lsn, child_lsns, leases };
         let gone: Vec<&LayerMeta> = garbage(&input).into_iter().map(|index| &metas[index]).collect();
-        if !gone.is_empty() || cutoff_lsn > known_cutoff {
+        if !gone.is_empty() || cutoff_lsn > known_cutoff || held_lsns != known_held {
             self.claim(&mut flush).await?;
-            self.state.write().gc_cutoff_lsn = cutoff_lsn;
+            {
+                let mut state = self.state.write();
+                state.gc_cutoff_lsn = cutoff_lsn;
+                state.held_lsns = held_lsns;
+            }
             self.replace_layers(&mut flush, &gone, Vec::new()).await?;
         }
         self.remove_doomed(&mut flush).await?;
@@ -63,6 +68,17 @@ impl Branch {
     /// Every position from here on is readable; before it, only those that children and leases keep.
     pub fn gc_cutoff(&self) -> Lsn {
         self.state.read().gc_cutoff_lsn
+    }
+
+    /// The positions before the cutoff that are readable all the same.
+    pub fn held_lsns(&self) -> Vec<Lsn> {
+        self.state.read().held_lsns.clone()
+    }
+
+    /// True when what is needed to read as of here has not been collected.
+    pub fn is_kept(&self, lsn: Lsn) -> bool {
+        let state = self.state.read();
+        lsn >= state.gc_cutoff_lsn || state.held_lsns.binary_search(&lsn).is_ok()
     }
 
     /// Readers find `new` instead of `gone` from now on, and so does whoever attaches the branch: writes the manifest.
@@ -100,6 +116,14 @@ impl Branch {
         }
         Ok(())
     }
+}
+
+/// The positions before the cutoff that stay readable, in order and each once.
+fn held_before(cutoff: Lsn, children: &[Lsn], leases: &[Lsn]) -> Vec<Lsn> {
+    let mut held: Vec<Lsn> = children.iter().chain(leases).copied().filter(|lsn| *lsn < cutoff).collect();
+    held.sort_unstable();
+    held.dedup();
+    held
 }
 
 /// What a newer generation wrote is not ours to delete.

@@ -23,6 +23,8 @@ pub(super) struct FlushState {
     attached: Manifest,
     last_flush: Instant,
     pub(super) doomed: Vec<Doomed>,
+    /// The layers hold all that the ancestor had: the manifest names none.
+    pub(super) detached: bool,
 }
 
 impl FlushState {
@@ -32,6 +34,7 @@ impl FlushState {
         let doomed = manifest.doomed_layers.iter().map(|name| Doomed { name: name.clone(), since: now }).collect();
         FlushState {
             doomed,
+            detached: false,
             next_layer: manifest.next_layer,
             claimed: false,
             older_removed: false,
@@ -210,18 +213,19 @@ impl Branch {
     }
 
     pub(super) async fn write_manifest(&self, flush: &mut FlushState, tip: Tip) -> Result<(), StorageError> {
-        let (layers, gc_cutoff_lsn) = {
+        let (layers, gc_cutoff_lsn, held_lsns) = {
             let state = self.state.read();
-            (state.layers.metas(), state.gc_cutoff_lsn)
+            (state.layers.metas(), state.gc_cutoff_lsn, state.held_lsns.clone())
         };
         let manifest = Manifest {
-            ancestor: self.ancestor.clone(),
+            ancestor: self.ancestor().filter(|_| !flush.detached),
             start_lsn: self.start_lsn,
             remote_consistent_lsn: tip.last_record_lsn,
             prev_record_lsn: tip.prev_record_lsn,
             last_commit_us: tip.last_commit_us,
             next_layer: flush.next_layer,
             gc_cutoff_lsn,
+            held_lsns,
             doomed_layers: flush.doomed.iter().map(|doomed| doomed.name.clone()).collect(),
             layers,
             ..flush.attached.clone()

@@ -46,6 +46,16 @@ impl Branch {
         Ok(first.map_or(tip, |commit| commit.before))
     }
 
+    /// Where the branch's own part of a history window that begins at `since_us` begins: its own start, if the window begins
+    /// before that.
+    pub async fn window_start(self: &Arc<Self>, since_us: i64) -> Result<Lsn, StorageError> {
+        match self.lsn_by_timestamp(since_us).await {
+            Ok(lsn) => Ok(lsn.max(self.start_lsn())),
+            Err(StorageError::Invalid(_)) => Ok(self.start_lsn()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// When the latest commit at or before `lsn` was, in this branch or those it comes from; `None` when no commit's time
     /// is stored there.
     pub async fn timestamp_by_lsn(self: &Arc<Self>, lsn: Lsn) -> Result<Option<i64>, StorageError> {

@@ -2,6 +2,7 @@
 
 mod collect;
 mod compaction;
+mod detach;
 mod flush;
 mod history;
 mod memory;
@@ -103,7 +104,8 @@ pub struct Branch {
     shared: Arc<Shared>,
     registry: Weak<Branches>,
     names: BranchNames,
-    ancestor: Option<Ancestor>,
+    /// `None` from the start (a template) or since it was detached.
+    ancestor: RwLock<Option<Ancestor>>,
     attached_ancestor: OnceCell<Arc<Branch>>,
     start_lsn: Lsn,
     state: RwLock<State>,
@@ -132,6 +134,8 @@ struct State {
     remote_consistent_lsn: Lsn,
     /// Layers that only older positions need may be gone.
     gc_cutoff_lsn: Lsn,
+    /// Positions before the cutoff that children and leases keep readable.
+    held_lsns: Vec<Lsn>,
 }
 
 /// A memory layer that gets no more values.
@@ -195,6 +199,7 @@ impl Branch {
             frozen_tip: tip,
             remote_consistent_lsn: manifest.remote_consistent_lsn,
             gc_cutoff_lsn: manifest.gc_cutoff_lsn,
+            held_lsns: manifest.held_lsns.clone(),
         };
         let progress =
             Progress { last_record_lsn: tip.last_record_lsn, stopped: None, trouble: None, commit_lsn: None };
@@ -203,7 +208,7 @@ impl Branch {
             shared,
             registry,
             names,
-            ancestor: manifest.ancestor.clone(),
+            ancestor: RwLock::new(manifest.ancestor.clone()),
             attached_ancestor: OnceCell::new(),
             start_lsn: manifest.start_lsn,
             state: RwLock::new(state),
@@ -241,8 +246,8 @@ impl Branch {
     }
 
     /// Where it left which branch.
-    pub fn ancestor(&self) -> Option<&Ancestor> {
-        self.ancestor.as_ref()
+    pub fn ancestor(&self) -> Option<Ancestor> {
+        self.ancestor.read().clone()
     }
 
     /// As of the last whole record ingested.
@@ -272,7 +277,7 @@ impl Branch {
 
     /// The ancestor, attached and ingested up to where this branch left it; `None` for a template.
     pub async fn ancestor_ready(&self) -> Result<Option<(&Arc<Branch>, Lsn)>, StorageError> {
-        let Some(ancestor) = &self.ancestor else { return Ok(None) };
+        let Some(ancestor) = self.ancestor() else { return Ok(None) };
         let attach = async || {
             let registry = self.registry.upgrade().ok_or(StorageError::Stopping)?;
             Box::pin(registry.get(&ancestor.branch)).await.map_err(|error| match error {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures::StreamExt;
+use futures::{StreamExt, TryStreamExt};
 use parking_lot::Mutex;
 use tokio::{
     sync::OnceCell,
@@ -15,7 +15,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use types::{BranchRef, Lsn};
-use wire::pageserver::BranchPoint;
+use wire::pageserver::{BranchPoint, GarbageReport};
 
 use super::{Branch, Shared, branch_point};
 use crate::{
@@ -27,6 +27,11 @@ use crate::{
 const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(10);
 /// Branches that are written out at a time at the end.
 const CONCURRENT_FLUSHES: usize = 16;
+
+/// Children whose manifests are looked at a time.
+const CONCURRENT_CHECKS: usize = 16;
+/// Children that a refusal names.
+const NAMED_CHILDREN: usize = 10;
 
 type Slot = Arc<OnceCell<Arc<Branch>>>;
 
@@ -114,6 +119,10 @@ impl Branches {
         if parent.deleted.load(Ordering::Acquire) {
             return Err(StorageError::NoBranch(ancestor.clone()));
         }
+        // Now that no garbage can be collected.
+        if !parent.is_kept(lsn) {
+            return Err(parent.outside_history(lsn));
+        }
         let child_ancestor = Ancestor { branch: ancestor.clone(), lsn };
         let manifest =
             Manifest { next_layer: first_layer_number(), ..Manifest::new(Some(child_ancestor), lsn, prev_record_lsn) };
@@ -123,7 +132,7 @@ impl Branches {
             .encode()
             .map_err(|error| StorageError::Store { object: object.to_string(), reason: error.to_string() })?;
         // Registered first: a parent must not be removed under a child.
-        self.shared.remote.put(&BranchNames::new(ancestor).child(name), Bytes::new()).await?;
+        self.shared.remote.put(&BranchNames::new(ancestor).child(name, lsn), Bytes::new()).await?;
         self.shared.remote.put(&object, encoded.into()).await?;
         tracing::info!(branch = %name, %ancestor, %lsn, "branch created");
         Ok(lsn)
@@ -135,13 +144,15 @@ impl Branches {
         let remote = &self.shared.remote;
         let names = BranchNames::new(name);
         let manifest = remote.manifest(name).await?;
-        if let Some(child) = self.first_child(&names, name).await? {
-            return Err(StorageError::Conflict(format!("branch {name} has a child: {child}")));
+        let children = self.children(&names, name, Lsn::MAX).await?;
+        if !children.is_empty() {
+            let named: Vec<String> = children.iter().take(NAMED_CHILDREN).map(|(child, _)| child.to_string()).collect();
+            let message = format!("branch {name} has {} child branches, such as {}", children.len(), named.join(", "));
+            return Err(StorageError::Conflict(message));
         }
         let slot = self.slots.lock().remove(name);
         if let Some(branch) = slot.and_then(|slot| slot.get().cloned()) {
-            branch.deleted.store(true, Ordering::Release);
-            branch.close_feed();
+            branch.retire();
             // Whoever writes it out now finishes first.
             drop(branch.flush.lock().await);
         }
@@ -150,23 +161,73 @@ impl Branches {
         }
         remote.delete_all(names.root()).await?;
         if let Some(ancestor) = manifest.and_then(|(_, manifest)| manifest.ancestor) {
-            remote.delete(&BranchNames::new(&ancestor.branch).child(name)).await?;
+            remote.delete(&BranchNames::new(&ancestor.branch).child(name, ancestor.lsn)).await?;
         }
         tracing::info!(branch = %name, "branch deleted");
         Ok(())
     }
 
-    /// A registered child that exists. Registrations without a branch (creation was interrupted) are removed.
-    async fn first_child(&self, names: &BranchNames, parent: &BranchRef) -> Result<Option<BranchRef>, StorageError> {
-        for object in self.shared.remote.list(&names.children()).await? {
-            let Some(child) = BranchNames::child_of(&object) else { continue };
-            let ancestor = self.shared.remote.manifest(&child).await?.and_then(|(_, manifest)| manifest.ancestor);
-            if ancestor.is_some_and(|ancestor| ancestor.branch == *parent) {
-                return Ok(Some(child));
-            }
-            self.shared.remote.delete(&object).await?;
-        }
-        Ok(None)
+    /// Registered children that left before `before` and exist, and where they left. Registrations without a branch
+    /// (creation was interrupted) are removed. The caller has locked the parent for change.
+    async fn children(
+        &self,
+        names: &BranchNames,
+        parent: &BranchRef,
+        before: Lsn,
+    ) -> Result<Vec<(BranchRef, Lsn)>, StorageError> {
+        let remote = &self.shared.remote;
+        let registered = remote.list(&names.children()).await?;
+        let checks = registered.into_iter().filter_map(|object| {
+            let (child, lsn) = BranchNames::child_of(&object).filter(|(_, lsn)| *lsn < before)?;
+            Some(async move {
+                let ancestor = remote.manifest(&child).await?.and_then(|(_, manifest)| manifest.ancestor);
+                if ancestor.is_some_and(|ancestor| ancestor.branch == *parent && ancestor.lsn == lsn) {
+                    return Ok(Some((child, lsn)));
+                }
+                remote.delete(&object).await.map(|()| None)
+            })
+        });
+        let checked = futures::stream::iter(checks).buffer_unordered(CONCURRENT_CHECKS);
+        checked.try_filter_map(|child| std::future::ready(Ok(child))).try_collect().await
+    }
+
+    /// Lets go what only positions from before `since_us` need, but for those at which children left and those of `leases`.
+    pub async fn collect_garbage(
+        self: &Arc<Self>,
+        name: &BranchRef,
+        since_us: i64,
+        leases: &[Lsn],
+    ) -> Result<GarbageReport, StorageError> {
+        let branch = self.get(name).await?;
+        let cutoff = branch.window_start(since_us).await?;
+        let _changing = self.lock_for_change([name, name]).await;
+        let names = BranchNames::new(name);
+        let cutoff = cutoff.min(branch.remote_consistent_lsn()).max(branch.gc_cutoff());
+        let children: Vec<Lsn> =
+            self.children(&names, name, cutoff).await?.into_iter().map(|(_, left_at)| left_at).collect();
+        let collected = branch.collect_garbage(cutoff, &children, leases).await?;
+        Ok(GarbageReport {
+            start_lsn: branch.gc_cutoff(),
+            last_record_lsn: branch.tip().last_record_lsn,
+            is_held: !children.is_empty(),
+            removed_layers: collected.layers as u64,
+            removed_bytes: collected.bytes,
+        })
+    }
+
+    /// Gives a branch all its data to itself. Harmless when it has no ancestor.
+    pub async fn detach(self: &Arc<Self>, name: &BranchRef) -> Result<(), StorageError> {
+        let branch = self.get(name).await?;
+        let Some(ancestor) = branch.ancestor() else { return Ok(()) };
+        // Waits until the ancestor has all WAL up to there.
+        branch.ancestor_ready().await?;
+        let _changing = self.lock_for_change([name, name]).await;
+        let children = self.children(&BranchNames::new(name), name, branch.gc_cutoff()).await?;
+        let held: Vec<Lsn> = children.into_iter().map(|(_, lsn)| lsn).chain(branch.held_lsns()).collect();
+        branch.copy_ancestors(&held).await?;
+        self.shared.remote.delete(&BranchNames::new(&ancestor.branch).child(name, ancestor.lsn)).await?;
+        tracing::info!(branch = %name, ancestor = %ancestor.branch, "branch detached from its ancestor");
+        Ok(())
     }
 
     /// Waits until nobody else changes one of these, and keeps others waiting until the guard is dropped.

@@ -79,6 +79,15 @@ impl Branch {
         self.feed.lock().take();
     }
 
+    /// It takes no WAL and writes nothing out any more; the next asker attaches the branch anew, if it still exists.
+    pub(super) fn retire(&self) {
+        self.deleted.store(true, Ordering::Release);
+        self.close_feed();
+        if let Some(registry) = self.registry.upgrade() {
+            registry.forget(self);
+        }
+    }
+
     /// True while the stream is open.
     pub fn has_feed(&self) -> bool {
         self.feed.lock().is_some()

@@ -50,7 +50,7 @@ impl Branch {
             self.open_feed();
         }
         let lsn = at.request.min(last);
-        if lsn < self.start_lsn() {
+        if lsn < self.start_lsn() || !self.is_kept(lsn) {
             return Err(self.outside_history(lsn));
         }
         Ok(lsn)
@@ -58,7 +58,7 @@ impl Branch {
 
     /// The error for a position that this branch does not have.
     pub fn outside_history(&self, lsn: Lsn) -> StorageError {
-        let (start, end) = (self.start_lsn(), self.tip().last_record_lsn);
+        let (start, end) = (self.start_lsn().max(self.gc_cutoff()), self.tip().last_record_lsn);
         StorageError::Invalid(format!("{lsn} is outside the history of branch {}: {start} to {end}", self.name()))
     }
 

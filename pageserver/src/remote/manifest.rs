@@ -37,6 +37,8 @@ pub struct Manifest {
     pub next_layer: u64,
     /// Every position from here on is readable; of those before it only the ones that children and leases keep.
     pub gc_cutoff_lsn: Lsn,
+    /// The positions before the cutoff that children and leases keep.
+    pub held_lsns: Vec<Lsn>,
     /// The layers.
     pub layers: Vec<LayerMeta>,
     /// Names of layers that are not part of the branch any more and are to be deleted.
@@ -69,6 +71,7 @@ impl Manifest {
             last_commit_us: None,
             next_layer: 0,
             gc_cutoff_lsn: start_lsn,
+            held_lsns: Vec::new(),
             layers: Vec::new(),
             doomed_layers: Vec::new(),
         }

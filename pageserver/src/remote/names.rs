@@ -3,7 +3,7 @@
 //! - `manifest-<generation>`: see [`super::Manifest`]; a pageserver writes only that of its own generation.
 //! - `claim-<generation>`: empty; put before a generation's first write, so that an older one learns that it is deposed.
 //! - `layers/<name>`: layers; each name begins with the generation that wrote it.
-//! - `children/<project>.<branch>`: empty; a branch that left this one.
+//! - `children/<project>.<branch>.<lsn>`: empty; a branch that left this one, and where.
 
 use object_store::path::Path;
 use types::{BranchRef, Generation, Lsn};
@@ -58,14 +58,16 @@ impl BranchNames {
     }
 
     /// A child's registration.
-    pub fn child(&self, child: &BranchRef) -> Path {
-        self.children().join(format!("{}.{}", child.project, child.branch))
+    pub fn child(&self, child: &BranchRef, lsn: Lsn) -> Path {
+        self.children().join(format!("{}.{}.{:016x}", child.project, child.branch, lsn.0))
     }
 
-    /// Which child a registration is for; `None` for other objects.
-    pub fn child_of(object: &Path) -> Option<BranchRef> {
-        let (project, branch) = object.filename()?.split_once('.')?;
-        Some(BranchRef { project: project.parse().ok()?, branch: branch.parse().ok()? })
+    /// Which child a registration is for, and where it left; `None` for other objects.
+    pub fn child_of(object: &Path) -> Option<(BranchRef, Lsn)> {
+        let mut parts = object.filename()?.splitn(3, '.');
+        let (project, branch, lsn) = (parts.next()?, parts.next()?, parts.next()?);
+        let lsn = Lsn(u64::from_str_radix(lsn, 16).ok().filter(|_| lsn.len() == 16)?);
+        Some((BranchRef { project: project.parse().ok()?, branch: branch.parse().ok()? }, lsn))
     }
 }
 
@@ -106,6 +108,6 @@ mod tests {
         assert_eq!(BranchNames::generation_of_manifest(&manifest), Some(Generation(0x1f)));
         assert_eq!(BranchNames::generation_of_claim(&manifest), None);
         let child = branch("c");
-        assert_eq!(BranchNames::child_of(&names.child(&child)), Some(child));
+        assert_eq!(BranchNames::child_of(&names.child(&child, Lsn(0x10))), Some((child, Lsn(0x10))));
     }
 }

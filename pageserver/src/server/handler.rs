@@ -40,6 +40,8 @@ impl Handler {
             | RequestBody::BranchInfo
             | RequestBody::LsnByTimestamp { .. }
             | RequestBody::TimestampByLsn { .. }
+            | RequestBody::CollectGarbage { .. }
+            | RequestBody::DetachBranch
             | RequestBody::Checkpoint { .. } => false,
         };
         let allowed = claims.is_service() || (for_compute && claims.allows_branch(&request.branch));
@@ -96,6 +98,13 @@ impl Handler {
                 branch.wait_for(lsn).await?;
                 Ok(ResponseBody::Timestamp(branch.timestamp_by_lsn(lsn).await?))
             }
+            RequestBody::CollectGarbage { since_us, leases } => {
+                Ok(ResponseBody::GarbageCollected(self.branches.collect_garbage(name, since_us, &leases).await?))
+            }
+            RequestBody::DetachBranch => {
+                self.branches.detach(name).await?;
+                Ok(ResponseBody::Done)
+            }
             RequestBody::Checkpoint { up_to } => {
                 let branch = self.branches.get(name).await?;
                 branch.wait_for(up_to).await?;
@@ -130,7 +139,7 @@ async fn branch_info(branch: &Arc<Branch>) -> Result<ResponseBody, StorageError>
     Ok(ResponseBody::BranchInfo(BranchInfo {
         last_record_lsn: branch.tip().last_record_lsn,
         remote_consistent_lsn: branch.remote_consistent_lsn(),
-        ancestor: branch.ancestor().map(|ancestor| (ancestor.branch.clone(), ancestor.lsn)),
+        ancestor: branch.ancestor().map(|ancestor| (ancestor.branch, ancestor.lsn)),
         generation: branch.shared().generation,
         logical_size_bytes: branch.logical_bytes().await?,
         ingest_error: branch.ingest_error(),

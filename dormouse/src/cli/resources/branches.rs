@@ -1,7 +1,9 @@
 //! `dormouse branches`.
 
 use clap::{Args, Subcommand};
-use control_plane_api::v2::{Branch, BranchCreated, BranchEnvelope, BranchFields, BranchRequest, EndpointFields};
+use control_plane_api::v2::{
+    Branch, BranchCreated, BranchEnvelope, BranchFields, BranchRequest, EndpointFields, RestoreRequest,
+};
 
 use super::{
     super::{
@@ -31,6 +33,16 @@ pub enum BranchCommand {
     Get(OneArguments),
     /// Delete a branch that has no children
     Delete(OneArguments),
+    /// Set a branch back to an earlier point, in place: it keeps its name, id and endpoint
+    #[command(
+        after_help = "Examples:\n  dormouse branches restore main --at-timestamp 2030-01-01T12:00:00Z --keep-as before-restore\n  dormouse branches restore main --at-lsn 0/1A2B3C8 --keep-as before-restore\n  dormouse branches restore dev --from main      dev gets the newest state of main; what it was is deleted\n\nThe branch's compute is put to sleep, open connections end, and the next connection finds the restored state.\nWhat the branch was stays under the name of --keep-as, with its children; the restored branch is a child of it.\nTo delete it later, first `dormouse branches detach` the restored branch."
+    )]
+    Restore(RestoreArguments),
+    /// Give a branch all its data to itself, so that its parent can be deleted
+    #[command(
+        after_help = "Example:\n  dormouse branches detach dev && dormouse branches delete old-main\n\nCopies what the branch still reads from its parents; it stays usable meanwhile. Its history begins where it left its parent."
+    )]
+    Detach(OneArguments),
     /// Show how far back a branch's history reaches; find the position of a time and the time of a position
     #[command(
         after_help = "Examples:\n  dormouse branches history main\n  dormouse branches history main --at-timestamp 2030-01-01T12:00:00Z\n  dormouse branches history main --at-lsn 0/1A2B3C8\n\nThe window is the project's: `dormouse projects update <project> --history-retention 14d` changes it."
@@ -68,6 +80,21 @@ pub struct CreateArguments {
     connection: Connection,
 }
 
+/// `restore`.
+#[derive(Args)]
+pub struct RestoreArguments {
+    #[command(flatten)]
+    branch: OneArguments,
+    /// The branch whose state it gets [default: its own]
+    #[arg(long, value_name = "BRANCH")]
+    from: Option<String>,
+    #[command(flatten)]
+    point: history::PointArguments,
+    /// Keep what the branch was as a branch of this name; needed unless it is restored from another and has no children
+    #[arg(long, value_name = "NAME")]
+    keep_as: Option<String>,
+}
+
 /// A branch, and how to reach the API: what commands about one branch have in common.
 #[derive(Args)]
 pub struct OneArguments {
@@ -100,6 +127,12 @@ pub async fn run(command: BranchCommand) -> anyhow::Result<()> {
             let deleted: BranchEnvelope = api.delete(&path).await?;
             print(arguments.connection.output, &deleted, std::slice::from_ref(&deleted.branch))
         }
+        BranchCommand::Restore(arguments) => restore(arguments).await,
+        BranchCommand::Detach(arguments) => {
+            let (api, path) = find(&arguments).await?;
+            let detached: BranchEnvelope = api.post(&format!("{path}/detach"), &()).await?;
+            print(arguments.connection.output, &detached, std::slice::from_ref(&detached.branch))
+        }
         BranchCommand::History(arguments) => history::show(arguments).await,
         BranchCommand::Leases(command) => history::run_lease(command).await,
     }
@@ -111,6 +144,23 @@ pub async fn find(arguments: &OneArguments) -> anyhow::Result<(Api, String)> {
     let project = select::project(&api, &arguments.project).await?;
     let branch = select::branch(&api, &project, Some(&arguments.branch)).await?;
     Ok((api, format!("/projects/{}/branches/{}", project.id, branch.id)))
+}
+
+async fn restore(arguments: RestoreArguments) -> anyhow::Result<()> {
+    let one = arguments.branch;
+    let api = Api::new(&one.connection)?;
+    let project = select::project(&api, &one.project).await?;
+    let branch = select::branch(&api, &project, Some(&one.branch)).await?;
+    let source = select::branch(&api, &project, Some(arguments.from.as_deref().unwrap_or(branch.id.as_str()))).await?;
+    let request = RestoreRequest {
+        source_branch_id: source.id.to_string(),
+        source_lsn: arguments.point.at_lsn,
+        source_timestamp: arguments.point.at_timestamp,
+        preserve_under_name: arguments.keep_as,
+    };
+    let path = format!("/projects/{}/branches/{}/restore", project.id, branch.id);
+    let restored: BranchEnvelope = api.post(&path, &request).await?;
+    print(one.connection.output, &restored, std::slice::from_ref(&restored.branch))
 }
 
 async fn create(arguments: CreateArguments) -> anyhow::Result<()> {
