@@ -276,6 +276,9 @@ pub enum Value {
 pub struct StoredRecord {
     /// Redo does not need the page's older content.
     pub will_init: bool,
+    /// At most so many records are replayed to get here from a value that needs no older one, this one counted; it may be
+    /// fewer. 0 while that is not known, in memory.
+    pub depth: u8,
     /// Where its header starts.
     pub start_lsn: Lsn,
     /// The record without WAL page headers.
@@ -323,9 +326,18 @@ impl Value {
             }
             Value::Record(record) => {
                 out.put_u8(if record.will_init { TAG_INIT_RECORD } else { TAG_RECORD });
+                out.put_u8(record.depth);
                 out.put_u64_le(record.start_lsn.0);
                 out.put_slice(&record.raw);
             }
+        }
+    }
+
+    /// [`StoredRecord::depth`] of an encoded value; 0 of others.
+    pub fn encoded_depth(bytes: &[u8]) -> u8 {
+        match bytes {
+            [TAG_RECORD | TAG_INIT_RECORD, depth, ..] => *depth,
+            _ => 0,
         }
     }
 
@@ -337,9 +349,10 @@ impl Value {
         match bytes.get_u8() {
             TAG_TOMBSTONE => bytes.is_empty().then_some(Value::Tombstone),
             TAG_IMAGE => Some(Value::Image(bytes)),
-            tag @ (TAG_RECORD | TAG_INIT_RECORD) if bytes.len() >= 8 => {
+            tag @ (TAG_RECORD | TAG_INIT_RECORD) if bytes.len() >= 9 => {
+                let depth = bytes.get_u8();
                 let start_lsn = Lsn(bytes.get_u64_le());
-                Some(Value::Record(StoredRecord { will_init: tag == TAG_INIT_RECORD, start_lsn, raw: bytes }))
+                Some(Value::Record(StoredRecord { will_init: tag == TAG_INIT_RECORD, depth, start_lsn, raw: bytes }))
             }
             _unknown_tag => None,
         }
@@ -447,7 +460,8 @@ mod tests {
 
     #[test]
     fn values_round_trip() {
-        let record = |will_init| StoredRecord { will_init, start_lsn: Lsn(9), raw: Bytes::from_static(b"raw") };
+        let record =
+            |will_init| StoredRecord { will_init, depth: 3, start_lsn: Lsn(9), raw: Bytes::from_static(b"raw") };
         let values = [
             Value::Tombstone,
             Value::ZERO_PAGE,

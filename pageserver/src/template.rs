@@ -129,8 +129,11 @@ pub async fn import(
     }
     upload.finish_layer().await?;
     let mut manifest = Manifest::new(None, lsn, start);
-    manifest.next_layer = upload.layers.len() as u64;
     manifest.layers = upload.layers.iter().map(|layer| layer.meta.clone()).collect();
+    // The images speak for all keys, also behind the last that there is.
+    if let Some(last) = manifest.layers.last_mut() {
+        last.last_key = Key::MAX;
+    }
     let object = upload.names.manifest(TEMPLATE_GENERATION);
     let encoded = manifest
         .encode()
@@ -173,9 +176,12 @@ impl Upload<'_> {
     }
 
     async fn finish_layer(&mut self) -> Result<(), ImportError> {
-        let Some(built) = std::mem::take(&mut self.builder).finish() else { return Ok(()) };
+        let built = std::mem::take(&mut self.builder).finish();
+        let Some((_, last)) = built.keys else { return Ok(()) };
+        let first = self.layers.last().and_then(|before| before.meta.last_key.next()).unwrap_or(Key::MIN);
         let named = (TEMPLATE_GENERATION, self.layers.len() as u64);
-        let (layer, bytes) = prepare_layer(&self.names, built, LayerKind::Image, (self.lsn, self.lsn), named);
+        let sort = (LayerKind::Image, 0);
+        let (layer, bytes) = prepare_layer(&self.names, built, sort, (self.lsn, self.lsn), (first, last), named);
         self.remote.put(layer.object(), bytes).await?;
         self.layers.push(layer);
         Ok(())

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use cluster::{branch_ref, branches, memory_remote, put_root};
 use dormouse_pageserver::{
     branch::{Branch, Branches, Put, Tip, Tuning},
+    compaction::PlanLimits,
     remote::Remote,
     storage::{Key, Value},
 };
@@ -31,6 +32,10 @@ enum Step {
         values: Values,
     },
     Flush {
+        branch: usize,
+    },
+    /// Merges layers and makes images.
+    Compact {
         branch: usize,
     },
     /// Drops what only older positions need, but for children.
@@ -57,6 +62,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         6 => (any::<usize>(), prop::collection::vec(value, 1..4)).prop_map(|(branch, values)| Step::Record { branch, values }),
         2 => any::<usize>().prop_map(|branch| Step::Flush { branch }),
         1 => Just(Step::Restart),
+        1 => any::<usize>().prop_map(|branch| Step::Compact { branch }),
         2 => (any::<usize>(), 0usize..6).prop_map(|(branch, back)| Step::Collect { branch, back }),
         1 => (any::<usize>(), 0usize..6).prop_map(|(parent, back)| Step::Branch { parent, back }),
         8 => (any::<usize>(), 0u8..12, 0usize..8).prop_map(|(branch, key, back)| Step::Read { branch, key, back }),
@@ -128,8 +134,8 @@ struct World {
 
 fn tuning() -> Tuning {
     Tuning {
-        deltas_per_image: 3,
-        image_layer_bytes: 20_000,
+        plan: PlanLimits { deltas_per_merge: 2, image_min_bytes: 3_000, cell_bytes: 1_500 },
+        layer_bytes: 1_000,
         wal_wait: Duration::from_millis(10),
         removal_delay: Duration::ZERO,
         ..Tuning::default()
@@ -171,6 +177,7 @@ impl World {
                 let branch = self.branch(branch % count).await;
                 assert_eq!(branch.flush().await.expect("flush"), branch.tip().last_record_lsn);
             }
+            Step::Compact { branch } => self.branch(branch % count).await.compact().await.expect("compact"),
             Step::Collect { branch, back } => self.collect(branch % count, back).await,
             Step::Restart => self.restart().await,
             Step::Branch { parent, back } => {
@@ -199,6 +206,10 @@ impl World {
     }
 
     async fn restart(&mut self) {
+        // Else the old pageserver's compaction, in the background, may go on while the new one takes over.
+        for branch in self.branches.attached() {
+            branch.compact().await.expect("compact");
+        }
         self.generation += 1;
         self.branches = branches(&self.remote, self.generation, tuning());
         for index in 0..self.model.branches.len() {

@@ -9,7 +9,8 @@ use bytes::Bytes;
 use cluster::{Cluster, branch_ref, branches, memory_remote};
 use dormouse_pageserver::{
     base_files::base_files,
-    branch::{Branch, Branches, Tuning},
+    branch::{Branch, Branches, MAX_CHAIN, Tuning},
+    compaction::PlanLimits,
     remote::Remote,
     storage::{Key, Kind},
     template,
@@ -167,7 +168,8 @@ async fn ingest(branch: &Arc<Branch>, from: Lsn, wal: &[u8]) -> Lsn {
 async fn real_wal_gives_the_pages_of_the_server() {
     let Some(mut cluster) = Cluster::init() else { return };
     // Small, so that layers and image sets are made on the way.
-    let tuning = Tuning { checkpoint_distance_bytes: 2 << 20, deltas_per_image: 4, ..Tuning::default() };
+    let plan = PlanLimits { deltas_per_merge: 2, image_min_bytes: 1 << 20, cell_bytes: 1 << 20 };
+    let tuning = Tuning { checkpoint_distance_bytes: 2 << 20, plan, layer_bytes: 1 << 19, ..Tuning::default() };
     let imported = import(&cluster, tuning.clone()).await;
     let project = branch_ref("p", "main");
     imported.branches.create(&project, &imported.template, BranchPoint::Head).await.expect("create");
@@ -215,6 +217,10 @@ async fn real_wal_gives_the_pages_of_the_server() {
     let uploaded = branch.flush().await.expect("flush");
     assert_eq!(uploaded, end);
     compare_counters(&base_files(&branch, end).await.expect("base files"), &cluster);
+    branch.compact().await.expect("compact");
+    check_chains(&branch, end).await;
+    undisturbed.flush().await.expect("flush");
+    check_chains(&undisturbed, end).await;
 
     // The same again from the object store alone, by a later generation, through a child.
     let later = branches(&imported.remote, 2, tuning);
@@ -223,6 +229,19 @@ async fn real_wal_gives_the_pages_of_the_server() {
     let child = later.get(&child).await.expect("attach");
     compare_with_disk(&child, end, &cluster, &contents).await;
     start_from_pageserver(&child, end, &cluster, &databases, &digests).await;
+}
+
+/// How many records a page from layers takes to be made, now and in the middle of the history.
+async fn check_chains(branch: &Arc<Branch>, end: Lsn) {
+    let middle = Lsn((branch.start_lsn().0 + end.0) / 2);
+    for at in [middle, end] {
+        let mut longest = 0;
+        for key in branch.scan(Key::of(Kind::RelPage), Key::MAX, at).await.expect("scan").into_keys() {
+            longest = longest.max(branch.chain_length(key, at).await.expect("length"));
+        }
+        println!("{}: at most {longest} records to make a page as of {at}", branch.name());
+        assert!((2..=usize::from(MAX_CHAIN)).contains(&longest), "{longest}");
+    }
 }
 
 async fn compare_with_disk(branch: &Arc<Branch>, at: Lsn, cluster: &Cluster, contents: &Contents) {

@@ -9,10 +9,11 @@ use std::{sync::Arc, time::Duration};
 use types::{BlockNumber, Lsn, PageTag, RelTag};
 use wire::pageserver::MAX_PAGES_PER_REQUEST;
 
-use super::Branch;
+use super::{Branch, compaction::ImageFiles};
 use crate::{
+    compaction::Cell,
     error::StorageError,
-    layer::{Layer, LayerBuilder, LayerKind, LayerMeta},
+    layer::{Layer, LayerKind, LayerMeta},
     storage::{Key, Kind, Value, decode_rel_size},
 };
 
@@ -26,6 +27,8 @@ impl Branch {
         if self.ancestor().is_none() {
             return Ok(());
         }
+        // What is made of the branch's own values alone must not be published once nobody looks further.
+        let _no_compaction = self.compacting.lock().await;
         let oldest = self.gc_cutoff().max(self.start_lsn());
         let held = held_lsns.iter().copied().filter(|lsn| *lsn < oldest && *lsn >= self.start_lsn());
         let mut points: Vec<Lsn> = held.chain([oldest]).collect();
@@ -53,7 +56,8 @@ impl Branch {
 
     /// The whole state as of `at`, ancestors included, as image layers that no manifest names yet.
     async fn copy_state(self: &Arc<Self>, at: Lsn) -> Result<Vec<Arc<Layer>>, StorageError> {
-        let mut copy = Copy { branch: self, at, builder: LayerBuilder::default(), layers: Vec::new() };
+        let all = Cell { first: Key::MIN, last: Key::MAX };
+        let mut copy = Copy { branch: self, at, files: ImageFiles::new(self, all, at) };
         for (key, value) in self.scan(Key::MIN, Key::last_of(Kind::SlruPage), at).await? {
             let content = match (key.kind, value) {
                 (Kind::SlruPage, _) => self.read_page(key, at).await?,
@@ -79,8 +83,7 @@ impl Branch {
         for (rel, size) in forks {
             copy.add_fork(rel, size).await?;
         }
-        copy.finish_layer().await?;
-        Ok(copy.layers)
+        copy.files.finish().await
     }
 
     fn uncopied(&self, key: Key, lsn: Lsn, reason: &str) -> StorageError {
@@ -93,17 +96,12 @@ impl Branch {
 struct Copy<'a> {
     branch: &'a Arc<Branch>,
     at: Lsn,
-    builder: LayerBuilder,
-    layers: Vec<Arc<Layer>>,
+    files: ImageFiles,
 }
 
 impl Copy<'_> {
     async fn add(&mut self, key: Key, value: Value) -> Result<(), StorageError> {
-        self.builder.add(key, self.at, &value);
-        if self.builder.bytes_so_far() >= self.branch.shared().tuning.image_layer_bytes {
-            self.finish_layer().await?;
-        }
-        Ok(())
+        self.files.add(key, &value).await
     }
 
     async fn add_fork(&mut self, rel: RelTag, size: BlockNumber) -> Result<(), StorageError> {
@@ -117,15 +115,6 @@ impl Copy<'_> {
             }
             first = end;
         }
-        Ok(())
-    }
-
-    async fn finish_layer(&mut self) -> Result<(), StorageError> {
-        let Some(built) = std::mem::take(&mut self.builder).finish() else { return Ok(()) };
-        let mut flush = self.branch.flush.lock().await;
-        self.branch.claim(&mut flush).await?;
-        let layer = self.branch.upload_layer(&mut flush, built, LayerKind::Image, self.at, self.at).await?;
-        self.layers.push(layer);
         Ok(())
     }
 }

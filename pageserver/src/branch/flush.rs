@@ -6,16 +6,17 @@ use bytes::Bytes;
 use tokio::time::Instant;
 use types::{Generation, Lsn};
 
-use super::{Branch, Frozen, Tip, collect::Doomed, should_compact};
+use super::{Branch, Frozen, Tip, collect::Doomed};
 use crate::{
+    compaction::is_full,
     error::StorageError,
     layer::{BuiltLayer, Layer, LayerKind, LayerMeta},
     remote::{BranchNames, Manifest},
+    storage::Key,
 };
 
 /// What the one who writes a branch out knows.
 pub(super) struct FlushState {
-    next_layer: u64,
     /// This generation's claim is in the object store and the branch was not changed by another since it was attached.
     claimed: bool,
     older_removed: bool,
@@ -35,7 +36,6 @@ impl FlushState {
         FlushState {
             doomed,
             detached: false,
-            next_layer: manifest.next_layer,
             claimed: false,
             older_removed: false,
             attached,
@@ -45,26 +45,37 @@ impl FlushState {
 }
 
 impl Branch {
-    /// Writes everything ingested so far to the object store, makes an image set if it is time, and tells the
-    /// safekeepers. Answers up to where the object store now holds everything.
+    /// Writes everything ingested so far to the object store and tells the safekeepers; waits for compaction when there are
+    /// too many small layers, and starts it when there is something to do. Answers up to where the object store now holds
+    /// everything.
     pub async fn flush(self: &Arc<Self>) -> Result<Lsn, StorageError> {
-        let mut flush = self.flush.lock().await;
         self.freeze();
+        while !self.is_clean() {
+            self.write_out().await?;
+            if self.frozen_layers() > 0 {
+                self.compact().await?;
+            }
+        }
+        self.compact_in_background();
+        Ok(self.remote_consistent_lsn())
+    }
+
+    /// Writes out what there is room for in level 0, then the manifest.
+    async fn write_out(self: &Arc<Self>) -> Result<(), StorageError> {
+        let mut flush = self.flush.lock().await;
         if self.is_clean() {
-            return Ok(self.remote_consistent_lsn());
+            return Ok(());
         }
         self.claim(&mut flush).await?;
         while let Some(frozen) = self.oldest_frozen() {
-            let layer = self.upload_frozen(&mut flush, &frozen).await?;
+            if is_full(self.state.read().layers.iter().map(|layer| &layer.meta)) {
+                break;
+            }
+            let layer = self.upload_frozen(&frozen).await?;
             self.replace_frozen(layer, frozen.tip);
         }
         let tip = self.state.read().frozen_tip;
         self.write_manifest(&mut flush, tip).await?;
-        if should_compact(&self.compaction_input(tip.last_record_lsn)) {
-            let images = self.make_images(&mut flush, tip.last_record_lsn).await?;
-            self.add_layers(images);
-            self.write_manifest(&mut flush, tip).await?;
-        }
         flush.last_flush = Instant::now();
         self.report_consistent(tip.last_record_lsn).await?;
         self.remove_doomed(&mut flush).await?;
@@ -72,7 +83,7 @@ impl Branch {
             self.remove_older_generations().await;
             flush.older_removed = true;
         }
-        Ok(tip.last_record_lsn)
+        Ok(())
     }
 
     /// Once the own manifest is there, those of older generations are of no use. Failing to is only logged.
@@ -94,11 +105,6 @@ impl Branch {
         state.layers = Arc::new(state.layers.with(layer));
         state.frozen.pop_front();
         state.frozen_tip = tip;
-    }
-
-    fn add_layers(&self, layers: Vec<Arc<Layer>>) {
-        let mut state = self.state.write();
-        state.layers = Arc::new(state.layers.with(layers));
     }
 
     /// Turns the open memory layer into a frozen one; readers go on seeing it.
@@ -181,31 +187,28 @@ impl Branch {
         }
     }
 
-    async fn upload_frozen(
-        &self,
-        flush: &mut FlushState,
-        frozen: &Arc<Frozen>,
-    ) -> Result<Option<Arc<Layer>>, StorageError> {
-        let values = frozen.clone();
-        let built = tokio::task::spawn_blocking(move || values.values.build()).await;
-        let Some(built) = built.map_err(|_| StorageError::Stopping)? else { return Ok(None) };
+    async fn upload_frozen(self: &Arc<Self>, frozen: &Arc<Frozen>) -> Result<Option<Arc<Layer>>, StorageError> {
+        let (branch, values) = (self.clone(), frozen.clone());
+        // On a thread of its own: it computes for long.
+        let runtime = tokio::runtime::Handle::current();
+        let built = tokio::task::spawn_blocking(move || runtime.block_on(branch.build_layer(&values))).await;
+        let built = built.map_err(|_| StorageError::Stopping)??;
+        let Some(keys) = built.keys else { return Ok(None) };
         let end = frozen.tip.last_record_lsn.max(frozen.values.max_lsn());
-        let layer = self.upload_layer(flush, built, LayerKind::Delta, frozen.start_lsn, end).await?;
+        let layer = self.upload_layer(built, (LayerKind::Delta, 0), (frozen.start_lsn, end), keys).await?;
         Ok(Some(layer))
     }
 
     /// Puts a layer file; it counts once a manifest names it.
     pub(super) async fn upload_layer(
         &self,
-        flush: &mut FlushState,
         built: BuiltLayer,
-        kind: LayerKind,
-        start_lsn: Lsn,
-        end_lsn: Lsn,
+        sort: (LayerKind, u8),
+        lsns: (Lsn, Lsn),
+        keys: (Key, Key),
     ) -> Result<Arc<Layer>, StorageError> {
-        let (layer, bytes) =
-            prepare_layer(&self.names, built, kind, (start_lsn, end_lsn), (self.shared.generation, flush.next_layer));
-        flush.next_layer += 1;
+        let number = self.shared.remote.next_layer_number();
+        let (layer, bytes) = prepare_layer(&self.names, built, sort, lsns, keys, (self.shared.generation, number));
         self.shared.remote.put(layer.object(), bytes.clone()).await?;
         self.shared.remote.disk.insert(layer.object(), bytes).await;
         tracing::debug!(branch = %self.name, layer = layer.meta.name, bytes = layer.meta.size_bytes, "layer uploaded");
@@ -213,9 +216,9 @@ impl Branch {
     }
 
     pub(super) async fn write_manifest(&self, flush: &mut FlushState, tip: Tip) -> Result<(), StorageError> {
-        let (layers, gc_cutoff_lsn, held_lsns) = {
+        let (layers, cuts, gc_cutoff_lsn, held_lsns) = {
             let state = self.state.read();
-            (state.layers.metas(), state.gc_cutoff_lsn, state.held_lsns.clone())
+            (state.layers.metas(), state.cuts.to_vec(), state.gc_cutoff_lsn, state.held_lsns.clone())
         };
         let manifest = Manifest {
             ancestor: self.ancestor().filter(|_| !flush.detached),
@@ -223,9 +226,9 @@ impl Branch {
             remote_consistent_lsn: tip.last_record_lsn,
             prev_record_lsn: tip.prev_record_lsn,
             last_commit_us: tip.last_commit_us,
-            next_layer: flush.next_layer,
             gc_cutoff_lsn,
             held_lsns,
+            cuts,
             doomed_layers: flush.doomed.iter().map(|doomed| doomed.name.clone()).collect(),
             layers,
             ..flush.attached.clone()
@@ -251,12 +254,14 @@ impl Branch {
     }
 }
 
-/// The layer of a file that is to be uploaded, and the file.
+/// The layer of a file that is to be uploaded, and the file. A delta holds the keys from first to last; an image speaks for
+/// all between them.
 pub fn prepare_layer(
     names: &BranchNames,
     built: BuiltLayer,
-    kind: LayerKind,
+    (kind, level): (LayerKind, u8),
     (start_lsn, end_lsn): (Lsn, Lsn),
+    (first_key, last_key): (Key, Key),
     (generation, sequence): (Generation, u64),
 ) -> (Arc<Layer>, Bytes) {
     let name = crate::remote::layer_name(generation, sequence, kind, start_lsn, end_lsn);
@@ -264,9 +269,9 @@ pub fn prepare_layer(
     let meta = LayerMeta {
         name,
         kind,
-        level: 0,
-        first_key: built.first_key,
-        last_key: built.last_key,
+        level,
+        first_key,
+        last_key,
         start_lsn,
         end_lsn,
         size_bytes: built.bytes.len() as u64,

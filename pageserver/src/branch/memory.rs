@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use types::Lsn;
 
 use crate::{
-    layer::{BuiltLayer, Found, LayerBuilder},
+    layer::Found,
     storage::{Key, Value},
 };
 
@@ -74,13 +74,10 @@ impl MemoryLayer {
         self.values.range((first, Lsn(0))..=(last, Lsn::MAX)).map(|((key, lsn), value)| (*key, *lsn, value))
     }
 
-    /// As a layer file; `None` without values.
-    pub fn build(&self) -> Option<BuiltLayer> {
-        let mut builder = LayerBuilder::default();
-        for ((key, lsn), value) in &self.values {
-            builder.add(*key, *lsn, value);
-        }
-        builder.finish()
+    /// How many records a key has here before the first value that needs no older one.
+    pub fn leading_records(&self, key: Key) -> usize {
+        let values = self.values.range((key, Lsn(0))..=(key, Lsn::MAX));
+        values.take_while(|(_, value)| !value.is_initial()).count()
     }
 }
 

@@ -1,5 +1,6 @@
 //! A branch: its values in memory and in layers, how far it has ingested WAL, and what its ancestor is.
 
+mod chains;
 mod collect;
 mod compaction;
 mod detach;
@@ -9,8 +10,8 @@ mod memory;
 mod registry;
 mod wal_feed;
 
+pub use chains::MAX_CHAIN;
 pub use collect::Collected;
-pub use compaction::{CompactionInput, should_compact};
 pub use flush::prepare_layer;
 pub use history::branch_point;
 pub use memory::{MemoryLayer, Put};
@@ -35,11 +36,13 @@ use types::{BranchRef, Generation, Lsn};
 use wire::pageserver::BaseFiles;
 
 use crate::{
+    compaction::PlanLimits,
     error::StorageError,
     ingest::Ingest,
     layer::{Layer, LayerSet},
     read::PageCache,
     remote::{Ancestor, BranchNames, Manifest, Remote},
+    storage::Key,
 };
 
 /// What all branches of a pageserver share.
@@ -71,10 +74,10 @@ pub struct Tuning {
     pub idle_detach: Duration,
     /// Longest wait for WAL on behalf of a request. Default 30 s.
     pub wal_wait: Duration,
-    /// An image set is made when so many deltas have no image set behind them. Default 8.
-    pub deltas_per_image: usize,
-    /// Image layers are cut at this size. Default 64 MiB.
-    pub image_layer_bytes: usize,
+    /// When layers are merged and images made.
+    pub plan: PlanLimits,
+    /// Layers that compaction makes are cut at this size. Default 64 MiB.
+    pub layer_bytes: usize,
     /// An object that no manifest names any more is deleted after this, so that whoever reads it now can finish. Default
     /// 10 min.
     pub removal_delay: Duration,
@@ -89,8 +92,8 @@ impl Default for Tuning {
             idle_close: Duration::from_secs(60),
             idle_detach: Duration::from_secs(300),
             wal_wait: Duration::from_secs(30),
-            deltas_per_image: 8,
-            image_layer_bytes: 64 << 20,
+            plan: PlanLimits::default(),
+            layer_bytes: 64 << 20,
             removal_delay: Duration::from_secs(600),
         }
     }
@@ -113,6 +116,8 @@ pub struct Branch {
     /// Who ingests holds it; `None` until the first WAL.
     ingest: tokio::sync::Mutex<Option<Box<Ingest>>>,
     flush: tokio::sync::Mutex<flush::FlushState>,
+    /// Held by the one who merges layers and makes images. Taken before `flush`.
+    compacting: tokio::sync::Mutex<()>,
     feed: Mutex<Option<wal_feed::Feed>>,
     last_used: Mutex<Instant>,
     base_files: Mutex<Option<Arc<BaseFiles>>>,
@@ -127,6 +132,8 @@ struct State {
     /// Oldest first; being written out.
     frozen: VecDeque<Arc<Frozen>>,
     layers: Arc<LayerSet>,
+    /// Where cells of keys begin that are compacted apart.
+    cuts: Arc<[Key]>,
     /// As of the last whole record ingested.
     tip: Tip,
     /// As of the newest frozen layer, or the manifest.
@@ -195,6 +202,7 @@ impl Branch {
             open: MemoryLayer::default(),
             frozen: VecDeque::new(),
             layers: Arc::new(LayerSet::new(layers)),
+            cuts: manifest.cuts.clone().into(),
             tip,
             frozen_tip: tip,
             remote_consistent_lsn: manifest.remote_consistent_lsn,
@@ -215,6 +223,7 @@ impl Branch {
             progress: watch::Sender::new(progress),
             ingest: tokio::sync::Mutex::new(None),
             flush: tokio::sync::Mutex::new(flush::FlushState::new(&manifest)),
+            compacting: tokio::sync::Mutex::new(()),
             feed: Mutex::new(None),
             last_used: Mutex::new(Instant::now()),
             base_files: Mutex::new(None),

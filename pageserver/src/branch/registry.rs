@@ -124,8 +124,7 @@ impl Branches {
             return Err(parent.outside_history(lsn));
         }
         let child_ancestor = Ancestor { branch: ancestor.clone(), lsn };
-        let manifest =
-            Manifest { next_layer: first_layer_number(), ..Manifest::new(Some(child_ancestor), lsn, prev_record_lsn) };
+        let manifest = Manifest::new(Some(child_ancestor), lsn, prev_record_lsn);
         let names = BranchNames::new(name);
         let object = names.manifest(self.shared.generation);
         let encoded = manifest
@@ -153,7 +152,8 @@ impl Branches {
         let slot = self.slots.lock().remove(name);
         if let Some(branch) = slot.and_then(|slot| slot.get().cloned()) {
             branch.retire();
-            // Whoever writes it out now finishes first.
+            // Whoever writes it out or compacts it now finishes first.
+            drop(branch.compacting.lock().await);
             drop(branch.flush.lock().await);
         }
         for object in remote.list(names.root()).await? {
@@ -332,12 +332,6 @@ fn same_branch(
         }
         _ => Err(StorageError::Conflict(format!("branch {name} exists and is not a child of {ancestor}"))),
     }
-}
-
-/// Differs each time, so that a branch made under the name of a deleted one does not take up its layers' names.
-fn first_layer_number() -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    (now.as_micros() as u64) & 0xFFFF_FFFF
 }
 
 /// The exact position at which a child leaves, and the start of the record before it if that is known.

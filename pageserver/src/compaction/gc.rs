@@ -54,7 +54,7 @@ fn first_read(layer: &LayerMeta, cutoff: Lsn, points: &[Lsn]) -> Option<Lsn> {
 }
 
 /// True when the layers' ranges, given by ascending first key, leave no key of `first..=last` out.
-fn cover<'a>(layers: impl Iterator<Item = &'a LayerMeta>, first: Key, last: Key) -> bool {
+pub(super) fn cover<'a>(layers: impl Iterator<Item = &'a LayerMeta>, first: Key, last: Key) -> bool {
     let mut next = first;
     for layer in layers {
         if layer.first_key > next {

@@ -1,5 +1,7 @@
 //! Which layers to merge, of which ranges to make images, which layers may go. Pure: no clock, no IO, no randomness.
 
 pub mod gc;
+pub mod plan;
 
 pub use gc::{GcInput, garbage};
+pub use plan::{Cell, Job, MAX_LAYERS_VISITED, MergePart, PlanInput, PlanLimits, cuts_after_image, is_full, next_job};

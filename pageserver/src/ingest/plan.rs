@@ -99,7 +99,7 @@ impl Context<'_> {
 
     fn stored(&self, will_init: bool) -> Value {
         let (start_lsn, raw) = (self.record.start_lsn, self.record.raw.clone());
-        Value::Record(StoredRecord { will_init, start_lsn, raw })
+        Value::Record(StoredRecord { will_init, depth: 0, start_lsn, raw })
     }
 
     /// Zeroes under a page that the record finds new.

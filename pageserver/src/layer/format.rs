@@ -1,13 +1,17 @@
-//! The layer file: blocks of about 64 KiB, an index of them, a footer. Every byte is under one CRC32C or another.
+//! The layer file: blocks of about 32 KiB, an index of them, a footer. Every byte is under one CRC32C or another.
 //!
 //! ```text
-//! block*   LZ4 (or as it is, when that is not shorter); the entries in (key, LSN) order, each:
-//!          key (18 bytes, big-endian) | LSN (u64) | length of the value (u32) | value
+//! block*   zstd (or as it is, when that is not shorter); the entries in (key, LSN) order, each:
+//!          bytes of the key shared with the entry before (u8) | the key's other bytes (18 in all, big-endian)
+//!          | LSN (varint; zigzag of the difference from the entry before) | length of the value (varint) | value
 //! index    per block: first key (18) | first LSN (u64) | offset (u64) | stored length (u32) | plain length (u32) | CRC (u32)
+//!          | largest depth of a record in it (u8)
 //! footer   index offset (u64) | index length (u32) | index CRC (u32) | entries (u64) | version (u32) | magic (u32) | CRC (u32)
 //! ```
 //!
-//! Numbers are little-endian unless said otherwise.
+//! Numbers are little-endian unless said otherwise. Varints are of seven bits a byte, the lowest first.
+
+use std::cell::RefCell;
 
 use bytes::{Buf, BufMut, Bytes};
 use types::Lsn;
@@ -15,14 +19,20 @@ use types::Lsn;
 use crate::storage::{KEY_BYTES, Key, Value};
 
 /// A block is closed when it has reached this many bytes before compression.
-const BLOCK_TARGET_BYTES: usize = 64 * 1024;
+const BLOCK_TARGET_BYTES: usize = 32 * 1024;
 /// Larger blocks are not believed (a single record may be large, but not so large).
 const BLOCK_MAX_BYTES: usize = 1 << 30;
-const FORMAT_VERSION: u32 = 1;
+/// Beyond this level zstd gets slower much faster than the blocks get smaller.
+const ZSTD_LEVEL: i32 = 1;
+const FORMAT_VERSION: u32 = 2;
 const MAGIC: u32 = u32::from_le_bytes(*b"DMLY");
 const FOOTER_BYTES: usize = 36;
-const INDEX_ENTRY_BYTES: usize = KEY_BYTES + 8 + 8 + 4 + 4 + 4;
-const ENTRY_HEADER_BYTES: usize = KEY_BYTES + 8 + 4;
+const INDEX_ENTRY_BYTES: usize = KEY_BYTES + 8 + 8 + 4 + 4 + 4 + 1;
+
+thread_local! {
+    static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
+    static COMPRESSOR: RefCell<Option<zstd::bulk::Compressor<'static>>> = const { RefCell::new(None) };
+}
 
 /// The file is not what was written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -44,6 +54,8 @@ pub struct BlockHandle {
     pub stored_bytes: u32,
     /// Its length once decompressed; equal to the above when it is stored as it is.
     pub plain_bytes: u32,
+    /// No record in it has a larger [`StoredRecord::depth`](crate::storage::StoredRecord::depth).
+    pub max_depth: u8,
     crc: u32,
 }
 
@@ -53,6 +65,8 @@ pub struct LayerBuilder {
     file: Vec<u8>,
     block: Vec<u8>,
     block_first: Option<(Key, Lsn)>,
+    block_depth: u8,
+    value: Vec<u8>,
     first: Option<Key>,
     last: Option<(Key, Lsn)>,
     index: Vec<BlockHandle>,
@@ -65,10 +79,8 @@ pub struct BuiltLayer {
     pub bytes: Bytes,
     /// Where the index starts.
     pub index_offset: u64,
-    /// The smallest key.
-    pub first_key: Key,
-    /// The largest key.
-    pub last_key: Key,
+    /// The smallest and the largest key; `None` without entries.
+    pub keys: Option<(Key, Key)>,
     /// How many values.
     pub entries: u64,
 }
@@ -76,17 +88,24 @@ pub struct BuiltLayer {
 impl LayerBuilder {
     /// Adds an entry. Panics when it does not sort behind the one before: the caller's order is broken.
     pub fn add(&mut self, key: Key, lsn: Lsn, value: &Value) {
+        let mut encoded = std::mem::take(&mut self.value);
+        encoded.clear();
+        value.encode_into(&mut encoded);
+        self.add_encoded(key, lsn, &encoded);
+        self.value = encoded;
+    }
+
+    /// Adds an entry whose value is already encoded. Panics as [`LayerBuilder::add`] does.
+    pub fn add_encoded(&mut self, key: Key, lsn: Lsn, value: &[u8]) {
         assert!(self.last.is_none_or(|last| last < (key, lsn)), "layer entries out of order at {key} {lsn}");
+        let before = self.last.filter(|_| self.block_first.is_some());
         self.last = Some((key, lsn));
         self.first.get_or_insert(key);
         self.block_first.get_or_insert((key, lsn));
-        self.block.put_slice(&key.encode());
-        self.block.put_u64_le(lsn.0);
-        let length_at = self.block.len();
-        self.block.put_u32_le(0);
-        value.encode_into(&mut self.block);
-        let length = (self.block.len() - length_at - 4) as u32;
-        self.block[length_at..length_at + 4].copy_from_slice(&length.to_le_bytes());
+        put_position(&mut self.block, before, (key, lsn));
+        put_varint(&mut self.block, value.len() as u64);
+        self.block.put_slice(value);
+        self.block_depth = self.block_depth.max(Value::encoded_depth(value));
         self.entries += 1;
         if self.block.len() >= BLOCK_TARGET_BYTES {
             self.close_block();
@@ -98,10 +117,15 @@ impl LayerBuilder {
         self.file.len()
     }
 
-    /// The file; `None` when nothing was added.
-    pub fn finish(mut self) -> Option<BuiltLayer> {
+    /// The key that was added last.
+    pub fn last_key(&self) -> Option<Key> {
+        self.last.map(|(key, _)| key)
+    }
+
+    /// The file, which may be one without entries.
+    pub fn finish(mut self) -> BuiltLayer {
         self.close_block();
-        let (first_key, (last_key, _)) = (self.first?, self.last?);
+        let keys = self.first.zip(self.last.map(|(key, _)| key));
         let index_offset = self.file.len() as u64;
         for block in &self.index {
             self.file.put_slice(&block.first.0.encode());
@@ -110,6 +134,7 @@ impl LayerBuilder {
             self.file.put_u32_le(block.stored_bytes);
             self.file.put_u32_le(block.plain_bytes);
             self.file.put_u32_le(block.crc);
+            self.file.put_u8(block.max_depth);
         }
         let index = &self.file[index_offset as usize..];
         let (index_bytes, index_crc) = (index.len() as u32, crc32c::crc32c(index));
@@ -123,29 +148,97 @@ impl LayerBuilder {
         let crc = crc32c::crc32c(&footer);
         footer.put_u32_le(crc);
         self.file.extend_from_slice(&footer);
-        Some(BuiltLayer { bytes: self.file.into(), index_offset, first_key, last_key, entries: self.entries })
+        BuiltLayer { bytes: self.file.into(), index_offset, keys, entries: self.entries }
     }
 
     fn close_block(&mut self) {
         let Some(first) = self.block_first.take() else { return };
-        let compressed = lz4_flex::block::compress(&self.block);
-        let stored = if compressed.len() < self.block.len() { &compressed } else { &self.block };
+        let offset = self.file.len();
+        let stored_bytes = append_compressed(&self.block, &mut self.file);
         self.index.push(BlockHandle {
             first,
-            offset: self.file.len() as u64,
-            stored_bytes: stored.len() as u32,
+            offset: offset as u64,
+            stored_bytes: stored_bytes as u32,
             plain_bytes: self.block.len() as u32,
-            crc: crc32c::crc32c(stored),
+            max_depth: std::mem::take(&mut self.block_depth),
+            crc: crc32c::crc32c(&self.file[offset..]),
         });
-        self.file.extend_from_slice(stored);
         self.block.clear();
     }
+}
+
+/// Appends the block to the file, compressed if that makes it shorter; answers how many bytes that took.
+fn append_compressed(block: &[u8], file: &mut Vec<u8>) -> usize {
+    let offset = file.len();
+    let compressed = COMPRESSOR.with_borrow_mut(|slot| {
+        if slot.is_none() {
+            *slot = zstd::bulk::Compressor::new(ZSTD_LEVEL).ok();
+        }
+        // With room for one byte less than the block, what would not be shorter fails.
+        file.resize(offset + block.len() - 1, 0);
+        let compressor = slot.as_mut()?;
+        compressor.compress_to_buffer(block, &mut file[offset..]).ok()
+    });
+    match compressed {
+        Some(bytes) => file.truncate(offset + bytes),
+        None => {
+            file.truncate(offset);
+            file.extend_from_slice(block);
+        }
+    }
+    file.len() - offset
+}
+
+fn decompress(stored: &[u8], plain_bytes: usize) -> std::io::Result<Vec<u8>> {
+    DECOMPRESSOR.with_borrow_mut(|slot| {
+        let decompressor = match slot {
+            Some(decompressor) => decompressor,
+            None => slot.insert(zstd::bulk::Decompressor::new()?),
+        };
+        decompressor.decompress(stored, plain_bytes)
+    })
+}
+
+fn put_position(out: &mut Vec<u8>, before: Option<(Key, Lsn)>, (key, lsn): (Key, Lsn)) {
+    let encoded = key.encode();
+    let (shared, lsn_before) = match before {
+        Some((key_before, lsn_before)) => {
+            let known = key_before.encode();
+            (encoded.iter().zip(&known).take_while(|(a, b)| a == b).count(), lsn_before)
+        }
+        None => (0, Lsn(0)),
+    };
+    out.put_u8(shared as u8);
+    out.put_slice(&encoded[shared..]);
+    let difference = lsn.0.wrapping_sub(lsn_before.0) as i64;
+    put_varint(out, ((difference << 1) ^ (difference >> 63)) as u64);
+}
+
+fn put_varint(out: &mut Vec<u8>, mut number: u64) {
+    while number >= 0x80 {
+        out.put_u8(number as u8 | 0x80);
+        number >>= 7;
+    }
+    out.put_u8(number as u8);
+}
+
+fn take_varint(from: &mut &[u8]) -> Result<u64, LayerDamage> {
+    let mut number = 0u64;
+    for shift in (0..64).step_by(7) {
+        let Some((byte, rest)) = from.split_first() else { return damage("a number is cut short") };
+        *from = rest;
+        number |= u64::from(byte & 0x7F) << shift;
+        if byte & 0x80 == 0 {
+            return Ok(number);
+        }
+    }
+    damage("a number is too long")
 }
 
 /// A layer file's index.
 #[derive(Debug)]
 pub struct LayerIndex {
-    /// The blocks in order; never empty.
+    /// The blocks in order; none in a file without entries.
     pub blocks: Vec<BlockHandle>,
     /// How many values the file holds.
     pub entries: u64,
@@ -173,7 +266,10 @@ impl LayerIndex {
             return damage("index checksum mismatch");
         }
         let blocks = index.chunks_exact(INDEX_ENTRY_BYTES).map(parse_index_entry).collect::<Result<Vec<_>, _>>()?;
-        if blocks.is_empty() { damage("no blocks") } else { Ok(LayerIndex { blocks, entries }) }
+        if blocks.is_empty() && entries > 0 {
+            return damage("no blocks");
+        }
+        Ok(LayerIndex { blocks, entries })
     }
 
     /// The last block that may hold (key, LSN): the last whose first entry is not behind it.
@@ -192,6 +288,7 @@ fn parse_index_entry(mut bytes: &[u8]) -> Result<BlockHandle, LayerDamage> {
         stored_bytes: bytes.get_u32_le(),
         plain_bytes: bytes.get_u32_le(),
         crc: bytes.get_u32_le(),
+        max_depth: bytes.get_u8(),
     })
 }
 
@@ -221,13 +318,13 @@ impl Block {
         let plain = if handle.stored_bytes == handle.plain_bytes {
             stored
         } else {
-            let plain = lz4_flex::block::decompress(&stored, plain_bytes);
+            let plain = decompress(&stored, plain_bytes);
             Bytes::from(plain.map_err(|e| LayerDamage(format!("block at {}: {e}", handle.offset)))?)
         };
         if plain.len() != plain_bytes {
             return damage(format!("block at {} has {} bytes, not {plain_bytes}", handle.offset, plain.len()));
         }
-        let entries = parse_entries(&plain)?;
+        let entries = parse_entries(&plain, handle.first)?;
         Ok(Block { plain, entries })
     }
 
@@ -259,9 +356,15 @@ impl Block {
     /// The entry's value.
     pub fn value(&self, index: usize) -> Result<Value, LayerDamage> {
         let entry = &self.entries[index];
+        Value::decode(self.encoded_value(index))
+            .ok_or_else(|| LayerDamage(format!("unknown value of {} at {}", entry.key, entry.lsn)))
+    }
+
+    /// The entry's value as it is stored.
+    pub fn encoded_value(&self, index: usize) -> Bytes {
+        let entry = &self.entries[index];
         let start = entry.value_at as usize;
-        let encoded = self.plain.slice(start..start + entry.value_bytes as usize);
-        Value::decode(encoded).ok_or_else(|| LayerDamage(format!("unknown value of {} at {}", entry.key, entry.lsn)))
+        self.plain.slice(start..start + entry.value_bytes as usize)
     }
 
     /// About how much memory it takes.
@@ -270,27 +373,29 @@ impl Block {
     }
 }
 
-fn parse_entries(plain: &Bytes) -> Result<Vec<BlockEntry>, LayerDamage> {
+fn parse_entries(plain: &[u8], first: (Key, Lsn)) -> Result<Vec<BlockEntry>, LayerDamage> {
     let mut entries = Vec::new();
-    let mut at = 0;
-    while at < plain.len() {
-        let mut header = &plain[at..];
-        if header.len() < ENTRY_HEADER_BYTES {
-            return damage("an entry is cut short");
-        }
-        let mut key = [0; KEY_BYTES];
-        header.copy_to_slice(&mut key);
-        let Some(key) = Key::decode(&key) else { return damage("unknown key") };
-        let lsn = Lsn(header.get_u64_le());
-        let value_bytes = header.get_u32_le();
-        at += ENTRY_HEADER_BYTES;
-        if plain.len() - at < value_bytes as usize {
-            return damage("a value is cut short");
-        }
-        entries.push(BlockEntry { key, lsn, value_at: at as u32, value_bytes });
-        at += value_bytes as usize;
+    let mut from = plain;
+    let (mut key_bytes, mut lsn) = ([0; KEY_BYTES], Lsn(0));
+    while let Some((shared, rest)) = from.split_first() {
+        from = rest;
+        let Some(own_bytes) = KEY_BYTES.checked_sub(usize::from(*shared)) else { return damage("a key is too long") };
+        let Some((own, rest)) = from.split_at_checked(own_bytes) else { return damage("a key is cut short") };
+        key_bytes[usize::from(*shared)..].copy_from_slice(own);
+        from = rest;
+        let Some(key) = Key::decode(&key_bytes) else { return damage("unknown key") };
+        let zigzag = take_varint(&mut from)?;
+        lsn = Lsn(lsn.0.wrapping_add((zigzag >> 1) ^ (zigzag & 1).wrapping_neg()));
+        let value_bytes = take_varint(&mut from)? as usize;
+        let value_at = plain.len() - from.len();
+        let Some(rest) = from.get(value_bytes..) else { return damage("a value is cut short") };
+        from = rest;
+        entries.push(BlockEntry { key, lsn, value_at: value_at as u32, value_bytes: value_bytes as u32 });
     }
-    Ok(entries)
+    match entries.first() {
+        Some(entry) if (entry.key, entry.lsn) == first => Ok(entries),
+        _other => damage("a block does not begin as the index says"),
+    }
 }
 
 #[cfg(test)]
@@ -304,7 +409,12 @@ mod tests {
             let key = Key { block, ..Key::of(Kind::RelPage) };
             let page: Vec<u8> = (0..4000u32).map(|i| (i.wrapping_mul(block + 7) >> 3) as u8).collect();
             entries.push((key, Lsn(8), Value::Image(page.into())));
-            let record = StoredRecord { will_init: false, start_lsn: Lsn(16), raw: Bytes::from(vec![block as u8; 40]) };
+            let record = StoredRecord {
+                will_init: false,
+                depth: 1,
+                start_lsn: Lsn(16),
+                raw: Bytes::from(vec![block as u8; 40]),
+            };
             entries.push((key, Lsn(24), Value::Record(record)));
         }
         entries.push((Key::MAX, Lsn(32), Value::Tombstone));
@@ -314,7 +424,7 @@ mod tests {
     fn build(entries: &[(Key, Lsn, Value)]) -> BuiltLayer {
         let mut builder = LayerBuilder::default();
         entries.iter().for_each(|(key, lsn, value)| builder.add(*key, *lsn, value));
-        builder.finish().expect("not empty")
+        builder.finish()
     }
 
     fn read(bytes: &Bytes, index_offset: u64) -> Result<Vec<(Key, Lsn, Value)>, LayerDamage> {
@@ -337,7 +447,9 @@ mod tests {
         let entries = sample();
         let built = build(&entries);
         assert_eq!(read(&built.bytes, built.index_offset), Ok(entries));
-        assert!(LayerBuilder::default().finish().is_none());
+        let empty = build(&[]);
+        assert_eq!(read(&empty.bytes, empty.index_offset), Ok(Vec::new()));
+        assert_eq!(empty.keys, None);
     }
 
     #[test]

@@ -1,16 +1,18 @@
 //! Immutable files of sorted values: their format, and reading them block by block.
 //!
-//! A *delta* layer holds every value that a branch got in `(start_lsn, end_lsn]`. An *image set* is one or more image
-//! layers of the same LSN that together hold the state, as of then, of every key that the branch itself ever changed
-//! (gone ones as tombstones): a search in the branch need not look behind it.
+//! A *delta* layer holds every value that a branch got for a range of keys in `(start_lsn, end_lsn]`. An *image* layer holds
+//! the state, as of its LSN, of every key in its range that the branch itself ever changed (gone ones as tombstones, where
+//! an ancestor may have them): a search in the branch need not look behind it.
 
 mod format;
+mod merge;
 mod reader;
 mod set;
 
 pub use format::{Block, BlockHandle, BuiltLayer, LayerBuilder, LayerDamage, LayerIndex};
-pub use reader::{Found, Layer};
-pub use set::{LayerSet, SearchPath};
+pub use merge::{MergeStream, Merged};
+pub use reader::{Found, Layer, Wanted};
+pub use set::{LayerSet, SearchPath, Segment};
 
 use serde::{Deserialize, Serialize};
 use types::Lsn;

@@ -10,7 +10,7 @@ use object_store::path::Path;
 use tokio::sync::OnceCell;
 use types::Lsn;
 
-use super::{Block, LayerDamage, LayerIndex, LayerMeta};
+use super::{Block, BlockHandle, LayerDamage, LayerIndex, LayerMeta};
 use crate::{
     error::StorageError,
     remote::Remote,
@@ -19,6 +19,21 @@ use crate::{
 
 /// Where a value was found and what it is.
 pub type Found = (Lsn, Value);
+
+/// A key that is looked for in several layers, newest first, and what was found so far.
+pub struct Wanted {
+    /// The key.
+    pub key: Key,
+    /// Only values after this are of interest.
+    pub after: Lsn,
+    /// Newest first.
+    pub found: Vec<Found>,
+    /// The last one found needs no older one.
+    pub complete: bool,
+}
+
+/// Blocks that are read in one piece at most.
+const BLOCKS_PER_READ: usize = 64;
 
 /// One layer; its index is loaded at the first look into it and then kept.
 pub struct Layer {
@@ -63,11 +78,48 @@ impl Layer {
             return Ok(false);
         }
         let index = self.index(remote).await?;
-        let Some(mut number) = index.block_for(key, at) else { return Ok(false) };
+        let Some(number) = index.block_for(key, at) else { return Ok(false) };
+        let block = self.block(remote, index, number).await?;
+        self.find_from(remote, (number, block), (key, after, at), found).await
+    }
+
+    /// [`Layer::find`] for many keys, ascending: each block is read once, those that lie together in one piece. Only
+    /// values after `floor` count.
+    pub async fn find_many(
+        &self,
+        remote: &Remote,
+        wanted: &mut [&mut Wanted],
+        floor: Lsn,
+        at: Lsn,
+    ) -> Result<(), StorageError> {
+        let open = |wanted: &Wanted| !wanted.complete && self.meta.covers(&wanted.key);
+        if !wanted.iter().any(|wanted| open(wanted)) {
+            return Ok(());
+        }
+        let index = self.index(remote).await?;
+        let block_of = |wanted: &Wanted| if open(wanted) { index.block_for(wanted.key, at) } else { None };
+        let mut numbers: Vec<usize> = wanted.iter().filter_map(|wanted| block_of(wanted)).collect();
+        numbers.dedup();
+        let blocks = self.blocks(remote, index, &numbers).await?;
+        for wanted in wanted.iter_mut() {
+            let Some(number) = block_of(wanted) else { continue };
+            let Ok(position) = numbers.binary_search(&number) else { continue };
+            let start = (number, blocks[position].clone());
+            let range = (wanted.key, wanted.after.max(floor), at);
+            wanted.complete = self.find_from(remote, start, range, &mut wanted.found).await?;
+        }
+        Ok(())
+    }
+
+    async fn find_from(
+        &self,
+        remote: &Remote,
+        (mut number, mut block): (usize, Arc<Block>),
+        (key, after, at): (Key, Lsn, Lsn),
+        found: &mut Vec<Found>,
+    ) -> Result<bool, StorageError> {
         loop {
-            let block = self.block(remote, index, number).await?;
-            let upper = block.upper_bound(key, at);
-            for entry in (0..upper).rev() {
+            for entry in (0..block.upper_bound(key, at)).rev() {
                 let (entry_key, lsn) = block.position(entry);
                 if entry_key != key || lsn <= after {
                     return Ok(false);
@@ -79,11 +131,94 @@ impl Layer {
                     return Ok(true);
                 }
             }
-            match number.checked_sub(1) {
-                Some(before) => number = before,
-                None => return Ok(false),
-            }
+            let Some(before) = number.checked_sub(1) else { return Ok(false) };
+            number = before;
+            block = self.block(remote, self.index(remote).await?, number).await?;
         }
+    }
+
+    /// No record of the key in this layer has a larger depth.
+    pub async fn depth_bound(&self, remote: &Remote, key: Key) -> Result<u8, StorageError> {
+        if !self.meta.covers(&key) {
+            return Ok(0);
+        }
+        let index = self.index(remote).await?;
+        Ok(index.block_for(key, Lsn::MAX).map_or(0, |number| index.blocks[number].max_depth))
+    }
+
+    /// The blocks from `number` on, in one read of about `bytes`, as far as they begin at or before `last`; past caches of
+    /// memory. Empty behind the last one.
+    pub(super) async fn read_ahead(
+        &self,
+        remote: &Remote,
+        number: usize,
+        last: Key,
+        bytes: u64,
+    ) -> Result<Vec<Block>, StorageError> {
+        let index = self.index(remote).await?;
+        let rest = index.blocks.get(number..).unwrap_or_default();
+        let wanted = rest.iter().take_while(|block| block.first.0 <= last);
+        let mut total = 0;
+        let near = wanted.take_while(|block| {
+            total += u64::from(block.stored_bytes);
+            total <= bytes.max(u64::from(block.stored_bytes))
+        });
+        let handles: Vec<&BlockHandle> = near.collect();
+        self.read_blocks(remote, &handles).await
+    }
+
+    /// The number of the first block that may hold something of keys from here on.
+    pub(super) async fn first_block(&self, remote: &Remote, first: Key) -> Result<usize, StorageError> {
+        Ok(self.index(remote).await?.block_for(first, Lsn(0)).unwrap_or(0))
+    }
+
+    /// Blocks next to each other in the file, in one read.
+    async fn read_blocks(&self, remote: &Remote, handles: &[&BlockHandle]) -> Result<Vec<Block>, StorageError> {
+        let (Some(first), Some(last)) = (handles.first(), handles.last()) else { return Ok(Vec::new()) };
+        let range = first.offset..last.offset + u64::from(last.stored_bytes);
+        let decode = |stored: Bytes| {
+            let one = |handle: &&BlockHandle| {
+                let start = (handle.offset - first.offset) as usize;
+                let end = start + handle.stored_bytes as usize;
+                if end > stored.len() {
+                    return Err(LayerDamage("block offsets make no sense".to_owned()));
+                }
+                Block::decode(stored.slice(start..end), handle)
+            };
+            handles.iter().map(one).collect()
+        };
+        self.read_checked(remote, range, decode).await
+    }
+
+    /// Blocks by ascending number, through the cache; missing ones that are next to each other are read together.
+    async fn blocks(
+        &self,
+        remote: &Remote,
+        index: &LayerIndex,
+        numbers: &[usize],
+    ) -> Result<Vec<Arc<Block>>, StorageError> {
+        if let [number] = numbers {
+            return Ok(vec![self.block(remote, index, *number).await?]);
+        }
+        let mut blocks: Vec<Option<Arc<Block>>> = Vec::with_capacity(numbers.len());
+        for number in numbers {
+            blocks.push(remote.blocks.get(&(self.id, *number as u32)).await);
+        }
+        let mut at = 0;
+        while at < numbers.len() {
+            let missing = |at: &usize| blocks[*at].is_none();
+            let follows = |at: &usize| *at == 0 || numbers[*at] == numbers[*at - 1] + 1;
+            let run = (at..numbers.len()).take_while(|i| missing(i) && (*i == at || follows(i))).count();
+            let handles: Vec<&BlockHandle> =
+                numbers[at..at + run].iter().take(BLOCKS_PER_READ).map(|number| &index.blocks[*number]).collect();
+            for (offset, block) in self.read_blocks(remote, &handles).await?.into_iter().enumerate() {
+                let block = Arc::new(block);
+                remote.blocks.insert((self.id, numbers[at + offset] as u32), block.clone()).await;
+                blocks[at + offset] = Some(block);
+            }
+            at += handles.len().max(1);
+        }
+        Ok(blocks.into_iter().flatten().collect())
     }
 
     /// Calls `each` with every entry whose key lies in `first..=last`, in order.
@@ -111,18 +246,6 @@ impl Layer {
             number += 1;
         }
         Ok(())
-    }
-
-    /// The distinct keys of one block by number; `None` behind the last block.
-    pub async fn keys_of_block(&self, remote: &Remote, number: usize) -> Result<Option<Vec<Key>>, StorageError> {
-        let index = self.index(remote).await?;
-        if number >= index.blocks.len() {
-            return Ok(None);
-        }
-        let block = self.block(remote, index, number).await?;
-        let mut keys: Vec<Key> = (0..block.len()).map(|entry| block.position(entry).0).collect();
-        keys.dedup();
-        Ok(Some(keys))
     }
 
     async fn index(&self, remote: &Remote) -> Result<&LayerIndex, StorageError> {

@@ -3,29 +3,23 @@
 //! All positions given here must have been ingested: [`resolve`](Branch::resolve) sees to that for requests.
 
 mod cache;
-mod redo;
+mod pages;
+pub(crate) mod redo;
 
 pub use cache::PageCache;
 
-use std::{
-    collections::{BTreeMap, HashMap, hash_map::Entry},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
-use types::{BlockNumber, Lsn, PAGE_BYTES, PageTag, RelTag};
+use types::{BlockNumber, Lsn, PAGE_BYTES, RelTag};
 use wire::pageserver::ReadLsn;
 
 use crate::{
     branch::Branch,
     error::StorageError,
     layer::Found,
-    storage::{Key, StoredRecord, Value, decode_rel_size},
+    storage::{Key, Value, decode_rel_size},
 };
-
-/// Pages of one request that are read at a time.
-const CONCURRENT_PAGES: usize = 16;
 
 static ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
@@ -62,28 +56,6 @@ impl Branch {
         StorageError::Invalid(format!("{lsn} is outside the history of branch {}: {start} to {end}", self.name()))
     }
 
-    /// Pages in the order asked. Blocks past a fork's end are zeroes.
-    pub async fn get_pages(self: &Arc<Self>, pages: &[PageTag], at: Lsn) -> Result<Vec<Bytes>, StorageError> {
-        let mut sizes: HashMap<RelTag, BlockNumber> = HashMap::new();
-        for page in pages {
-            if let Entry::Vacant(unknown) = sizes.entry(page.rel) {
-                unknown.insert(self.rel_size(page.rel, at).await?.unwrap_or(0));
-            }
-        }
-        let reads: Vec<_> = pages
-            .iter()
-            .map(|tag| {
-                let exists = sizes.get(&tag.rel).is_some_and(|size| tag.block < *size);
-                self.clone().read_page_or_zeroes(*tag, exists, at)
-            })
-            .collect();
-        futures::stream::iter(reads).buffered(CONCURRENT_PAGES).try_collect().await
-    }
-
-    async fn read_page_or_zeroes(self: Arc<Self>, tag: PageTag, exists: bool, at: Lsn) -> Result<Bytes, StorageError> {
-        if exists { self.read_page(Key::page(tag), at).await } else { Ok(zero_page()) }
-    }
-
     /// Blocks in a fork; `None` when it does not exist.
     pub async fn rel_size(self: &Arc<Self>, rel: RelTag, at: Lsn) -> Result<Option<BlockNumber>, StorageError> {
         let key = Key::rel_size(rel);
@@ -106,85 +78,18 @@ impl Branch {
         }
     }
 
-    /// A relation or SLRU page that exists as of `at`.
-    pub async fn read_page(self: &Arc<Self>, key: Key, at: Lsn) -> Result<Bytes, StorageError> {
-        let cache = &self.shared().pages;
-        let cached = cache.get(self.id(), key).filter(|(lsn, _)| *lsn <= at);
-        let after = cached.as_ref().map_or(Lsn(0), |(lsn, _)| *lsn);
-        if let Some((lsn, page)) = &cached
-            && *lsn == at
-        {
-            return Ok(page.clone());
-        }
-        let (mut found, complete) = self.find(key, after, at).await?;
-        if found.is_empty() && cached.is_none() {
-            return self.inherited_page(key, at).await;
-        }
-        let base = match (complete, cached) {
-            (true, _) => self.initial_page(key, at, &mut found)?,
-            (false, Some((_, page))) => Some(page),
-            (false, None) => Some(self.inherited_page(key, at).await?),
-        };
-        let records: Vec<(Lsn, StoredRecord)> = found.into_iter().rev().filter_map(as_record).collect();
-        let page = self.replay(key, at, base, records).await?;
-        cache.insert(self.id(), key, at, page.clone());
-        Ok(page)
-    }
-
-    /// The page as the ancestor had it when this branch left it.
-    async fn inherited_page(self: &Arc<Self>, key: Key, at: Lsn) -> Result<Bytes, StorageError> {
-        match self.ancestor_ready().await? {
-            Some((ancestor, lsn)) => Box::pin(ancestor.read_page(key, at.min(lsn))).await,
-            None => Err(self.unmakeable(key, at, "nothing is stored to start from".to_owned())),
-        }
-    }
-
-    /// Takes the image that ends a search off it; `None` when a record makes the page from nothing.
-    fn initial_page(&self, key: Key, at: Lsn, found: &mut Vec<Found>) -> Result<Option<Bytes>, StorageError> {
-        match found.last() {
-            Some((_, Value::Image(image))) => {
-                let page = if image.is_empty() { zero_page() } else { image.clone() };
-                found.pop();
-                if page.len() != PAGE_BYTES {
-                    return Err(self.unmakeable(key, at, format!("an image of {} bytes is stored", page.len())));
-                }
-                Ok(Some(page))
-            }
-            Some((_, Value::Record(_))) => Ok(None),
-            Some((lsn, Value::Tombstone)) => Err(self.unmakeable(key, at, format!("it was removed at {lsn}"))),
-            None => Err(self.unmakeable(key, at, "nothing was found".to_owned())),
-        }
-    }
-
-    async fn replay(
-        &self,
-        key: Key,
-        at: Lsn,
-        base: Option<Bytes>,
-        records: Vec<(Lsn, StoredRecord)>,
-    ) -> Result<Bytes, StorageError> {
-        let base = match base {
-            Some(page) if records.is_empty() => return Ok(page),
-            Some(page) => page,
-            None => zero_page(),
-        };
-        let made = redo::replay(key, base, records).await;
-        made.map_err(|reason| self.unmakeable(key, at, reason))
-    }
-
-    fn unmakeable(&self, key: Key, lsn: Lsn, reason: String) -> StorageError {
+    pub(crate) fn unmakeable(&self, key: Key, lsn: Lsn, reason: String) -> StorageError {
         StorageError::Unmakeable { branch: self.name().clone(), what: key.to_string(), lsn, reason }
     }
 
     /// The branch's own values of a key in `(after, at]`, newest first, and whether the last needs no older one.
-    async fn find(&self, key: Key, after: Lsn, at: Lsn) -> Result<(Vec<Found>, bool), StorageError> {
+    pub(crate) async fn find(&self, key: Key, after: Lsn, at: Lsn) -> Result<(Vec<Found>, bool), StorageError> {
         let mut found = Vec::new();
         let mut complete = false;
         let view = self.view(|memory| complete = complete || memory.find(key, after, at, &mut found));
         if !complete {
-            let path = view.layers.search(key, key, after, at);
-            let deltas = path.deltas.iter().map(|layer| (layer, path.deltas_after));
-            for (layer, after) in deltas.chain(path.images.iter().map(|layer| (layer, after))) {
+            let path = view.layers.search(key, after, at);
+            for (layer, after) in path.layers(after) {
                 if layer.find(&self.shared().remote, key, after, at, &mut found).await? {
                     complete = true;
                     break;
@@ -224,17 +129,17 @@ impl Branch {
         };
         let view =
             self.view(|memory| memory.scan(first, last).for_each(|(key, lsn, value)| keep(key, lsn, value.clone())));
-        let path = view.layers.search(first, last, Lsn(0), at);
-        for layer in path.deltas.iter().chain(&path.images) {
-            layer.scan(&self.shared().remote, first, last, &mut keep).await?;
+        for segment in view.layers.segments(first, last, Lsn(0), at) {
+            for (layer, floor) in segment.path.layers(Lsn(0)) {
+                // What a delta has up to the image is in the image, or hidden by it.
+                let newer = |key: Key, lsn: Lsn, value: Value| {
+                    if lsn > floor {
+                        keep(key, lsn, value)
+                    }
+                };
+                layer.scan(&self.shared().remote, segment.first, segment.last, newer).await?;
+            }
         }
         Ok(newest)
-    }
-}
-
-fn as_record((lsn, value): Found) -> Option<(Lsn, StoredRecord)> {
-    match value {
-        Value::Record(record) => Some((lsn, record)),
-        Value::Image(_) | Value::Tombstone => None,
     }
 }

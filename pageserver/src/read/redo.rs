@@ -9,7 +9,7 @@ use crate::storage::{Key, StoredRecord};
 const INLINE_RECORDS: usize = 16;
 
 /// Applies the records, oldest first, to `base`. Errors say which record could not be applied.
-pub(super) async fn replay(key: Key, base: Bytes, records: Vec<(Lsn, StoredRecord)>) -> Result<Bytes, String> {
+pub(crate) async fn replay(key: Key, base: Bytes, records: Vec<(Lsn, StoredRecord)>) -> Result<Bytes, String> {
     if records.len() <= INLINE_RECORDS {
         return replay_now(key, &base, records);
     }

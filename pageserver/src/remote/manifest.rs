@@ -5,7 +5,7 @@
 use serde::{Deserialize, Serialize};
 use types::{BranchRef, Lsn};
 
-use crate::layer::LayerMeta;
+use crate::{layer::LayerMeta, storage::Key};
 
 const FORMAT_VERSION: u32 = 2;
 
@@ -33,12 +33,12 @@ pub struct Manifest {
     pub prev_record_lsn: Lsn,
     /// Time of the latest commit among the branch's own records, microseconds since 2000-01-01 UTC.
     pub last_commit_us: Option<i64>,
-    /// Part of the next new layer's name.
-    pub next_layer: u64,
     /// Every position from here on is readable; of those before it only the ones that children and leases keep.
     pub gc_cutoff_lsn: Lsn,
     /// The positions before the cutoff that children and leases keep.
     pub held_lsns: Vec<Lsn>,
+    /// Where cells of keys begin that are compacted apart, ascending; see [`crate::compaction::plan`].
+    pub cuts: Vec<Key>,
     /// The layers.
     pub layers: Vec<LayerMeta>,
     /// Names of layers that are not part of the branch any more and are to be deleted.
@@ -69,9 +69,9 @@ impl Manifest {
             remote_consistent_lsn: start_lsn,
             prev_record_lsn,
             last_commit_us: None,
-            next_layer: 0,
             gc_cutoff_lsn: start_lsn,
             held_lsns: Vec::new(),
+            cuts: Vec::new(),
             layers: Vec::new(),
             doomed_layers: Vec::new(),
         }
@@ -107,7 +107,7 @@ struct VersionOnly {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{layer::LayerKind, storage::Key};
+    use crate::layer::LayerKind;
 
     fn sample() -> Manifest {
         let layer = LayerMeta {

@@ -10,7 +10,14 @@ pub use disk_cache::DiskCache;
 pub use manifest::{Ancestor, Manifest, ManifestError};
 pub use names::{BranchNames, layer_generation, layer_name};
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use futures::TryStreamExt;
@@ -34,6 +41,7 @@ pub struct Remote {
     pub blocks: moka::future::Cache<(u64, u32), Arc<Block>>,
     downloads: Arc<tokio::sync::Semaphore>,
     downloading: Arc<Mutex<HashSet<Path>>>,
+    layer_numbers: AtomicU64,
 }
 
 impl Remote {
@@ -53,7 +61,13 @@ impl Remote {
             .weigher(|_, block: &Arc<Block>| u32::try_from(block.weight()).unwrap_or(u32::MAX))
             .build();
         let downloads = Arc::new(tokio::sync::Semaphore::new(DOWNLOADS));
-        Remote { store, disk, blocks, downloads, downloading: Arc::default() }
+        Remote { store, disk, blocks, downloads, downloading: Arc::default(), layer_numbers: AtomicU64::new(0) }
+    }
+
+    /// Part of a new layer's name. Each is given out once in this process, and each process has a generation of its own, so
+    /// that no two layers have the same name.
+    pub fn next_layer_number(&self) -> u64 {
+        self.layer_numbers.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Writes, reads and deletes a probe object. Errors when that does not work within about 10 s.

@@ -43,7 +43,7 @@ fn page_key(block: u32) -> Key {
 
 fn stored(end_lsn: u64, will_init: bool) -> Value {
     let start_lsn = Lsn(end_lsn - 32);
-    Value::Record(StoredRecord { will_init, start_lsn, raw: Bytes::from_static(b"raw") })
+    Value::Record(StoredRecord { will_init, depth: 0, start_lsn, raw: Bytes::from_static(b"raw") })
 }
 
 fn put(key: Key, lsn: u64, value: Value) -> Put {
