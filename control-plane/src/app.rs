@@ -83,6 +83,8 @@ impl App {
             pending_state: None,
             state_changed_at: row.state_changed_at,
             logical_size: None,
+            history_size: None,
+            stored_size: None,
             creation_source: "api".into(),
             primary: row.is_default,
             default: row.is_default,

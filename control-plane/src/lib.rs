@@ -20,6 +20,7 @@ mod problem;
 mod projects;
 mod restoring;
 mod server;
+mod sizes;
 pub mod storage;
 pub mod store;
 

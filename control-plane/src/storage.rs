@@ -8,7 +8,7 @@ use futures::future::join_all;
 use pageserver_client::{ClientError, PageserverClient};
 use safekeeper_client::ProposerConfig;
 use types::{BranchId, BranchRef, ForkNumber, Lsn, ProjectId, RelTag, oids};
-use wire::pageserver::{BranchInfo, BranchPoint, ErrorKind, GarbageReport, ReadLsn};
+use wire::pageserver::{BranchPoint, BranchSizes, ErrorKind, GarbageReport, ReadLsn};
 
 use crate::problem::Problem;
 
@@ -16,8 +16,8 @@ use crate::problem::Problem;
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest wait for a safekeeper to forget a branch.
 const SAFEKEEPER_DELETE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Longest wait for a branch's size, which is only shown.
-const INFO_TIMEOUT: Duration = Duration::from_secs(2);
+/// Longest wait for branches' sizes, which are only shown.
+const SIZES_TIMEOUT: Duration = Duration::from_secs(5);
 /// `pg_database`'s file in a template: any relation will do to wait for ingestion.
 const PG_DATABASE: RelTag = RelTag { spc: oids::GLOBAL_TABLESPACE, db: 0, rel: 1262, fork: ForkNumber::Main };
 
@@ -54,8 +54,12 @@ pub trait Storage: Send + Sync + 'static {
     /// The end of a branch's WAL. Fences any compute: the caller makes sure that none runs.
     async fn settle(&self, branch: &BranchRef, start_lsn: Lsn) -> Result<Lsn, Problem>;
 
-    /// Where the branch stands; for information only.
-    async fn branch_info(&self, branch: &BranchRef) -> Result<BranchInfo, Problem>;
+    /// How large branches of a project are, each as of a position or later; for information only.
+    async fn sizes(
+        &self,
+        project: &ProjectId,
+        branches: Vec<(BranchId, Lsn)>,
+    ) -> Result<Vec<Option<BranchSizes>>, Problem>;
 }
 
 /// The branch that every project's first branch is made from.
@@ -167,8 +171,12 @@ impl Storage for Services {
         }
     }
 
-    async fn branch_info(&self, branch: &BranchRef) -> Result<BranchInfo, Problem> {
-        match tokio::time::timeout(INFO_TIMEOUT, self.pageserver.branch_info(branch)).await {
+    async fn sizes(
+        &self,
+        project: &ProjectId,
+        branches: Vec<(BranchId, Lsn)>,
+    ) -> Result<Vec<Option<BranchSizes>>, Problem> {
+        match tokio::time::timeout(SIZES_TIMEOUT, self.pageserver.sizes(project, branches)).await {
             Ok(answer) => answer.map_err(problem),
             Err(_) => Err(Problem::Unavailable("the pageserver did not answer in time".into())),
         }

@@ -120,7 +120,7 @@ pub async fn import(
     for fork in &cluster.forks {
         upload.add(Key::rel_size(fork.rel), Value::rel_size(fork.blocks));
     }
-    let total = cluster.forks.iter().map(|fork| u64::from(fork.blocks) * PAGE_BYTES as u64).sum();
+    let total: u64 = cluster.forks.iter().map(|fork| u64::from(fork.blocks) * PAGE_BYTES as u64).sum();
     let mut done = 0;
     for fork in &cluster.forks {
         upload.add_pages(fork).await?;
@@ -129,6 +129,7 @@ pub async fn import(
     }
     upload.finish_layer().await?;
     let mut manifest = Manifest::new(None, lsn, start);
+    manifest.logical_bytes = Some(total);
     manifest.layers = upload.layers.iter().map(|layer| layer.meta.clone()).collect();
     // The images speak for all keys, also behind the last that there is.
     if let Some(last) = manifest.layers.last_mut() {

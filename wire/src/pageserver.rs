@@ -5,7 +5,7 @@
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use types::{BlockNumber, BranchRef, Generation, Lsn, Oid, PageTag, RelTag};
+use types::{BlockNumber, BranchId, BranchRef, Generation, Lsn, Oid, PageTag, RelTag};
 
 /// A numbered request.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -60,7 +60,14 @@ pub enum RequestBody {
     CollectGarbage { since_us: i64, leases: Vec<Lsn> },
     /// Give the branch all its data to itself, so that its ancestor can be deleted. Repeating it is harmless. Services only.
     DetachBranch,
+    /// How large branches of `Request::branch`'s project are, each as of a position or later; at most
+    /// [`MAX_BRANCHES_PER_REQUEST`]. Answered in the same order with [`ResponseBody::Sizes`]. Attaches only those whose
+    /// manifests are not enough. Services only.
+    Sizes { branches: Vec<(BranchId, Lsn)> },
 }
+
+/// Most branches in one [`RequestBody::Sizes`].
+pub const MAX_BRANCHES_PER_REQUEST: usize = 1000;
 
 /// Most pages in one [`RequestBody::GetPages`].
 pub const MAX_PAGES_PER_REQUEST: usize = 256;
@@ -106,6 +113,8 @@ pub enum ResponseBody {
     Timestamp(Option<i64>),
     /// See [`GarbageReport`].
     GarbageCollected(GarbageReport),
+    /// One for each branch asked about; `None`: there is no such branch, or it could not be read.
+    Sizes(Vec<Option<BranchSizes>>),
 }
 
 /// The files of a data directory that are not relations, as of an LSN.
@@ -154,6 +163,19 @@ pub struct BranchInfo {
     pub logical_size_bytes: u64,
     /// Why ingestion stopped, when it did.
     pub ingest_error: Option<String>,
+}
+
+/// How large a branch is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BranchSizes {
+    /// As of where.
+    pub last_record_lsn: Lsn,
+    /// Sum of all relations' sizes.
+    pub logical_bytes: u64,
+    /// WAL of its own within the history that is kept.
+    pub history_bytes: u64,
+    /// Its own layers in the object store; what it shares with its ancestor is the ancestor's.
+    pub stored_bytes: u64,
 }
 
 /// What a collection of garbage did, and what it left.

@@ -106,9 +106,15 @@ pub struct Branch {
     pub pending_state: Option<String>,
     /// When it last changed its state.
     pub state_changed_at: String,
-    /// Sum of its relations' sizes, bytes; only in answers about one branch.
+    /// Sum of its relations' sizes, bytes; in answers to `GET`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logical_size: Option<u64>,
+    /// WAL of its own within the history that is kept, bytes; in answers to `GET`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history_size: Option<u64>,
+    /// What it takes in the object store beside what it shares with its parent, bytes; in answers to `GET`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored_size: Option<u64>,
     /// Who made it.
     pub creation_source: String,
     /// The project's default branch (Neon's older name of [`Branch::default`]).

@@ -505,6 +505,20 @@ impl Computes {
         self.settled_head(branch).await
     }
 
+    /// The end of a branch's WAL as far as it can be told at once: a running compute says it, of a sleeping one the store
+    /// knows it. [`Lsn::INVALID`] when neither does.
+    pub async fn known_head(&self, row: &BranchRow) -> Lsn {
+        let slot = self.inner.slots.lock().get(&row.branch.branch).cloned();
+        let phase = slot.map_or(Phase::Idle, |slot| slot.state.lock().phase.clone());
+        match phase {
+            Phase::Awake(running) => {
+                let status = self.inner.launcher.status(&running.agent_socket).await;
+                status.map_or(Lsn::INVALID, |status| status.commit_lsn)
+            }
+            Phase::Idle | Phase::Starting(_) | Phase::Stopping(_) => row.settled_lsn.unwrap_or(Lsn::INVALID),
+        }
+    }
+
     /// The caller holds the turn, and no compute runs.
     async fn settled_head(&self, branch: &BranchRef) -> Result<Lsn, Problem> {
         let wanted = branch.clone();

@@ -18,7 +18,7 @@ use crate::{
     app::App,
     branching, garbage,
     problem::Problem,
-    restoring,
+    restoring, sizes,
     store::{branches, endpoints, operations},
 };
 
@@ -41,7 +41,7 @@ async fn list(
 ) -> Result<Json<BranchList>, Problem> {
     let (project, page, search) = (project_id(&project)?, query.page()?, query.search());
     let (rows, next) = app.store.call(move |db| branches::list(db, &project, page, &search)).await?;
-    let branches = rows.into_iter().map(|row| app.branch(row)).collect();
+    let branches = sizes::with_sizes(&app, rows).await;
     Ok(Json(BranchList { branches, pagination: pagination(next) }))
 }
 
@@ -60,11 +60,9 @@ async fn show(
 ) -> Result<Json<BranchEnvelope>, Problem> {
     let branch = branch_ref(&project, &branch)?;
     let wanted = branch.clone();
-    let row = app.store.call(move |db| branches::get(db, &wanted.project, &wanted.branch)).await?;
-    // Only shown: a pageserver that is away does not fail the request.
-    let info = app.storage.branch_info(&row.timeline).await.ok();
-    let mut branch = app.branch(row);
-    branch.logical_size = info.map(|info| info.logical_size_bytes);
+    let row = app.store.call(move |db| branches::get(db, &branch.project, &branch.branch)).await?;
+    let branch = sizes::with_sizes(&app, vec![row]).await.pop();
+    let branch = branch.ok_or_else(|| Problem::not_found("branch", &wanted.branch))?;
     Ok(Json(BranchEnvelope { branch, operations: Vec::new() }))
 }
 

@@ -20,11 +20,11 @@ use hyper::{Method, body::Bytes};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
-use types::{BranchRef, EndpointId, Generation, Lsn, Term};
+use types::{BranchId, BranchRef, EndpointId, Generation, Lsn, ProjectId, Term};
 use wire::{
     Scope, TokenSigner, TokenVerifier,
     auth::TokenKeys,
-    pageserver::{BranchInfo, BranchPoint, GarbageReport},
+    pageserver::{BranchPoint, BranchSizes, GarbageReport},
 };
 
 use crate::{
@@ -116,15 +116,18 @@ impl Storage for FakeStorage {
         Ok(HEAD)
     }
 
-    async fn branch_info(&self, _branch: &BranchRef) -> Result<BranchInfo, Problem> {
-        Ok(BranchInfo {
-            last_record_lsn: HEAD,
-            remote_consistent_lsn: HEAD,
-            ancestor: None,
-            generation: Generation(1),
-            logical_size_bytes: 4096,
-            ingest_error: None,
-        })
+    async fn sizes(
+        &self,
+        _project: &ProjectId,
+        branches: Vec<(BranchId, Lsn)>,
+    ) -> Result<Vec<Option<BranchSizes>>, Problem> {
+        let sizes = |(_, up_to): (BranchId, Lsn)| BranchSizes {
+            last_record_lsn: up_to,
+            logical_bytes: 4096,
+            history_bytes: up_to.0,
+            stored_bytes: 100,
+        };
+        Ok(branches.into_iter().map(|asked| Some(sizes(asked))).collect())
     }
 }
 
@@ -430,6 +433,13 @@ async fn branches_leave_their_parent_where_asked() {
     let branches = format!("{base}/branches");
     let endpoint = text(&made["endpoints"][0]["id"]).to_owned();
     let branch = async |body: Value| world.post(&branches, body).await;
+
+    let listed = world.get(&branches).await;
+    let main = &listed["branches"][0];
+    assert_eq!(
+        (&main["logical_size"], &main["stored_size"], &main["history_size"]),
+        (&json!(4096), &json!(100), &json!(0x2000))
+    );
 
     let at_head = branch(json!({"branch": {"name": "dev"}, "endpoints": [{"type": "read_write"}]})).await;
     assert_eq!(at_head["branch"]["parent_lsn"], "0/2000", "what the running compute has at a quorum");

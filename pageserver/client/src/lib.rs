@@ -8,9 +8,10 @@ mod connection;
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use types::{BlockNumber, BranchRef, Lsn, Oid, PageTag, RelTag};
+use types::{BlockNumber, BranchId, BranchRef, Lsn, Oid, PageTag, ProjectId, RelTag};
 use wire::pageserver::{
-    BaseFiles, BranchInfo, BranchPoint, ErrorKind, GarbageReport, PageserverError, ReadLsn, RequestBody, ResponseBody,
+    BaseFiles, BranchInfo, BranchPoint, BranchSizes, ErrorKind, GarbageReport, PageserverError, ReadLsn, RequestBody,
+    ResponseBody,
 };
 
 use connection::Connection;
@@ -237,6 +238,19 @@ impl PageserverClient {
         expect_answer!(answer, "CollectGarbage", ResponseBody::GarbageCollected(report) => report)
     }
 
+    /// How large branches of the project are, each as of a position or later, in the order asked.
+    pub async fn sizes(
+        &self,
+        project: &ProjectId,
+        branches: Vec<(BranchId, Lsn)>,
+    ) -> Result<Vec<Option<BranchSizes>>, ClientError> {
+        let Some((first, _)) = branches.first() else { return Ok(Vec::new()) };
+        let (asked, branch) = (branches.len(), BranchRef { project: project.clone(), branch: first.clone() });
+        let answer = self.call(&branch, RequestBody::Sizes { branches }).await?;
+        let sizes = expect_answer!(answer, "Sizes", ResponseBody::Sizes(sizes) => sizes)?;
+        if sizes.len() == asked { Ok(sizes) } else { Err(ClientError::Unexpected { asked: "Sizes" }) }
+    }
+
     /// Gives the branch all its data to itself.
     pub async fn detach_branch(&self, branch: &BranchRef) -> Result<(), ClientError> {
         let answer = self.call(branch, RequestBody::DetachBranch).await?;
@@ -258,7 +272,8 @@ fn timeout_of(body: &RequestBody) -> Duration {
         | RequestBody::BaseFiles { .. }
         | RequestBody::BranchInfo
         | RequestBody::LsnByTimestamp { .. }
-        | RequestBody::TimestampByLsn { .. } => READ_TIMEOUT,
+        | RequestBody::TimestampByLsn { .. }
+        | RequestBody::Sizes { .. } => READ_TIMEOUT,
         RequestBody::CreateBranch { .. }
         | RequestBody::DeleteBranch
         | RequestBody::CollectGarbage { .. }

@@ -226,6 +226,7 @@ impl Branch {
             remote_consistent_lsn: tip.last_record_lsn,
             prev_record_lsn: tip.prev_record_lsn,
             last_commit_us: tip.last_commit_us,
+            logical_bytes: self.logical_bytes_at(tip),
             gc_cutoff_lsn,
             held_lsns,
             cuts,

@@ -8,6 +8,7 @@ mod flush;
 mod history;
 mod memory;
 mod registry;
+mod sizes;
 mod wal_feed;
 
 pub use chains::MAX_CHAIN;
@@ -211,6 +212,7 @@ impl Branch {
         };
         let progress =
             Progress { last_record_lsn: tip.last_record_lsn, stopped: None, trouble: None, commit_lsn: None };
+        let logical_bytes = manifest.logical_bytes;
         Arc::new(Branch {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             shared,
@@ -227,8 +229,8 @@ impl Branch {
             feed: Mutex::new(None),
             last_used: Mutex::new(Instant::now()),
             base_files: Mutex::new(None),
-            logical_bytes: AtomicU64::new(0),
-            logical_bytes_known: AtomicBool::new(false),
+            logical_bytes: AtomicU64::new(logical_bytes.unwrap_or(0)),
+            logical_bytes_known: AtomicBool::new(logical_bytes.is_some()),
             deleted: AtomicBool::new(false),
             name,
         })

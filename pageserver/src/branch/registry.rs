@@ -86,6 +86,11 @@ impl Branches {
         Ok(Branch::attach(name.clone(), manifest, self.shared.clone(), Arc::downgrade(self)))
     }
 
+    /// The branch if it is attached. Does not count as using it.
+    pub(super) fn peek(&self, name: &BranchRef) -> Option<Arc<Branch>> {
+        self.slots.lock().get(name).and_then(|slot| slot.get().cloned())
+    }
+
     /// The next asker attaches the branch anew. Its stream is closed; what is only in memory is ingested again.
     pub fn forget(&self, branch: &Branch) {
         branch.close_feed();
@@ -124,7 +129,11 @@ impl Branches {
             return Err(parent.outside_history(lsn));
         }
         let child_ancestor = Ancestor { branch: ancestor.clone(), lsn };
-        let manifest = Manifest::new(Some(child_ancestor), lsn, prev_record_lsn);
+        let tip = parent.tip();
+        let manifest = Manifest {
+            logical_bytes: if tip.last_record_lsn == lsn { parent.logical_bytes_at(tip) } else { None },
+            ..Manifest::new(Some(child_ancestor), lsn, prev_record_lsn)
+        };
         let names = BranchNames::new(name);
         let object = names.manifest(self.shared.generation);
         let encoded = manifest

@@ -33,6 +33,8 @@ pub struct Manifest {
     pub prev_record_lsn: Lsn,
     /// Time of the latest commit among the branch's own records, microseconds since 2000-01-01 UTC.
     pub last_commit_us: Option<i64>,
+    /// Sum of all relations' sizes as of [`Manifest::remote_consistent_lsn`], bytes; `None` when nobody has looked yet.
+    pub logical_bytes: Option<u64>,
     /// Every position from here on is readable; of those before it only the ones that children and leases keep.
     pub gc_cutoff_lsn: Lsn,
     /// The positions before the cutoff that children and leases keep.
@@ -69,6 +71,7 @@ impl Manifest {
             remote_consistent_lsn: start_lsn,
             prev_record_lsn,
             last_commit_us: None,
+            logical_bytes: None,
             gc_cutoff_lsn: start_lsn,
             held_lsns: Vec::new(),
             cuts: Vec::new(),

@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
-use types::{BranchRef, Oid, PageTag, RelTag};
+use futures::StreamExt;
+use types::{BranchId, BranchRef, Lsn, Oid, PageTag, RelTag};
 use wire::{
     Claims,
     pageserver::{
-        BranchInfo, ErrorKind, MAX_PAGES_PER_REQUEST, PageserverError, ReadLsn, Request, RequestBody, ResponseBody,
+        BranchInfo, BranchSizes, ErrorKind, MAX_BRANCHES_PER_REQUEST, MAX_PAGES_PER_REQUEST, PageserverError, ReadLsn,
+        Request, RequestBody, ResponseBody,
     },
 };
 
@@ -16,6 +18,9 @@ use crate::{
     error::StorageError,
     storage::{Key, Kind, Value, decode_rel_size},
 };
+
+/// Branches of one request whose sizes are looked up at a time.
+const CONCURRENT_SIZES: usize = 16;
 
 /// Answers requests.
 pub struct Handler {
@@ -42,6 +47,7 @@ impl Handler {
             | RequestBody::TimestampByLsn { .. }
             | RequestBody::CollectGarbage { .. }
             | RequestBody::DetachBranch
+            | RequestBody::Sizes { .. }
             | RequestBody::Checkpoint { .. } => false,
         };
         let allowed = claims.is_service() || (for_compute && claims.allows_branch(&request.branch));
@@ -105,11 +111,35 @@ impl Handler {
                 self.branches.detach(name).await?;
                 Ok(ResponseBody::Done)
             }
+            RequestBody::Sizes { branches } => self.sizes(name, branches).await,
             RequestBody::Checkpoint { up_to } => {
                 let branch = self.branches.get(name).await?;
                 branch.wait_for(up_to).await?;
                 Ok(ResponseBody::Lsn(branch.flush().await?))
             }
+        }
+    }
+
+    async fn sizes(&self, any: &BranchRef, asked: Vec<(BranchId, Lsn)>) -> Result<ResponseBody, StorageError> {
+        if asked.len() > MAX_BRANCHES_PER_REQUEST {
+            let message = format!("{} branches in one request, at most {MAX_BRANCHES_PER_REQUEST}", asked.len());
+            return Err(StorageError::Invalid(message));
+        }
+        let one = |(branch, up_to)| {
+            let name = BranchRef { project: any.project.clone(), branch };
+            sizes_of(&self.branches, name, up_to)
+        };
+        let all: Vec<_> = asked.into_iter().map(one).collect();
+        Ok(ResponseBody::Sizes(futures::stream::iter(all).buffered(CONCURRENT_SIZES).collect().await))
+    }
+}
+
+async fn sizes_of(branches: &Arc<Branches>, name: BranchRef, up_to: Lsn) -> Option<BranchSizes> {
+    match branches.sizes(&name, up_to).await {
+        Ok(sizes) => Some(sizes),
+        Err(error) => {
+            tracing::debug!(branch = %name, %error, "sizes are not known");
+            None
         }
     }
 }

@@ -8,7 +8,7 @@ use control_plane_api::v2::{
 use super::{
     super::{
         Api, Connection, ProjectChoice,
-        output::{Output, or_dash},
+        output::{Output, bytes, or_dash},
         select,
     },
     history,
@@ -22,7 +22,7 @@ pub enum BranchCommand {
         after_help = "Examples:\n  dormouse branches create --name dev\n  dormouse branches create --name before --at-timestamp 2030-01-01T12:00:00Z\n  dormouse branches create --name exact --parent dev --at-lsn 0/1A2B3C8"
     )]
     Create(CreateArguments),
-    /// List a project's branches
+    /// List a project's branches with their sizes: data (all relations), history (own WAL that is kept), stored (own objects)
     List {
         #[command(flatten)]
         project: ProjectChoice,
@@ -197,7 +197,10 @@ fn print(output: Output, answer: &impl serde::Serialize, branches: &[Branch]) ->
     let rows = branches.iter().map(|b| {
         let name = if b.default { format!("{} (default)", b.name) } else { b.name.clone() };
         let parent = or_dash(b.parent_id.as_ref());
-        [b.id.to_string(), name, parent, or_dash(b.parent_lsn), b.created_at.clone()]
+        let [logical, history, stored] =
+            [b.logical_size, b.history_size, b.stored_size].map(|size| or_dash(size.map(bytes)));
+        [b.id.to_string(), name, parent, or_dash(b.parent_lsn), logical, history, stored, b.created_at.clone()]
     });
-    output.print(answer, ["id", "name", "parent", "parent lsn", "created"], rows)
+    let columns = ["id", "name", "parent", "parent lsn", "data", "history", "stored", "created"];
+    output.print(answer, columns, rows)
 }
