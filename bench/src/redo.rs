@@ -12,7 +12,7 @@ use anyhow::{Context, bail, ensure};
 use e2e::stock::{SUPERUSER, StockServer, as_postgres, run as succeed};
 use redo_oracle::{control_file, store::read_file_page};
 use types::{Lsn, PAGE_BYTES, PageTag, RelTag, WAL_SEGMENT_BYTES};
-use wal::{CheckPoint, DecodedRecord, WalStreamDecoder, v15::rmgr};
+use wal::{CheckPoint, DecodedRecord, OwnedRecord, WalStreamDecoder, v15::rmgr};
 use wal_redo::{Change, SlruKind, changes, checkpoint, commit_ts_changes, redo_page, redo_slru_page};
 
 type Page = Box<[u8; PAGE_BYTES]>;
@@ -173,7 +173,7 @@ impl Recorded {
     }
 
     /// Decodes all WAL; how many records, of how many bytes.
-    fn each_record(&self, mut f: impl FnMut(&DecodedRecord) -> anyhow::Result<()>) -> anyhow::Result<(u64, u64)> {
+    fn each_record(&self, mut f: impl FnMut(&DecodedRecord<'_>) -> anyhow::Result<()>) -> anyhow::Result<(u64, u64)> {
         let mut decoder = WalStreamDecoder::new(self.start);
         let mut records = 0;
         for number in self.start.segment_number().. {
@@ -212,7 +212,7 @@ impl Replay {
         Replay { base: recorded.base(), pages: HashMap::new(), slru: HashMap::new(), counters: recorded.counters }
     }
 
-    fn apply(&mut self, record: &DecodedRecord) -> anyhow::Result<()> {
+    fn apply(&mut self, record: &DecodedRecord<'_>) -> anyhow::Result<()> {
         for change in changes(record)?.into_iter().chain(commit_ts_changes(record, &self.counters)?) {
             match change {
                 Change::Page { tag, will_init } => redo_page(self.page(&tag, will_init), &tag, record)?,
@@ -245,10 +245,11 @@ impl Replay {
     }
 }
 
-/// Microseconds to make a page from an image and [`CHAIN_RECORDS`] heap records that follow it in real WAL.
+/// Microseconds to make a page from an image and [`CHAIN_RECORDS`] heap records that follow it in real WAL, from their bytes on as a
+/// pageserver has them: taking them apart is part of it.
 fn chain(recorded: &Recorded) -> anyhow::Result<f64> {
     let mut replay = Replay::new(recorded);
-    let mut chains: HashMap<PageTag, (Page, Vec<DecodedRecord>)> = HashMap::new();
+    let mut chains: HashMap<PageTag, (Page, Vec<OwnedRecord>)> = HashMap::new();
     let mut found = None;
     recorded.each_record(|record| {
         if found.is_none() && [rmgr::HEAP, rmgr::HEAP2].contains(&record.rmgr) {
@@ -256,7 +257,7 @@ fn chain(recorded: &Recorded) -> anyhow::Result<f64> {
                 let tag = block.tag();
                 let image = || (Box::new(*replay.page(&tag, false)), Vec::new());
                 let (_, records) = chains.entry(tag).or_insert_with(image);
-                records.push(record.clone());
+                records.push(record.to_owned());
                 if records.len() == CHAIN_RECORDS {
                     found = chains.remove(&tag).map(|(image, records)| (tag, image, records));
                     break;
@@ -270,7 +271,7 @@ fn chain(recorded: &Recorded) -> anyhow::Result<f64> {
     for _ in 0..CHAIN_ROUNDS {
         let mut page = image.clone();
         for record in &records {
-            redo_page(&mut page, &tag, record)?;
+            redo_page(&mut page, &tag, &record.decode().map_err(anyhow::Error::msg)?)?;
         }
         ensure!(std::hint::black_box(page)[14..16] != [0, 0], "an empty page");
     }

@@ -139,9 +139,9 @@ fn committed_wal(pgdata: &Path, from: Lsn) -> Vec<u8> {
         decoder.feed(at, rest);
         at += rest.len() as u64;
         loop {
-            match decoder.poll_record() {
-                Ok(Some(_)) => {}
-                Ok(None) => break,
+            match decoder.poll_record().map(|record| record.is_some()) {
+                Ok(true) => {}
+                Ok(false) => break,
                 Err(WalDecodeError::EndOfWal { .. }) => {
                     wal.truncate((decoder.position().0 - from.0) as usize);
                     return wal;

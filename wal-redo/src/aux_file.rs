@@ -1,5 +1,7 @@
 //! Small files that Dormouse keeps in a branch's WAL (statistics): logical messages that the agent writes.
 
+use bytes::Bytes;
+use smallvec::smallvec;
 use wal::{
     DecodedRecord,
     encode::RecordToWrite,
@@ -12,7 +14,7 @@ use wal::{
 use crate::{
     AUX_FILE_PREFIX,
     change::Change,
-    changes::{CUT_SHORT, Changes},
+    changes::{CUT_SHORT, ChangeList, Changes},
 };
 
 /// Longest path of such a file, in bytes.
@@ -39,16 +41,15 @@ pub fn aux_file_record(main_data: &[u8]) -> RecordToWrite<'_> {
 
 /// Messages of users (`pg_logical_emit_message`) have no effect, whatever their prefix: theirs carry the database they were
 /// sent from, the agent's carry none, so that SQL cannot forge a file.
-pub(crate) fn changes(record: &DecodedRecord) -> Changes {
-    let header = LogicalMessage::from_prefix(&record.main_data).ok_or(CUT_SHORT)?;
-    let (prefix, message) = LogicalMessage::parse(&record.main_data).ok_or(CUT_SHORT)?;
+pub(crate) fn changes(record: &DecodedRecord<'_>) -> Changes {
+    let header = LogicalMessage::from_prefix(record.main_data).ok_or(CUT_SHORT)?;
+    let (prefix, message) = LogicalMessage::parse(record.main_data).ok_or(CUT_SHORT)?;
     if header.db_id != 0 || record.xid != 0 {
-        return Ok(Vec::new());
+        return Ok(ChangeList::new());
     }
-    let Some(path) = prefix.strip_prefix(AUX_FILE_PREFIX.as_bytes()) else { return Ok(Vec::new()) };
+    let Some(path) = prefix.strip_prefix(AUX_FILE_PREFIX.as_bytes()) else { return Ok(ChangeList::new()) };
     let path = std::str::from_utf8(path).ok().filter(|path| is_plain(path)).ok_or("a file kept under no valid path")?;
-    let start = record.main_data.len() - message.len();
-    Ok(vec![Change::AuxFile { path: path.to_owned(), content: record.main_data.slice(start..) }])
+    Ok(smallvec![Change::AuxFile { path: path.to_owned(), content: Bytes::copy_from_slice(message) }])
 }
 
 fn is_plain(path: &str) -> bool {

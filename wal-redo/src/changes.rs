@@ -1,5 +1,6 @@
 //! What a record changes, for every resource manager of PostgreSQL 15.
 
+use smallvec::SmallVec;
 use types::{ForkNumber, Lsn, PageTag, RelTag};
 use wal::{
     DecodedRecord, RmgrId,
@@ -22,7 +23,10 @@ pub struct UnknownRecord {
     pub problem: &'static str,
 }
 
-pub(crate) type Changes = Result<Vec<Change>, &'static str>;
+/// A record's effects, in the order in which redo performs them; most records have at most three.
+pub type ChangeList = SmallVec<[Change; 3]>;
+
+pub(crate) type Changes = Result<ChangeList, &'static str>;
 
 pub(crate) const UNKNOWN_INFO: &str = "unknown kind of record";
 pub(crate) const CUT_SHORT: &str = "shorter than its kind should be";
@@ -31,7 +35,7 @@ pub(crate) const CUT_SHORT: &str = "shorter than its kind should be";
 /// pages is here; those that a commit sets are [`crate::commit_ts_changes`].
 ///
 /// Errors on a kind of record that is not known (extensions' own resource managers among them) and on a malformed one.
-pub fn changes(record: &DecodedRecord) -> Result<Vec<Change>, UnknownRecord> {
+pub fn changes(record: &DecodedRecord<'_>) -> Result<ChangeList, UnknownRecord> {
     rmgr_changes(record).map_err(|problem| UnknownRecord {
         lsn: record.start_lsn,
         rmgr: record.rmgr,
@@ -40,7 +44,7 @@ pub fn changes(record: &DecodedRecord) -> Result<Vec<Change>, UnknownRecord> {
     })
 }
 
-fn rmgr_changes(record: &DecodedRecord) -> Changes {
+fn rmgr_changes(record: &DecodedRecord<'_>) -> Changes {
     match record.rmgr {
         rmgr::XLOG => xlog_changes(record),
         rmgr::XACT => state_changes::xact(record),
@@ -50,7 +54,7 @@ fn rmgr_changes(record: &DecodedRecord) -> Changes {
         rmgr::TBLSPC => state_changes::tblspc(record),
         rmgr::MULTIXACT => state_changes::multixact(record),
         rmgr::RELMAP => state_changes::relmap(record),
-        rmgr::STANDBY => known(record, 0xF0, &[0x00, 0x10, 0x20], |_| Ok(Vec::new())),
+        rmgr::STANDBY => known(record, 0xF0, &[0x00, 0x10, 0x20], |_| Ok(ChangeList::new())),
         rmgr::HEAP2 => heap2_changes(record),
         rmgr::HEAP => heap_changes(record),
         rmgr::BTREE => pages_if(record, record.rmgr_info() <= btree::META_CLEANUP),
@@ -63,7 +67,9 @@ fn rmgr_changes(record: &DecodedRecord) -> Changes {
         rmgr::BRIN => pages_if(record, record.rmgr_info() & 0x70 <= 0x50),
         rmgr::COMMIT_TS => state_changes::commit_ts(record),
         // Progress of logical replication: it lives in files that this compute's successor doesn't get.
-        rmgr::REPLORIGIN => known(record, 0xF0, &[state::replorigin::SET, state::replorigin::DROP], |_| Ok(Vec::new())),
+        rmgr::REPLORIGIN => {
+            known(record, 0xF0, &[state::replorigin::SET, state::replorigin::DROP], |_| Ok(ChangeList::new()))
+        }
         rmgr::GENERIC => known(record, 0xF0, &[0x00], pages),
         rmgr::LOGICALMSG => known(record, 0xF0, &[state::logicalmsg::MESSAGE], crate::aux_file::changes),
         RmgrId(rmgr::MIN_CUSTOM..) => Err("an extension's own resource manager, which cannot be replayed"),
@@ -72,24 +78,24 @@ fn rmgr_changes(record: &DecodedRecord) -> Changes {
 }
 
 /// A change for every page the record refers to.
-pub(crate) fn pages(record: &DecodedRecord) -> Changes {
+pub(crate) fn pages(record: &DecodedRecord<'_>) -> Changes {
     Ok(record.blocks.iter().map(page).collect())
 }
 
-fn page(block: &wal::BlockRef) -> Change {
+fn page(block: &wal::BlockRef<'_>) -> Change {
     Change::Page { tag: block.tag(), will_init: block.will_init || block.applies_image() }
 }
 
-fn pages_if(record: &DecodedRecord, known: bool) -> Changes {
+fn pages_if(record: &DecodedRecord<'_>, known: bool) -> Changes {
     if known { pages(record) } else { Err(UNKNOWN_INFO) }
 }
 
 /// `changes` of a record whose info, under the mask, is one of those listed.
-fn known(record: &DecodedRecord, mask: u8, infos: &[u8], changes: fn(&DecodedRecord) -> Changes) -> Changes {
+fn known(record: &DecodedRecord<'_>, mask: u8, infos: &[u8], changes: fn(&DecodedRecord<'_>) -> Changes) -> Changes {
     if infos.contains(&(record.info & mask)) { changes(record) } else { Err(UNKNOWN_INFO) }
 }
 
-fn xlog_changes(record: &DecodedRecord) -> Changes {
+fn xlog_changes(record: &DecodedRecord<'_>) -> Changes {
     match record.rmgr_info() {
         xlog::FPI if record.blocks.iter().all(|block| block.image.is_some()) => pages(record),
         xlog::FPI => Err("a full-page image record without its image"),
@@ -100,15 +106,15 @@ fn xlog_changes(record: &DecodedRecord) -> Changes {
         | xlog::CHECKPOINT_ONLINE
         | xlog::NEXTOID
         | xlog::PARAMETER_CHANGE
-        | xlog::FPW_CHANGE => Ok(Vec::new()),
-        xlog::NOOP | xlog::SWITCH | xlog::RESTORE_POINT | xlog::BACKUP_END => Ok(Vec::new()),
-        xlog::END_OF_RECOVERY | xlog::OVERWRITE_CONTRECORD => Ok(Vec::new()),
+        | xlog::FPW_CHANGE => Ok(ChangeList::new()),
+        xlog::NOOP | xlog::SWITCH | xlog::RESTORE_POINT | xlog::BACKUP_END => Ok(ChangeList::new()),
+        xlog::END_OF_RECOVERY | xlog::OVERWRITE_CONTRECORD => Ok(ChangeList::new()),
         _ => Err(UNKNOWN_INFO),
     }
 }
 
-fn heap_changes(record: &DecodedRecord) -> Changes {
-    let data = &record.main_data;
+fn heap_changes(record: &DecodedRecord<'_>) -> Changes {
+    let data = record.main_data;
     let cleared = match record.info & heap::OPMASK {
         heap::INSERT => {
             let flags = heap::HeapInsert::from_prefix(data).ok_or(CUT_SHORT)?.flags;
@@ -136,14 +142,14 @@ fn heap_changes(record: &DecodedRecord) -> Changes {
     pages_and_map(record, cleared)
 }
 
-fn heap2_changes(record: &DecodedRecord) -> Changes {
+fn heap2_changes(record: &DecodedRecord<'_>) -> Changes {
     let cleared = match record.info & heap::OPMASK {
         heap::heap2::MULTI_INSERT => {
-            let flags = heap::HeapMultiInsert::from_prefix(&record.main_data).ok_or(CUT_SHORT)?.flags;
+            let flags = heap::HeapMultiInsert::from_prefix(record.main_data).ok_or(CUT_SHORT)?.flags;
             flags & heap::insert_flags::ALL_VISIBLE_CLEARED
         }
         heap::heap2::LOCK_UPDATED => {
-            let flags = heap::HeapLockUpdated::from_prefix(&record.main_data).ok_or(CUT_SHORT)?.flags;
+            let flags = heap::HeapLockUpdated::from_prefix(record.main_data).ok_or(CUT_SHORT)?.flags;
             flags & heap::LOCK_ALL_FROZEN_CLEARED
         }
         // The mask leaves PRUNE, VACUUM, FREEZE_PAGE, VISIBLE (which names its map page), REWRITE and NEW_CID (for logical
@@ -154,8 +160,8 @@ fn heap2_changes(record: &DecodedRecord) -> Changes {
 }
 
 /// The record's pages, and the visibility map's pages that the flagged (non-zero) heap pages have bits on.
-fn pages_and_map(record: &DecodedRecord, cleared: [(u8, u8); 2]) -> Changes {
-    let mut changes = Vec::with_capacity(record.blocks.len() + 1);
+fn pages_and_map(record: &DecodedRecord<'_>, cleared: [(u8, u8); 2]) -> Changes {
+    let mut changes = ChangeList::new();
     for (block_id, flag) in cleared {
         if flag != 0 {
             let heap_page = record.block(block_id).ok_or("a heap record without its page")?;

@@ -20,7 +20,7 @@ const FIRST_NORMAL_XID: u32 = 3;
 
 /// Brings the counters past a record. True when any of them changed. `redo` and the timelines are left alone: they belong to
 /// whoever writes the next checkpoint. Malformed records change nothing here: [`crate::changes`] refuses them.
-pub fn advance(checkpoint: &mut CheckPoint, record: &DecodedRecord) -> bool {
+pub fn advance(checkpoint: &mut CheckPoint, record: &DecodedRecord<'_>) -> bool {
     let before = *checkpoint;
     pass_xid(checkpoint, record.xid);
     match record.rmgr {
@@ -28,12 +28,12 @@ pub fn advance(checkpoint: &mut CheckPoint, record: &DecodedRecord) -> bool {
         rmgr::XACT => advance_xact(checkpoint, record),
         rmgr::MULTIXACT => advance_multixact(checkpoint, record),
         rmgr::CLOG if record.rmgr_info() == clog::TRUNCATE => {
-            if let Some(truncate) = ClogTruncate::from_prefix(&record.main_data) {
+            if let Some(truncate) = ClogTruncate::from_prefix(record.main_data) {
                 raise_oldest_xid(checkpoint, truncate.oldest_xact, truncate.oldest_xact_db);
             }
         }
         rmgr::COMMIT_TS if record.rmgr_info() == commit_ts::TRUNCATE => {
-            if let Some(truncate) = CommitTsTruncate::from_prefix(&record.main_data)
+            if let Some(truncate) = CommitTsTruncate::from_prefix(record.main_data)
                 && tracks_commit_ts(checkpoint)
                 && xid_precedes(checkpoint.oldest_commit_ts_xid, truncate.oldest_xid)
             {
@@ -41,7 +41,7 @@ pub fn advance(checkpoint: &mut CheckPoint, record: &DecodedRecord) -> bool {
             }
         }
         rmgr::STANDBY if record.rmgr_info() == standby::RUNNING_XACTS => {
-            if let Some(running) = RunningXacts::from_prefix(&record.main_data) {
+            if let Some(running) = RunningXacts::from_prefix(record.main_data) {
                 pass_xid(checkpoint, xid_before(running.next_xid));
             }
         }
@@ -50,8 +50,8 @@ pub fn advance(checkpoint: &mut CheckPoint, record: &DecodedRecord) -> bool {
     before != *checkpoint
 }
 
-fn advance_xlog(checkpoint: &mut CheckPoint, record: &DecodedRecord) {
-    let data = &record.main_data;
+fn advance_xlog(checkpoint: &mut CheckPoint, record: &DecodedRecord<'_>) {
+    let data = record.main_data;
     match record.rmgr_info() {
         xlog::CHECKPOINT_SHUTDOWN => {
             // Nothing ran while it was written: its counters are exact.
@@ -99,7 +99,7 @@ fn advance_online(checkpoint: &mut CheckPoint, written: &CheckPoint) {
     }
 }
 
-fn advance_xact(checkpoint: &mut CheckPoint, record: &DecodedRecord) {
+fn advance_xact(checkpoint: &mut CheckPoint, record: &DecodedRecord<'_>) {
     match record.info & info::OPMASK {
         info::ASSIGNMENT => {
             // The top transaction, a count, the subtransactions.
@@ -131,17 +131,17 @@ fn raise_newest_commit_ts(checkpoint: &mut CheckPoint, end: &ParsedEnd) {
     }
 }
 
-fn advance_multixact(checkpoint: &mut CheckPoint, record: &DecodedRecord) {
+fn advance_multixact(checkpoint: &mut CheckPoint, record: &DecodedRecord<'_>) {
     match record.rmgr_info() {
         multixact::CREATE_ID => {
-            if let Some((create, members)) = MultiXactCreate::members(&record.main_data) {
+            if let Some((create, members)) = MultiXactCreate::members(record.main_data) {
                 let next_offset = create.moff.wrapping_add(create.nmembers);
                 raise_next_multi(checkpoint, create.mid.wrapping_add(1), next_offset);
                 members.iter().for_each(|member| pass_xid(checkpoint, member.xid));
             }
         }
         multixact::TRUNCATE_ID => {
-            if let Some(truncate) = MultiXactTruncate::from_prefix(&record.main_data) {
+            if let Some(truncate) = MultiXactTruncate::from_prefix(record.main_data) {
                 raise_oldest_multi(checkpoint, truncate.end_trunc_off, truncate.oldest_multi_db);
             }
         }

@@ -1,5 +1,6 @@
 //! Redo of the SLRU areas: transaction status, multixacts, commit timestamps.
 
+use smallvec::SmallVec;
 use types::{Lsn, PAGE_BYTES};
 use wal::{
     CheckPoint, DecodedRecord, RmgrId,
@@ -12,7 +13,7 @@ use wal::{
 
 use crate::{
     change::{Change, SlruKind},
-    changes::{CUT_SHORT, UnknownRecord},
+    changes::{CUT_SHORT, ChangeList, UnknownRecord},
 };
 
 /// Pages of a segment file (`SLRU_PAGES_PER_SEGMENT` in `access/slru.h`).
@@ -44,7 +45,7 @@ pub fn redo_slru_page(
     page: &mut [u8; PAGE_BYTES],
     slru: SlruKind,
     page_number: u32,
-    record: &DecodedRecord,
+    record: &DecodedRecord<'_>,
 ) -> Result<(), SlruRedoError> {
     redo(page, slru, page_number, record).map_err(|problem| SlruRedoError {
         lsn: record.start_lsn,
@@ -56,7 +57,12 @@ pub fn redo_slru_page(
     })
 }
 
-fn redo(page: &mut [u8; PAGE_BYTES], slru: SlruKind, number: u32, record: &DecodedRecord) -> Result<(), &'static str> {
+fn redo(
+    page: &mut [u8; PAGE_BYTES],
+    slru: SlruKind,
+    number: u32,
+    record: &DecodedRecord<'_>,
+) -> Result<(), &'static str> {
     let multixact_info = (record.rmgr == rmgr::MULTIXACT).then(|| record.rmgr_info());
     let zeroes = match slru {
         SlruKind::Clog => record.rmgr == rmgr::CLOG && record.rmgr_info() == clog::ZEROPAGE,
@@ -83,19 +89,19 @@ fn redo(page: &mut [u8; PAGE_BYTES], slru: SlruKind, number: u32, record: &Decod
     if touched { Ok(()) } else { Err(NOT_TOUCHED) }
 }
 
-fn parse_end(record: &DecodedRecord) -> Result<ParsedEnd, &'static str> {
+fn parse_end(record: &DecodedRecord<'_>) -> Result<ParsedEnd, &'static str> {
     xact::parse_end(record)?.ok_or(NOT_TOUCHED)
 }
 
-fn parse_create(record: &DecodedRecord) -> Result<(MultiXactCreate, Vec<MultiXactMember>), &'static str> {
+fn parse_create(record: &DecodedRecord<'_>) -> Result<(MultiXactCreate, Vec<MultiXactMember>), &'static str> {
     if record.rmgr != rmgr::MULTIXACT || record.rmgr_info() != multixact::CREATE_ID {
         return Err(NOT_TOUCHED);
     }
-    MultiXactCreate::members(&record.main_data).ok_or(CUT_SHORT)
+    MultiXactCreate::members(record.main_data).ok_or(CUT_SHORT)
 }
 
 /// The page that a record of the kind "zero this page" names.
-pub(crate) fn zeroed_page(record: &DecodedRecord) -> Option<u32> {
+pub(crate) fn zeroed_page(record: &DecodedRecord<'_>) -> Option<u32> {
     let page = record.main_data.first_chunk().map(|page| i32::from_le_bytes(*page))?;
     u32::try_from(page).ok()
 }
@@ -106,8 +112,8 @@ fn xids(end: &ParsedEnd) -> impl Iterator<Item = u32> {
 }
 
 /// The pages that hold the entries of the transactions that end, each once, in ascending order.
-pub(crate) fn pages_of(end: &ParsedEnd, xacts_per_page: u32) -> Vec<u32> {
-    let mut pages: Vec<u32> = xids(end).map(|xid| xid / xacts_per_page).collect();
+pub(crate) fn pages_of(end: &ParsedEnd, xacts_per_page: u32) -> SmallVec<[u32; 2]> {
+    let mut pages: SmallVec<[u32; 2]> = xids(end).map(|xid| xid / xacts_per_page).collect();
     pages.sort_unstable();
     pages.dedup();
     pages
@@ -181,9 +187,9 @@ fn redo_members(page: &mut [u8; PAGE_BYTES], number: u32, first: u32, members: &
 
 /// The commit timestamp pages that a record sets. Empty unless commits are being timestamped, which `checkpoint`, the
 /// counters as of this record, tells ([`tracks_commit_ts`]).
-pub fn commit_ts_changes(record: &DecodedRecord, checkpoint: &CheckPoint) -> Result<Vec<Change>, UnknownRecord> {
+pub fn commit_ts_changes(record: &DecodedRecord<'_>, checkpoint: &CheckPoint) -> Result<ChangeList, UnknownRecord> {
     if !tracks_commit_ts(checkpoint) {
-        return Ok(Vec::new());
+        return Ok(ChangeList::new());
     }
     let end = xact::parse_end(record).map_err(|problem| UnknownRecord {
         lsn: record.start_lsn,

@@ -1,6 +1,7 @@
 //! Changes by the records that are not about index or heap pages: transactions, storage, SLRUs, databases, relation maps.
 
 use bytes::{Bytes, BytesMut};
+use smallvec::smallvec;
 use types::ForkNumber;
 use wal::{
     DecodedRecord,
@@ -18,7 +19,7 @@ use wal::{
 
 use crate::{
     change::{Change, SlruKind},
-    changes::{CUT_SHORT, Changes, UNKNOWN_INFO, map_page},
+    changes::{CUT_SHORT, ChangeList, Changes, UNKNOWN_INFO, map_page},
     slru,
 };
 
@@ -27,23 +28,23 @@ const FSM_SLOTS_PER_PAGE: u32 = 4069;
 /// Levels of the free space map's tree (`FSM_TREE_DEPTH`).
 const FSM_TREE_DEPTH: u32 = 3;
 
-pub(crate) fn xact(record: &DecodedRecord) -> Changes {
+pub(crate) fn xact(record: &DecodedRecord<'_>) -> Changes {
     match record.info & info::OPMASK {
         info::COMMIT | info::COMMIT_PREPARED | info::ABORT | info::ABORT_PREPARED => xact_end(record),
         info::PREPARE => {
             let prepare = xact_format::parse_prepare(record)?.ok_or(UNKNOWN_INFO)?;
-            let content = two_phase_file(&record.main_data);
-            Ok(vec![Change::TwoPhaseCreate { xid: prepare.xid, content }])
+            let content = two_phase_file(record.main_data);
+            Ok(smallvec![Change::TwoPhaseCreate { xid: prepare.xid, content }])
         }
         // Which subtransactions belong together, and what to invalidate: nothing that outlives the server's memory.
-        info::ASSIGNMENT | info::INVALIDATIONS => Ok(Vec::new()),
+        info::ASSIGNMENT | info::INVALIDATIONS => Ok(ChangeList::new()),
         _ => Err(UNKNOWN_INFO),
     }
 }
 
-fn xact_end(record: &DecodedRecord) -> Changes {
+fn xact_end(record: &DecodedRecord<'_>) -> Changes {
     let end = xact_format::parse_end(record)?.ok_or(UNKNOWN_INFO)?;
-    let mut changes: Vec<Change> = slru::pages_of(&end, clog_format::XACTS_PER_PAGE)
+    let mut changes: ChangeList = slru::pages_of(&end, clog_format::XACTS_PER_PAGE)
         .into_iter()
         .map(|page| Change::SlruPage { slru: SlruKind::Clog, page, will_init: false })
         .collect();
@@ -63,14 +64,14 @@ fn two_phase_file(main_data: &[u8]) -> Bytes {
     content.freeze()
 }
 
-pub(crate) fn smgr(record: &DecodedRecord) -> Changes {
+pub(crate) fn smgr(record: &DecodedRecord<'_>) -> Changes {
     match record.rmgr_info() {
         smgr_format::CREATE => {
-            let create = SmgrCreate::from_prefix(&record.main_data).ok_or(CUT_SHORT)?;
-            Ok(vec![Change::CreateRel(create.rel().ok_or("unknown fork")?)])
+            let create = SmgrCreate::from_prefix(record.main_data).ok_or(CUT_SHORT)?;
+            Ok(smallvec![Change::CreateRel(create.rel().ok_or("unknown fork")?)])
         }
         smgr_format::TRUNCATE => {
-            let truncate = SmgrTruncate::from_prefix(&record.main_data).ok_or(CUT_SHORT)?;
+            let truncate = SmgrTruncate::from_prefix(record.main_data).ok_or(CUT_SHORT)?;
             Ok(smgr_truncate(&truncate))
         }
         _ => Err(UNKNOWN_INFO),
@@ -79,10 +80,10 @@ pub(crate) fn smgr(record: &DecodedRecord) -> Changes {
 
 /// `smgr_redo`, `visibilitymap_prepare_truncate`, `FreeSpaceMapPrepareTruncateRel`. The map's last page loses bits too; that of
 /// the free space map is left as it is: Postgres checks what it says.
-fn smgr_truncate(truncate: &SmgrTruncate) -> Vec<Change> {
+fn smgr_truncate(truncate: &SmgrTruncate) -> ChangeList {
     let main = { truncate.rnode }.fork(ForkNumber::Main);
     let (blocks, flags) = (truncate.blkno, truncate.flags);
-    let mut changes = vec![Change::CreateRel(main)];
+    let mut changes: ChangeList = smallvec![Change::CreateRel(main)];
     if flags & smgr_format::TRUNCATE_HEAP != 0 {
         changes.push(Change::TruncateRel { rel: main, blocks });
     }
@@ -112,61 +113,61 @@ fn fsm_blocks(blocks: u32) -> u32 {
     first_removed + u32::from(!blocks.is_multiple_of(FSM_SLOTS_PER_PAGE))
 }
 
-pub(crate) fn clog(record: &DecodedRecord) -> Changes {
+pub(crate) fn clog(record: &DecodedRecord<'_>) -> Changes {
     match record.rmgr_info() {
         clog_format::ZEROPAGE => zero_page(SlruKind::Clog, record),
         clog_format::TRUNCATE => {
-            let truncate = ClogTruncate::from_prefix(&record.main_data).ok_or(CUT_SHORT)?;
+            let truncate = ClogTruncate::from_prefix(record.main_data).ok_or(CUT_SHORT)?;
             truncate_to(SlruKind::Clog, truncate.pageno)
         }
         _ => Err(UNKNOWN_INFO),
     }
 }
 
-pub(crate) fn commit_ts(record: &DecodedRecord) -> Changes {
+pub(crate) fn commit_ts(record: &DecodedRecord<'_>) -> Changes {
     match record.rmgr_info() {
         commit_ts_format::ZEROPAGE => zero_page(SlruKind::CommitTs, record),
         commit_ts_format::TRUNCATE => {
-            let truncate = CommitTsTruncate::from_prefix(&record.main_data).ok_or(CUT_SHORT)?;
+            let truncate = CommitTsTruncate::from_prefix(record.main_data).ok_or(CUT_SHORT)?;
             truncate_to(SlruKind::CommitTs, truncate.pageno)
         }
         _ => Err(UNKNOWN_INFO),
     }
 }
 
-fn zero_page(slru: SlruKind, record: &DecodedRecord) -> Changes {
+fn zero_page(slru: SlruKind, record: &DecodedRecord<'_>) -> Changes {
     let page = slru::zeroed_page(record).ok_or(CUT_SHORT)?;
-    Ok(vec![Change::SlruPage { slru, page, will_init: true }])
+    Ok(smallvec![Change::SlruPage { slru, page, will_init: true }])
 }
 
 fn truncate_to(slru: SlruKind, page: i32) -> Changes {
     let cutoff_page = u32::try_from(page).map_err(|_| "negative page number")?;
-    Ok(vec![Change::SlruTruncate { slru, cutoff_page }])
+    Ok(smallvec![Change::SlruTruncate { slru, cutoff_page }])
 }
 
-pub(crate) fn multixact(record: &DecodedRecord) -> Changes {
+pub(crate) fn multixact(record: &DecodedRecord<'_>) -> Changes {
     match record.rmgr_info() {
         multixact_format::ZERO_OFF_PAGE => zero_page(SlruKind::MultiXactOffsets, record),
         multixact_format::ZERO_MEM_PAGE => zero_page(SlruKind::MultiXactMembers, record),
         multixact_format::CREATE_ID => {
-            let (create, members) = MultiXactCreate::members(&record.main_data).ok_or(CUT_SHORT)?;
+            let (create, members) = MultiXactCreate::members(record.main_data).ok_or(CUT_SHORT)?;
             let count = members.len() as u32;
             let page = |slru: SlruKind| move |page: u32| Change::SlruPage { slru, page, will_init: false };
             let offsets = slru::offset_entries(&create).map(|(multi, _)| multi / multixact_format::OFFSETS_PER_PAGE);
             let members = (0..count).map(|n| create.moff.wrapping_add(n) / multixact_format::MEMBERS_PER_PAGE);
-            let mut changes: Vec<Change> = offsets.into_iter().map(page(SlruKind::MultiXactOffsets)).collect();
+            let mut changes: ChangeList = offsets.into_iter().map(page(SlruKind::MultiXactOffsets)).collect();
             changes.extend(members.map(page(SlruKind::MultiXactMembers)));
             changes.dedup();
             Ok(changes)
         }
         multixact_format::TRUNCATE_ID => {
-            let truncate = MultiXactTruncate::from_prefix(&record.main_data).ok_or(CUT_SHORT)?;
+            let truncate = MultiXactTruncate::from_prefix(record.main_data).ok_or(CUT_SHORT)?;
             // One multixact earlier, as Postgres does: the first one's page may not exist yet.
             let last_removed = match truncate.end_trunc_off {
                 0 | 1 => u32::MAX,
                 oldest => oldest - 1,
             };
-            Ok(vec![
+            Ok(smallvec![
                 Change::SlruTruncate {
                     slru: SlruKind::MultiXactMembers,
                     cutoff_page: truncate.end_trunc_memb / multixact_format::MEMBERS_PER_PAGE,
@@ -181,12 +182,12 @@ pub(crate) fn multixact(record: &DecodedRecord) -> Changes {
     }
 }
 
-pub(crate) fn dbase(record: &DecodedRecord) -> Changes {
-    let data = &record.main_data;
+pub(crate) fn dbase(record: &DecodedRecord<'_>) -> Changes {
+    let data = record.main_data;
     match record.rmgr_info() {
         dbase_format::CREATE_FILE_COPY => {
             let copy = DbaseCreateFileCopy::from_prefix(data).ok_or(CUT_SHORT)?;
-            Ok(vec![Change::CopyDatabase {
+            Ok(smallvec![Change::CopyDatabase {
                 src_spc: copy.src_tablespace_id,
                 src_db: copy.src_db_id,
                 spc: copy.tablespace_id,
@@ -195,7 +196,7 @@ pub(crate) fn dbase(record: &DecodedRecord) -> Changes {
         }
         dbase_format::CREATE_WAL_LOG => {
             let create = DbaseCreateWalLog::from_prefix(data).ok_or(CUT_SHORT)?;
-            Ok(vec![Change::CreateDatabase { spc: create.tablespace_id, db: create.db_id }])
+            Ok(smallvec![Change::CreateDatabase { spc: create.tablespace_id, db: create.db_id }])
         }
         dbase_format::DROP => {
             let drop = DbaseDrop::from_prefix(data).ok_or(CUT_SHORT)?;
@@ -208,30 +209,30 @@ pub(crate) fn dbase(record: &DecodedRecord) -> Changes {
     }
 }
 
-pub(crate) fn tblspc(record: &DecodedRecord) -> Changes {
+pub(crate) fn tblspc(record: &DecodedRecord<'_>) -> Changes {
     let (oid, rest) = record.main_data.split_first_chunk().ok_or(CUT_SHORT)?;
     let oid = u32::from_le_bytes(*oid);
     match record.rmgr_info() {
         tblspc_format::CREATE => {
             let path = rest.split(|byte| *byte == 0).next().unwrap_or_default();
             let path = String::from_utf8(path.to_vec()).map_err(|_| "a tablespace's path that is not UTF-8")?;
-            Ok(vec![Change::CreateTablespace { oid, path }])
+            Ok(smallvec![Change::CreateTablespace { oid, path }])
         }
-        tblspc_format::DROP => Ok(vec![Change::DropTablespace { oid }]),
+        tblspc_format::DROP => Ok(smallvec![Change::DropTablespace { oid }]),
         _ => Err(UNKNOWN_INFO),
     }
 }
 
-pub(crate) fn relmap(record: &DecodedRecord) -> Changes {
+pub(crate) fn relmap(record: &DecodedRecord<'_>) -> Changes {
     if record.rmgr_info() != relmap_format::UPDATE {
         return Err(UNKNOWN_INFO);
     }
-    let update = RelmapUpdate::from_prefix(&record.main_data).ok_or(CUT_SHORT)?;
-    let content = record.main_data.slice(RelmapUpdate::SIZE..);
+    let update = RelmapUpdate::from_prefix(record.main_data).ok_or(CUT_SHORT)?;
+    let content = &record.main_data[RelmapUpdate::SIZE..];
     if update.nbytes as usize != state::relmap::FILE_BYTES || content.len() != state::relmap::FILE_BYTES {
         return Err("a relation map of another size than PostgreSQL 15's");
     }
-    Ok(vec![Change::RelationMap { spc: update.tsid, db: update.dbid, content }])
+    Ok(smallvec![Change::RelationMap { spc: update.tsid, db: update.dbid, content: Bytes::copy_from_slice(content) }])
 }
 
 #[cfg(test)]

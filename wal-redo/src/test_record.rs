@@ -1,12 +1,11 @@
-//! Records made by hand, for tests.
+//! Records made by hand, for tests. Their bytes live as long as the test program.
 
-use bytes::Bytes;
 use types::{BlockNumber, ForkNumber, Lsn, RelTag};
-use wal::{BlockRef, DecodedRecord, RmgrId};
+use wal::{BlockRef, Blocks, DecodedRecord, RmgrId};
 
 pub(crate) const REL: RelTag = RelTag { spc: 1663, db: 5, rel: 16384, fork: ForkNumber::Main };
 
-pub(crate) fn record(rmgr: RmgrId, info: u8, main_data: Vec<u8>) -> DecodedRecord {
+pub(crate) fn record(rmgr: RmgrId, info: u8, main_data: Vec<u8>) -> DecodedRecord<'static> {
     DecodedRecord {
         start_lsn: Lsn(0x100),
         end_lsn: Lsn(0x200),
@@ -14,15 +13,15 @@ pub(crate) fn record(rmgr: RmgrId, info: u8, main_data: Vec<u8>) -> DecodedRecor
         xid: 0,
         rmgr,
         info,
-        blocks: Vec::new(),
-        main_data: main_data.into(),
+        blocks: Blocks::new(),
+        main_data: main_data.leak(),
         origin: None,
-        raw: Bytes::new(),
+        raw: &[],
     }
 }
 
-pub(crate) fn block(id: u8, block: BlockNumber) -> BlockRef {
-    BlockRef { id, rel: REL, block, will_init: false, image: None, data: Bytes::new(), has_data: false }
+pub(crate) fn block(id: u8, block: BlockNumber) -> BlockRef<'static> {
+    BlockRef { id, rel: REL, block, will_init: false, image: None, data: &[], has_data: false }
 }
 
 /// Numbers, four bytes each.

@@ -10,7 +10,7 @@ use dormouse_wal_redo::{SlruKind, changes};
 use redo_oracle::{control_file, state::State};
 use support::{Cluster, WORKLOAD, segments, succeed};
 use types::Lsn;
-use wal::{DecodedRecord, WalDecodeError, WalStreamDecoder};
+use wal::{OwnedRecord, WalDecodeError, WalStreamDecoder};
 
 const SETTINGS: &str = "wal_level = logical\nmax_prepared_transactions = 10\nwal_keep_size = 2GB\nmax_wal_size = 4GB\n\
                         shared_buffers = 16MB\nfsync = off\nfull_page_writes = off";
@@ -19,7 +19,7 @@ const SETTINGS: &str = "wal_level = logical\nmax_prepared_transactions = 10\nwal
 const MANY_IDS: &str = include_str!("sql/many_ids.sql");
 
 /// All records from one place on.
-fn records(cluster: &Cluster, start: Lsn) -> Vec<DecodedRecord> {
+fn records(cluster: &Cluster, start: Lsn) -> Vec<OwnedRecord> {
     let mut decoder = WalStreamDecoder::new(start);
     let mut records = Vec::new();
     for file in segments(&cluster.wal_dir()) {
@@ -32,7 +32,7 @@ fn records(cluster: &Cluster, start: Lsn) -> Vec<DecodedRecord> {
         decoder.feed(at, &fs::read(&file).expect("a segment")[at.segment_offset() as usize..]);
         loop {
             match decoder.poll_record() {
-                Ok(Some(record)) => records.push(record),
+                Ok(Some(record)) => records.push(record.to_owned()),
                 Ok(None) => break,
                 Err(WalDecodeError::EndOfWal { .. }) => return records,
                 Err(error) => panic!("{error}"),
@@ -55,7 +55,8 @@ fn check(settings: &str, work: impl FnOnce(&Cluster)) -> State {
     let records = records(&cluster, start);
     let (shutdown, before) = records.split_last().expect("records");
     for record in before {
-        model.apply(record, &changes(record).expect("a known record")).expect("it applies");
+        let record = record.decode().expect("a good record");
+        model.apply(&record, &changes(&record).expect("a known record")).expect("it applies");
     }
     println!("{} records, {} commits", records.len(), model.commits);
 

@@ -1,6 +1,6 @@
 //! One record's bytes, taken apart (`DecodeXLogRecord` in `access/transam/xlogreader.c`).
 
-use bytes::Bytes;
+use smallvec::SmallVec;
 use types::{ForkNumber, Lsn, PAGE_BYTES, RelTag};
 
 use crate::{
@@ -13,15 +13,15 @@ use crate::{
 
 /// Takes apart the record at `start_lsn`, given whole and without WAL page headers. Its CRC is not looked at: that is
 /// [`crate::stream::WalStreamDecoder`]'s part. Errors say what is wrong with it; they never depend on bytes outside `raw`.
-pub fn decode_record(start_lsn: Lsn, end_lsn: Lsn, raw: Bytes) -> Result<DecodedRecord, String> {
-    let header = RecordHeader::from_prefix(&raw).ok_or("shorter than a record header")?;
+pub fn decode_record(start_lsn: Lsn, end_lsn: Lsn, raw: &[u8]) -> Result<DecodedRecord<'_>, String> {
+    let header = RecordHeader::from_prefix(raw).ok_or("shorter than a record header")?;
     if header.xl_tot_len as usize != raw.len() {
         return Err(format!("xl_tot_len {} but {} bytes", { header.xl_tot_len }, raw.len()));
     }
-    let headers = Headers::parse(&raw)?;
+    let headers = Headers::parse(raw)?;
     let mut at = headers.end;
     let mut take = |length: usize| {
-        let slice = raw.slice(at..at + length);
+        let slice = &raw[at..at + length];
         at += length;
         slice
     };
@@ -61,7 +61,7 @@ pub fn decode_record(start_lsn: Lsn, end_lsn: Lsn, raw: Bytes) -> Result<Decoded
 
 /// What the headers of a record say, before its data are cut out.
 struct Headers {
-    blocks: Vec<BlockHeader>,
+    blocks: SmallVec<[BlockHeader; 2]>,
     main_length: usize,
     origin: Option<u16>,
     /// Offset of the first byte behind the headers.
@@ -89,7 +89,7 @@ impl Headers {
     /// Reads headers until the data they announce fill the record. On success the announced data fit exactly.
     fn parse(raw: &[u8]) -> Result<Headers, String> {
         let mut cursor = Cursor { bytes: raw, at: RECORD_HEADER_BYTES };
-        let mut headers = Headers { blocks: Vec::new(), main_length: 0, origin: None, end: 0 };
+        let mut headers = Headers { blocks: SmallVec::new(), main_length: 0, origin: None, end: 0 };
         let mut data_total = 0usize;
         while cursor.left() > data_total {
             match cursor.u8()? {

@@ -20,5 +20,5 @@ pub mod v15;
 pub use checkpoint::CheckPoint;
 pub use control_file::ControlFile;
 pub use decode::decode_record;
-pub use record::{BlockRef, DecodedRecord, RmgrId};
+pub use record::{BlockRef, Blocks, DecodedRecord, OwnedRecord, RmgrId};
 pub use stream::{WalDecodeError, WalStreamDecoder};

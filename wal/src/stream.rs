@@ -1,6 +1,6 @@
 //! WAL bytes in, whole records out.
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BytesMut};
 use types::{Lsn, WAL_SEGMENT_BYTES, XLOG_PAGE_BYTES};
 
 use crate::{
@@ -35,6 +35,8 @@ pub struct WalStreamDecoder {
     /// The next byte to look at, at or behind `buffer_at` (ahead of it by padding or by what a switch record skips).
     cursor: Lsn,
     partial: Option<Partial>,
+    /// What there is of `partial`; of a record that lay whole on one page and in the buffer nothing is collected.
+    collected: Vec<u8>,
     failed: Option<WalDecodeError>,
 }
 
@@ -68,16 +70,27 @@ pub enum WalDecodeError {
 struct Partial {
     start: Lsn,
     total: usize,
-    bytes: Vec<u8>,
     header_checked: bool,
 }
+
+/// A whole record of good checksum.
+struct Whole {
+    start: Lsn,
+    /// Behind it, padding and what a switch skips included.
+    end: Lsn,
+    /// Its length, when it stands at the buffer's start; else it has been collected.
+    in_buffer: Option<usize>,
+}
+
+/// More than this is given back after a long record.
+const COLLECTED_KEEP_BYTES: usize = 1 << 20;
 
 /// How one step of the decoder ended.
 enum Step {
     /// More can be done with what is buffered.
     Again,
     NeedBytes,
-    Record(DecodedRecord),
+    Record(Whole),
 }
 
 impl WalStreamDecoder {
@@ -90,6 +103,7 @@ impl WalStreamDecoder {
             buffer_at: start,
             cursor: start.align_up(),
             partial: None,
+            collected: Vec::new(),
             failed: None,
         }
     }
@@ -115,23 +129,39 @@ impl WalStreamDecoder {
         }
     }
 
-    /// The next whole record. `None`: more bytes are needed. An error is final until [`rewind`](Self::rewind).
-    pub fn poll_record(&mut self) -> Result<Option<DecodedRecord>, WalDecodeError> {
+    /// The next whole record, which borrows the decoder's bytes. `None`: more bytes are needed. An error is final until
+    /// [`rewind`](Self::rewind).
+    pub fn poll_record(&mut self) -> Result<Option<DecodedRecord<'_>>, WalDecodeError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        loop {
+        let whole = loop {
             self.skip_to_cursor();
             match self.step() {
                 Ok(Step::Again) => {}
                 Ok(Step::NeedBytes) => return Ok(None),
-                Ok(Step::Record(record)) => return Ok(Some(record)),
+                Ok(Step::Record(whole)) => break whole,
                 Err(error) => {
-                    self.buffer_at = self.fed_until();
-                    self.buffer.clear();
                     self.failed = Some(error.clone());
                     return Err(error);
                 }
+            }
+        };
+        let raw = match whole.in_buffer {
+            Some(total) => &self.buffer[..total],
+            None => &self.collected[..],
+        };
+        match decode_record(whole.start, whole.end, raw) {
+            Ok(record) => {
+                self.cursor = whole.end;
+                self.position = whole.end;
+                self.last_record = Some(whole.start);
+                Ok(Some(record))
+            }
+            Err(reason) => {
+                let error = WalDecodeError::Invalid { at: whole.start, reason };
+                self.failed = Some(error.clone());
+                Err(error)
             }
         }
     }
@@ -159,6 +189,7 @@ impl WalStreamDecoder {
         self.buffer_at = self.position;
         self.cursor = self.position;
         self.partial = None;
+        self.collected.clear();
         self.failed = None;
     }
 
@@ -178,14 +209,19 @@ impl WalStreamDecoder {
         }
         let Some(partial) = &mut self.partial else { return self.begin_record() };
         let on_page = (XLOG_PAGE_BYTES - self.cursor.page_offset()) as usize;
-        let taken = on_page.min(partial.total - partial.bytes.len()).min(self.buffer.len());
-        partial.bytes.extend_from_slice(&self.buffer[..taken]);
+        let taken = on_page.min(partial.total - self.collected.len()).min(self.buffer.len());
+        self.collected.extend_from_slice(&self.buffer[..taken]);
         self.cursor += taken as u64;
-        if !partial.header_checked && partial.bytes.len() >= RECORD_HEADER_BYTES {
-            check_record_header(partial, self.last_record)?;
+        if !partial.header_checked && self.collected.len() >= RECORD_HEADER_BYTES {
+            check_record_header(partial.start, &self.collected, self.last_record)?;
             partial.header_checked = true;
         }
-        if partial.bytes.len() < partial.total { Ok(Step::Again) } else { self.finish_record() }
+        if self.collected.len() < partial.total {
+            return Ok(Step::Again);
+        }
+        let (start, end) = (partial.start, self.cursor);
+        self.partial = None;
+        finish_record(start, end, &self.collected, None)
     }
 
     /// Passes the header of the page at the cursor, between records or inside one.
@@ -206,7 +242,7 @@ impl WalStreamDecoder {
             // A recovery gave up the record that was begun before this page.
             self.partial = None;
         } else if let Some(partial) = &self.partial {
-            let left = partial.total - partial.bytes.len();
+            let left = partial.total - self.collected.len();
             if !continues || header.xlp_rem_len as usize != left {
                 let remaining = header.xlp_rem_len;
                 return Err(invalid(format!("the page continues {remaining} bytes of a record that lacks {left}")));
@@ -232,33 +268,36 @@ impl WalStreamDecoder {
         if !(RECORD_HEADER_BYTES..=MAX_RECORD_BYTES).contains(&total) {
             return Err(WalDecodeError::Invalid { at, reason: format!("record length {total}") });
         }
+        let on_page = (XLOG_PAGE_BYTES - at.page_offset()) as usize;
+        if total <= on_page {
+            if self.buffer.len() >= RECORD_HEADER_BYTES {
+                check_record_header(at, &self.buffer, self.last_record)?;
+            }
+            if self.buffer.len() < total {
+                return Ok(Step::NeedBytes);
+            }
+            return finish_record(at, at + total as u64, &self.buffer[..total], Some(total));
+        }
         // A length is believed only as far as its bytes have come.
-        let capacity = total.min(4 * XLOG_PAGE_BYTES as usize);
-        let bytes = Vec::with_capacity(capacity);
-        self.partial = Some(Partial { start: at, total, bytes, header_checked: false });
+        self.collected.clear();
+        self.collected.shrink_to(COLLECTED_KEEP_BYTES);
+        self.partial = Some(Partial { start: at, total, header_checked: false });
         Ok(Step::Again)
     }
+}
 
-    fn finish_record(&mut self) -> Result<Step, WalDecodeError> {
-        let Some(partial) = self.partial.take() else { return Ok(Step::Again) };
-        let at = partial.start;
-        let raw = Bytes::from(partial.bytes);
-        let header = RecordHeader::from_prefix(&raw);
-        if header.is_none_or(|header| header.xl_crc != record_crc(&raw)) {
-            return Err(WalDecodeError::BadCrc { at });
-        }
-        let mut end = self.cursor.align_up();
-        let switches =
-            header.is_some_and(|header| header.xl_rmid == rmgr::XLOG.0 && header.xl_info & 0xF0 == xlog::SWITCH);
-        if switches && end.segment_offset() != 0 {
-            end = end.segment_start() + WAL_SEGMENT_BYTES;
-        }
-        let record = decode_record(at, end, raw).map_err(|reason| WalDecodeError::Invalid { at, reason })?;
-        self.cursor = end;
-        self.position = end;
-        self.last_record = Some(at);
-        Ok(Step::Record(record))
+/// Checks the checksum of the whole record at `start` and finds what follows it; its last byte is just before `end`.
+fn finish_record(start: Lsn, end: Lsn, raw: &[u8], in_buffer: Option<usize>) -> Result<Step, WalDecodeError> {
+    let header = RecordHeader::from_prefix(raw);
+    if header.is_none_or(|header| header.xl_crc != record_crc(raw)) {
+        return Err(WalDecodeError::BadCrc { at: start });
     }
+    let mut end = end.align_up();
+    let switches = header.is_some_and(|header| header.xl_rmid == rmgr::XLOG.0 && header.xl_info & 0xF0 == xlog::SWITCH);
+    if switches && end.segment_offset() != 0 {
+        end = end.segment_start() + WAL_SEGMENT_BYTES;
+    }
+    Ok(Step::Record(Whole { start, end, in_buffer }))
 }
 
 /// `XLogReaderValidatePageHeader`, for segments of 16 MiB.
@@ -287,11 +326,9 @@ fn check_page_header(at: Lsn, bytes: &[u8]) -> Result<PageHeader, String> {
 }
 
 /// `ValidXLogRecordHeader`.
-fn check_record_header(partial: &Partial, last_record: Option<Lsn>) -> Result<(), WalDecodeError> {
-    let at = partial.start;
+fn check_record_header(at: Lsn, raw: &[u8], last_record: Option<Lsn>) -> Result<(), WalDecodeError> {
     let invalid = |reason: String| WalDecodeError::Invalid { at, reason };
-    let header =
-        RecordHeader::from_prefix(&partial.bytes).ok_or_else(|| invalid("record header cut short".to_owned()))?;
+    let header = RecordHeader::from_prefix(raw).ok_or_else(|| invalid("record header cut short".to_owned()))?;
     if !rmgr::is_valid(header.xl_rmid) {
         return Err(invalid(format!("resource manager {}", header.xl_rmid)));
     }

@@ -1,8 +1,7 @@
 //! Damaged and cut WAL: the decoder reports it and never panics, and never takes a damaged record for a whole one.
 
-use bytes::Bytes;
 use dormouse_wal::{
-    DecodedRecord, WalDecodeError, WalStreamDecoder,
+    OwnedRecord, WalDecodeError, WalStreamDecoder,
     encode::{BlockToWrite, RecordToWrite, encode_record, record_start_at},
     v15::{rmgr, xlog},
 };
@@ -33,11 +32,11 @@ fn wal() -> (Vec<u8>, Vec<Lsn>) {
     (bytes, ends)
 }
 
-fn drain(decoder: &mut WalStreamDecoder) -> (Vec<DecodedRecord>, Option<WalDecodeError>) {
+fn drain(decoder: &mut WalStreamDecoder) -> (Vec<OwnedRecord>, Option<WalDecodeError>) {
     let mut records = Vec::new();
     loop {
         match decoder.poll_record() {
-            Ok(Some(record)) => records.push(record),
+            Ok(Some(record)) => records.push(record.to_owned()),
             Ok(None) => return (records, None),
             Err(error) => return (records, Some(error)),
         }
@@ -108,7 +107,7 @@ proptest! {
         let mut decoder = WalStreamDecoder::new(Lsn(start));
         decoder.feed(decoder.fed_until(), &bytes);
         drain(&mut decoder);
-        let _ = dormouse_wal::decode_record(Lsn(start), Lsn(start + 8), Bytes::from(bytes));
+        let _ = dormouse_wal::decode_record(Lsn(start), Lsn(start + 8), &bytes);
     }
 
     /// Headers that say anything, behind a length that is right.
@@ -116,7 +115,7 @@ proptest! {
     fn any_record_headers_are_survived(mut bytes in prop::collection::vec(any::<u8>(), 24..600)) {
         let length = bytes.len() as u32;
         bytes[..4].copy_from_slice(&length.to_le_bytes());
-        if let Ok(record) = dormouse_wal::decode_record(Lsn(64), Lsn(128), Bytes::from(bytes)) {
+        if let Ok(record) = dormouse_wal::decode_record(Lsn(64), Lsn(128), &bytes) {
             let images = record.blocks.iter().filter_map(|block| block.image.as_ref());
             for image in images {
                 prop_assert!(usize::from(image.hole_offset) + usize::from(image.hole_length) <= PAGE_BYTES);
@@ -150,7 +149,7 @@ fn a_switch_skips_to_the_next_segment() {
     let second = encode_record(next_segment, first.start_lsn, SYSTEM, &noop);
     let mut decoder = WalStreamDecoder::new(begin);
     decoder.feed(begin, &first.bytes);
-    let record = decoder.poll_record().expect("valid").expect("whole");
+    let record = decoder.poll_record().expect("valid").expect("whole").to_owned();
     assert_eq!((record.end_lsn, decoder.position()), (next_segment, next_segment));
     // Whatever stands in the rest of the segment is not looked at.
     while decoder.fed_until() < next_segment {
@@ -159,7 +158,7 @@ fn a_switch_skips_to_the_next_segment() {
         assert!(decoder.poll_record().expect("valid").is_none());
     }
     decoder.feed(next_segment, &second.bytes);
-    let record = decoder.poll_record().expect("valid").expect("whole");
+    let record = decoder.poll_record().expect("valid").expect("whole").to_owned();
     assert_eq!(record.start_lsn, record_start_at(next_segment));
     assert_eq!(decoder.last_record_start(), Some(record.start_lsn));
 }

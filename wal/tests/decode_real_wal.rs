@@ -4,7 +4,7 @@ mod support;
 
 use std::fs;
 
-use dormouse_wal::{DecodedRecord, WalDecodeError, WalStreamDecoder, v15::rmgr};
+use dormouse_wal::{DecodedRecord, OwnedRecord, WalDecodeError, WalStreamDecoder, v15::rmgr};
 use support::{Cluster, WORKLOAD, program, segments, succeed};
 use types::{Lsn, PageTag};
 
@@ -38,7 +38,8 @@ fn every_record_is_found_as_pg_waldump_finds_it() {
     let shown = waldump(&cluster, &files);
     assert!(shown.len() > 10_000, "{} records", shown.len());
     let start = shown[0].start;
-    let (decoded, end) = decode(&files, start);
+    let (owned, end) = decode(&files, start);
+    let decoded: Vec<_> = owned.iter().map(|record| record.decode().expect("a good record")).collect();
     assert!(matches!(end, WalDecodeError::EndOfWal { .. }), "{end}");
     for (decoded, shown) in decoded.iter().zip(&shown) {
         assert_eq!(&as_shown(decoded), shown);
@@ -56,7 +57,7 @@ fn every_record_is_found_as_pg_waldump_finds_it() {
 }
 
 /// Feeds the files in pieces of an awkward size.
-fn decode(files: &[std::path::PathBuf], start: Lsn) -> (Vec<DecodedRecord>, WalDecodeError) {
+fn decode(files: &[std::path::PathBuf], start: Lsn) -> (Vec<OwnedRecord>, WalDecodeError) {
     let mut decoder = WalStreamDecoder::new(start);
     let mut records = Vec::new();
     let first = start.segment_start();
@@ -71,7 +72,7 @@ fn decode(files: &[std::path::PathBuf], start: Lsn) -> (Vec<DecodedRecord>, WalD
             piece_at += piece.len() as u64;
             loop {
                 match decoder.poll_record() {
-                    Ok(Some(record)) => records.push(record),
+                    Ok(Some(record)) => records.push(record.to_owned()),
                     Ok(None) => break,
                     Err(error) => return (records, error),
                 }
@@ -81,7 +82,7 @@ fn decode(files: &[std::path::PathBuf], start: Lsn) -> (Vec<DecodedRecord>, WalD
     panic!("the WAL has no end")
 }
 
-fn as_shown(record: &DecodedRecord) -> Shown {
+fn as_shown(record: &DecodedRecord<'_>) -> Shown {
     let images: usize =
         record.blocks.iter().filter_map(|block| block.image.as_ref()).map(|image| image.bytes.len()).sum();
     Shown {

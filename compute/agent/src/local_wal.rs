@@ -134,7 +134,7 @@ impl LocalWal {
             self.decoder.feed(at, &wal[start..]);
             loop {
                 match self.decoder.poll_record() {
-                    Ok(Some(record)) => self.observe(&record),
+                    Ok(Some(record)) => observe(&mut self.transactions, &self.last_written, &record),
                     Ok(None) => break,
                     Err(error) => return Ok(Pause::NoRecord(error)),
                 }
@@ -187,20 +187,21 @@ impl LocalWal {
         }
         Ok(got)
     }
+}
 
-    fn observe(&mut self, record: &DecodedRecord) {
-        let event = TransactionEvent::of(record).unwrap_or_else(|reason| {
-            // Its transaction then counts as open, which keeps pages longer than needed.
-            tracing::warn!(lsn = %record.start_lsn, reason, "a record about transactions is not understood");
-            TransactionEvent::None
-        });
-        self.transactions.observe(record.start_lsn, record.xid, &event);
-        match wal_redo::changes(record) {
-            Ok(changes) => changes.iter().for_each(|change| self.last_written.apply(record.end_lsn, change)),
-            Err(error) => {
-                tracing::error!(lsn = %record.start_lsn, %error, "a record is not understood: storage will stop here");
-                self.last_written.raise_floor(record.end_lsn);
-            }
+/// Takes note of what a record that is about to be shipped begins, ends and changes.
+fn observe(transactions: &mut Transactions, last_written: &LastWritten, record: &DecodedRecord<'_>) {
+    let event = TransactionEvent::of(record).unwrap_or_else(|reason| {
+        // Its transaction then counts as open, which keeps pages longer than needed.
+        tracing::warn!(lsn = %record.start_lsn, reason, "a record about transactions is not understood");
+        TransactionEvent::None
+    });
+    transactions.observe(record.start_lsn, record.xid, &event);
+    match wal_redo::changes(record) {
+        Ok(changes) => changes.iter().for_each(|change| last_written.apply(record.end_lsn, change)),
+        Err(error) => {
+            tracing::error!(lsn = %record.start_lsn, %error, "a record is not understood: storage will stop here");
+            last_written.raise_floor(record.end_lsn);
         }
     }
 }

@@ -71,7 +71,7 @@ fn precedes(a: u32, b: u32) -> bool {
 
 impl TransactionEvent {
     /// What a record says. Errors when it is about a transaction's end and malformed.
-    pub fn of(record: &DecodedRecord) -> Result<TransactionEvent, &'static str> {
+    pub fn of(record: &DecodedRecord<'_>) -> Result<TransactionEvent, &'static str> {
         if let Some(end) = xact::parse_end(record)? {
             return Ok(TransactionEvent::Ended(with(end.xid, end.subxacts)));
         }
@@ -79,7 +79,7 @@ impl TransactionEvent {
             return Ok(TransactionEvent::Ended(with(prepared.xid, prepared.subxacts)));
         }
         if record.rmgr == rmgr::STANDBY && record.rmgr_info() == standby::RUNNING_XACTS {
-            let running = RunningXacts::from_prefix(&record.main_data).ok_or("running transactions cut short")?;
+            let running = RunningXacts::from_prefix(record.main_data).ok_or("running transactions cut short")?;
             return Ok(TransactionEvent::OldestRunning(running.oldest_running_xid));
         }
         Ok(TransactionEvent::None)

@@ -108,7 +108,7 @@ impl Ingest {
                     return Err(IngestError::Stopped(format!("WAL can't be decoded: {error}")));
                 }
             };
-            self.ingest_record(branch, &record, &mut batch).await?;
+            ingest_record(&mut self.planner, branch, &record, &mut batch).await?;
             if batch.is_full() {
                 batch.apply(branch);
                 branch.make_room().await;
@@ -117,41 +117,6 @@ impl Ingest {
         }
         batch.apply(branch);
         self.make_slru_images(branch).await?;
-        Ok(())
-    }
-
-    async fn ingest_record(
-        &mut self,
-        branch: &Arc<Branch>,
-        record: &DecodedRecord,
-        batch: &mut Batch,
-    ) -> Result<(), IngestError> {
-        let before = batch.tip.unwrap_or_else(|| branch.tip()).last_record_lsn;
-        let puts_before = batch.puts.len();
-        let copies = match self.planner.plan(record, before, &mut batch.puts) {
-            Ok(copies) => copies,
-            Err(error) => {
-                batch.puts.truncate(puts_before);
-                batch.apply(branch);
-                return Err(IngestError::Stopped(error.to_string()));
-            }
-        };
-        if !copies.is_empty() {
-            // The copy reads pages as of the record before, so all of that must be visible.
-            let own = batch.puts.split_off(puts_before);
-            batch.apply(branch);
-            batch.puts = own;
-            for copy in copies {
-                copy::copy_database(branch, &copy, record.end_lsn).await?;
-            }
-        }
-        batch.bytes +=
-            batch.puts[puts_before.min(batch.puts.len())..].iter().map(|put| put.value.weight()).sum::<usize>();
-        batch.tip = Some(Tip {
-            last_record_lsn: record.end_lsn,
-            prev_record_lsn: record.start_lsn,
-            last_commit_us: self.planner.last_commit_us(),
-        });
         Ok(())
     }
 
@@ -168,6 +133,41 @@ impl Ingest {
         }
         Ok(())
     }
+}
+
+/// Plans one record into the batch; databases that it copies are copied at once.
+async fn ingest_record(
+    planner: &mut Planner,
+    branch: &Arc<Branch>,
+    record: &DecodedRecord<'_>,
+    batch: &mut Batch,
+) -> Result<(), IngestError> {
+    let before = batch.tip.unwrap_or_else(|| branch.tip()).last_record_lsn;
+    let puts_before = batch.puts.len();
+    let copies = match planner.plan(record, before, &mut batch.puts) {
+        Ok(copies) => copies,
+        Err(error) => {
+            batch.puts.truncate(puts_before);
+            batch.apply(branch);
+            return Err(IngestError::Stopped(error.to_string()));
+        }
+    };
+    if !copies.is_empty() {
+        // The copy reads pages as of the record before, so all of that must be visible.
+        let own = batch.puts.split_off(puts_before);
+        batch.apply(branch);
+        batch.puts = own;
+        for copy in copies {
+            copy::copy_database(branch, &copy, record.end_lsn).await?;
+        }
+    }
+    batch.bytes += batch.puts[puts_before.min(batch.puts.len())..].iter().map(|put| put.value.weight()).sum::<usize>();
+    batch.tip = Some(Tip {
+        last_record_lsn: record.end_lsn,
+        prev_record_lsn: record.start_lsn,
+        last_commit_us: planner.last_commit_us(),
+    });
+    Ok(())
 }
 
 impl Batch {

@@ -84,21 +84,24 @@ pub struct Planner {
 }
 
 /// What is the same for all changes of one record.
-struct Context<'a> {
-    record: &'a DecodedRecord,
+struct Context<'a, 'r> {
+    record: &'a DecodedRecord<'r>,
+    /// Its bytes, made once and shared by the values that hold them.
+    raw: Option<Bytes>,
     /// End of the record before.
     before: Lsn,
     puts: &'a mut Vec<Put>,
     copies: Vec<DatabaseCopy>,
 }
 
-impl Context<'_> {
+impl Context<'_, '_> {
     fn put(&mut self, key: Key, value: Value) {
         self.puts.push(Put { key, lsn: self.record.end_lsn, value });
     }
 
-    fn stored(&self, will_init: bool) -> Value {
-        let (start_lsn, raw) = (self.record.start_lsn, self.record.raw.clone());
+    fn stored(&mut self, will_init: bool) -> Value {
+        let start_lsn = self.record.start_lsn;
+        let raw = self.raw.get_or_insert_with(|| Bytes::copy_from_slice(self.record.raw)).clone();
         Value::Record(StoredRecord { will_init, depth: 0, start_lsn, raw })
     }
 
@@ -154,7 +157,7 @@ impl Planner {
     /// returned: their sizes are planned, their pages are the caller's part. After an error the planner is of no more use.
     pub fn plan(
         &mut self,
-        record: &DecodedRecord,
+        record: &DecodedRecord<'_>,
         before: Lsn,
         puts: &mut Vec<Put>,
     ) -> Result<Vec<DatabaseCopy>, PlanError> {
@@ -164,14 +167,14 @@ impl Planner {
             puts.push(Put { key: Key::CHECKPOINT, lsn: record.end_lsn, value });
         }
         let timestamps = wal_redo::commit_ts_changes(record, &self.checkpoint)?;
-        let mut context = Context { record, before, puts, copies: Vec::new() };
+        let mut context = Context { record, raw: None, before, puts, copies: Vec::new() };
         for change in changes.into_iter().chain(timestamps) {
             self.plan_change(change, &mut context)?;
         }
         Ok(context.copies)
     }
 
-    fn plan_change(&mut self, change: Change, context: &mut Context<'_>) -> Result<(), PlanError> {
+    fn plan_change(&mut self, change: Change, context: &mut Context<'_, '_>) -> Result<(), PlanError> {
         match change {
             Change::Page { tag, will_init } => self.plan_page(tag, will_init, context)?,
             Change::SlruPage { slru, page, will_init } => self.plan_slru_page(slru, page, will_init, context),
@@ -218,7 +221,7 @@ impl Planner {
         Ok(())
     }
 
-    fn plan_page(&mut self, tag: PageTag, will_init: bool, context: &mut Context<'_>) -> Result<(), PlanError> {
+    fn plan_page(&mut self, tag: PageTag, will_init: bool, context: &mut Context<'_, '_>) -> Result<(), PlanError> {
         self.extend_to(tag, will_init, context)?;
         // A page image is unpacked at once: a record with many would else be stored whole under each page.
         let has_image = context.record.blocks.iter().any(|block| block.tag() == tag && block.applies_image());
@@ -238,7 +241,7 @@ impl Planner {
     }
 
     /// Makes the fork long enough for the block. New blocks get zeroes, the block itself only if the record needs them.
-    fn extend_to(&mut self, tag: PageTag, will_init: bool, context: &mut Context<'_>) -> Result<(), PlanError> {
+    fn extend_to(&mut self, tag: PageTag, will_init: bool, context: &mut Context<'_, '_>) -> Result<(), PlanError> {
         let size = self.sizes.get(&tag.rel).copied();
         let old = size.unwrap_or(0);
         if size.is_some() && tag.block < old {
@@ -257,13 +260,13 @@ impl Planner {
         Ok(())
     }
 
-    fn set_size(&mut self, rel: RelTag, blocks: BlockNumber, context: &mut Context<'_>) {
+    fn set_size(&mut self, rel: RelTag, blocks: BlockNumber, context: &mut Context<'_, '_>) {
         let before = self.sizes.insert(rel, blocks).unwrap_or(0);
         self.logical_blocks = self.logical_blocks + u64::from(blocks) - u64::from(before);
         context.put(Key::rel_size(rel), Value::rel_size(blocks));
     }
 
-    fn drop_fork(&mut self, rel: RelTag, context: &mut Context<'_>) {
+    fn drop_fork(&mut self, rel: RelTag, context: &mut Context<'_, '_>) {
         if let Some(blocks) = self.sizes.remove(&rel) {
             self.logical_blocks -= u64::from(blocks);
             context.put(Key::rel_size(rel), Value::Tombstone);
@@ -276,7 +279,7 @@ impl Planner {
         self.sizes.range(first..=last).map(|(rel, blocks)| (*rel, *blocks)).collect()
     }
 
-    fn copy_database(&mut self, from: (Oid, Oid), to: (Oid, Oid), context: &mut Context<'_>) {
+    fn copy_database(&mut self, from: (Oid, Oid), to: (Oid, Oid), context: &mut Context<'_, '_>) {
         let copy = DatabaseCopy { from, to, rels: self.rels_of(from.0, from.1) };
         context.put(Key::database(to.0, to.1), Value::Image(Bytes::new()));
         for (rel, blocks) in &copy.rels {
@@ -285,7 +288,7 @@ impl Planner {
         context.copies.push(copy);
     }
 
-    fn drop_database(&mut self, spc: Oid, db: Oid, context: &mut Context<'_>) {
+    fn drop_database(&mut self, spc: Oid, db: Oid, context: &mut Context<'_, '_>) {
         for (rel, _) in self.rels_of(spc, db) {
             self.drop_fork(rel, context);
         }
@@ -293,7 +296,7 @@ impl Planner {
         context.put(Key::database(spc, db), Value::Tombstone);
     }
 
-    fn plan_slru_page(&mut self, slru: SlruKind, page: u32, will_init: bool, context: &mut Context<'_>) {
+    fn plan_slru_page(&mut self, slru: SlruKind, page: u32, will_init: bool, context: &mut Context<'_, '_>) {
         let key = Key::slru(slru, page);
         let known = self.slru.contains_key(&(slru, page));
         if !known && !will_init {
@@ -304,7 +307,7 @@ impl Planner {
         context.put(key, value);
     }
 
-    fn truncate_slru(&mut self, slru: SlruKind, cutoff_page: u32, context: &mut Context<'_>) {
+    fn truncate_slru(&mut self, slru: SlruKind, cutoff_page: u32, context: &mut Context<'_, '_>) {
         let existing = self.slru.range((slru, 0)..=(slru, u32::MAX)).map(|((_, page), _)| *page);
         let segment = |page: u32| page / wal_redo::SLRU_PAGES_PER_SEGMENT;
         let gone: Vec<u32> =
@@ -315,7 +318,7 @@ impl Planner {
         }
     }
 
-    fn plan_commit(&mut self, timestamp_us: i64, context: &mut Context<'_>) {
+    fn plan_commit(&mut self, timestamp_us: i64, context: &mut Context<'_, '_>) {
         if self.last_commit_us.is_none_or(|last| timestamp_us > last) {
             self.last_commit_us = Some(timestamp_us);
             let commit = CommitTime { timestamp_us, before: context.before };

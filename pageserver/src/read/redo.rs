@@ -21,7 +21,7 @@ fn replay_now(key: Key, base: &[u8], records: Vec<(Lsn, StoredRecord)>) -> Resul
     let mut page = Box::new([0u8; PAGE_BYTES]);
     page.copy_from_slice(base);
     for (end_lsn, stored) in records {
-        let record = wal::decode_record(stored.start_lsn, end_lsn, stored.raw)
+        let record = wal::decode_record(stored.start_lsn, end_lsn, &stored.raw)
             .map_err(|reason| format!("record that ends at {end_lsn}: {reason}"))?;
         match (key.slru_kind(), key.rel_tag()) {
             (Some(slru), _) => {

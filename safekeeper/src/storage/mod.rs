@@ -164,8 +164,8 @@ fn recover_end(segments: &mut Segments, state: &AcceptorState) -> Result<Lsn, St
         decoder.feed(fed, &segments.read(fed, until)?);
         fed = until;
         loop {
-            match decoder.poll_record() {
-                Ok(Some(_)) if decoder.position() <= available => end = decoder.position(),
+            match decoder.poll_record().map(|record| record.map(|record| record.end_lsn)) {
+                Ok(Some(record_end)) if record_end <= available => end = record_end,
                 // A record that says it goes on beyond the file is not whole.
                 Ok(Some(_)) => break 'scan,
                 Ok(None) => break,

@@ -1,6 +1,6 @@
 //! Damaged records and pages: redo may refuse them or make nonsense of them, but must not panic.
 
-use bytes::Bytes;
+use typed_arena::Arena;
 use types::{PAGE_BYTES, PageTag};
 use wal::DecodedRecord;
 use wal_redo::{changes, redo_page};
@@ -30,25 +30,26 @@ impl Damage {
     }
 
     /// Applies some damaged versions of the record, to some damaged versions of the page, for one page in `every`.
-    pub fn try_some(&mut self, every: u64, page: &[u8; PAGE_BYTES], tag: &PageTag, record: &DecodedRecord) {
+    pub fn try_some(&mut self, every: u64, page: &[u8; PAGE_BYTES], tag: &PageTag, record: &DecodedRecord<'_>) {
         self.applied += 1;
         if !self.applied.is_multiple_of(every) {
             return;
         }
         for _ in 0..8 {
-            let mut damaged = record.clone();
+            let arena = Arena::new();
+            let mut damaged = record.reborrow();
             if self.below(2) == 0 {
-                damaged.main_data = self.bytes(&damaged.main_data);
+                damaged.main_data = self.bytes(damaged.main_data, &arena);
             }
             for block in &mut damaged.blocks {
                 if self.below(2) == 0 {
-                    block.data = self.bytes(&block.data);
+                    block.data = self.bytes(block.data, &arena);
                 }
                 if let Some(image) = &mut block.image
                     && self.below(4) == 0
                 {
                     image.apply = true;
-                    image.bytes = self.bytes(&image.bytes);
+                    image.bytes = self.bytes(image.bytes, &arena);
                     image.hole_length = image.hole_length.wrapping_add(self.below(3) as u16);
                 }
             }
@@ -70,15 +71,15 @@ impl Damage {
     }
 
     /// Cut short, or with some bytes changed.
-    fn bytes(&mut self, bytes: &Bytes) -> Bytes {
+    fn bytes<'a>(&mut self, bytes: &'a [u8], arena: &'a Arena<u8>) -> &'a [u8] {
         if bytes.is_empty() || self.below(2) == 0 {
-            return bytes.slice(..self.below(bytes.len() + 1));
+            return &bytes[..self.below(bytes.len() + 1)];
         }
-        let mut changed = bytes.to_vec();
+        let changed = arena.alloc_extend(bytes.iter().copied());
         for _ in 0..1 + self.below(3) {
             let at = self.below(changed.len().min(40));
             changed[at] = self.next() as u8;
         }
-        changed.into()
+        changed
     }
 }

@@ -26,7 +26,7 @@ use wal::{
     ControlFile, DecodedRecord, RmgrId, WalDecodeError, WalStreamDecoder,
     v15::{RelFileNode, heap::vm, rmgr, state::ParameterChange, xlog},
 };
-use wal_redo::{Change, RedoError, changes, redo_page, restore_image};
+use wal_redo::{Change, ChangeList, RedoError, changes, redo_page, restore_image};
 
 type Page = [u8; PAGE_BYTES];
 
@@ -233,16 +233,16 @@ struct Oracle {
 
 impl Oracle {
     /// Does what [`changes`] says of the record, then compares the pages of which it holds Postgres's image.
-    fn apply(&mut self, record: &DecodedRecord) {
+    fn apply(&mut self, record: &DecodedRecord<'_>) {
         let mut counts = Counts { records: 1, ..Counts::default() };
         if record.rmgr == rmgr::XLOG && record.rmgr_info() == xlog::PARAMETER_CHANGE {
-            let settings = ParameterChange::from_prefix(&record.main_data).expect("a whole record");
+            let settings = ParameterChange::from_prefix(record.main_data).expect("a whole record");
             self.hints_are_logged |= settings.wal_log_hints != 0;
         }
         let list = changes(record).unwrap_or_else(|error| {
             counts.errors += 1;
             self.report.problem(|| error.to_string());
-            Vec::new()
+            ChangeList::new()
         });
         if let Err(problem) = self.state.apply(record, &list) {
             counts.errors += 1;
@@ -273,7 +273,7 @@ impl Oracle {
     }
 
     /// Every page that `redo_page` would change is one that [`changes`] lists.
-    fn check_completeness(&mut self, record: &DecodedRecord, touched: &BTreeSet<PageTag>, counts: &mut Counts) {
+    fn check_completeness(&mut self, record: &DecodedRecord<'_>, touched: &BTreeSet<PageTag>, counts: &mut Counts) {
         // Of hints that were logged without an image there is nothing to redo.
         let referred = record.blocks.iter().filter(|block| record.rmgr != rmgr::XLOG || block.image.is_some());
         let implied = visibility_map_pages(record).into_iter().filter(|tag| {
@@ -287,7 +287,7 @@ impl Oracle {
         }
     }
 
-    fn redo(&mut self, tag: &PageTag, will_init: bool, record: &DecodedRecord, counts: &mut Counts) {
+    fn redo(&mut self, tag: &PageTag, will_init: bool, record: &DecodedRecord<'_>, counts: &mut Counts) {
         let block = record.blocks.iter().find(|block| block.tag() == *tag);
         // Where the page is made anew, its old content must not matter.
         let mut page = if will_init { Box::new([0xA5; PAGE_BYTES]) } else { self.store.read(tag) };
@@ -312,7 +312,7 @@ impl Oracle {
         self.changed_by.insert(*tag, record.rmgr);
     }
 
-    fn compare(&mut self, block: &wal::BlockRef, record: &DecodedRecord, counts: &mut Counts) {
+    fn compare(&mut self, block: &wal::BlockRef<'_>, record: &DecodedRecord<'_>, counts: &mut Counts) {
         let tag = block.tag();
         let mut theirs = Box::new([0; PAGE_BYTES]);
         if let Err(error) = restore_image(block, &mut theirs) {
@@ -381,7 +381,7 @@ fn is_unlogged_hint(tag: &PageTag, rmgr: RmgrId, page: &Page) -> bool {
 }
 
 /// The map pages that a record may change without referring to them.
-fn visibility_map_pages(record: &DecodedRecord) -> BTreeSet<PageTag> {
+fn visibility_map_pages(record: &DecodedRecord<'_>) -> BTreeSet<PageTag> {
     let map_page = |rel: RelTag, block: u32| PageTag { rel: rel.with_fork(ForkNumber::Vm), block: vm::page_of(block) };
     match record.rmgr {
         rmgr::HEAP | rmgr::HEAP2 => {

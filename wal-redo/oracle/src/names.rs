@@ -83,7 +83,7 @@ const XACT: [&str; 7] =
     ["COMMIT", "PREPARE", "ABORT", "COMMIT_PREPARED", "ABORT_PREPARED", "ASSIGNMENT", "INVALIDATIONS"];
 
 /// `Heap/INSERT+INIT` and the like.
-pub fn name(record: &DecodedRecord) -> String {
+pub fn name(record: &DecodedRecord<'_>) -> String {
     let info = record.rmgr_info();
     let (names, code, flag): (&[&str], u8, u8) = match record.rmgr {
         rmgr::HEAP => (&HEAP, info & 0x70, info & 0x80),

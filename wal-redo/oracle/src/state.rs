@@ -83,14 +83,14 @@ impl State {
     }
 
     /// Does what [`wal_redo::changes`] said of the record. Errors name a record that could not be applied.
-    pub fn apply(&mut self, record: &DecodedRecord, listed: &[Change]) -> Result<(), String> {
+    pub fn apply(&mut self, record: &DecodedRecord<'_>, listed: &[Change]) -> Result<(), String> {
         let counters = self.counters.as_mut().expect("counters");
         let commit_ts = commit_ts_changes(record, counters).map_err(|error| error.to_string())?;
         checkpoint::advance(counters, record);
         listed.iter().chain(&commit_ts).try_for_each(|change| self.apply_change(record, change))
     }
 
-    fn apply_change(&mut self, record: &DecodedRecord, change: &Change) -> Result<(), String> {
+    fn apply_change(&mut self, record: &DecodedRecord<'_>, change: &Change) -> Result<(), String> {
         match change.clone() {
             Change::Page { tag, .. } => {
                 let size = self.rels.entry(tag.rel).or_default();

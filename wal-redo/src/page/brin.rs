@@ -34,8 +34,8 @@ const META_BYTES: usize = 16;
 const REVMAP_ITEMS: u32 = ((PAGE_BYTES - HEADER_BYTES - OPAQUE_BYTES) / 6) as u32;
 
 /// Applies the record to the page of this block reference.
-pub(super) fn redo(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<PageLsn, Fault> {
-    let mut main = Cursor::new(&record.main_data);
+pub(super) fn redo(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<PageLsn, Fault> {
+    let mut main = Cursor::new(record.main_data);
     match (record.rmgr_info() & OPMASK, block.id) {
         (CREATE_INDEX, 0) => create_index(page, main)?,
         (INSERT | UPDATE, 0) => insert(page, record, block)?,
@@ -45,7 +45,7 @@ pub(super) fn redo(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef
             set_pointer(page, insert.pages_per_range, insert.heap_block, item_pointer(regular.block, insert.offset))?;
         }
         (UPDATE, 2) => page.index_tuple_delete_no_compact(main.u16()?)?,
-        (SAMEPAGE_UPDATE, 0) => page.index_tuple_overwrite(main.u16()?, &block.data)?,
+        (SAMEPAGE_UPDATE, 0) => page.index_tuple_overwrite(main.u16()?, block.data)?,
         (REVMAP_EXTEND, 0) => {
             page.special_of(OPAQUE_BYTES)?;
             page.set_u32_at(HEADER_BYTES + 12, main.u32()?)?;
@@ -89,8 +89,8 @@ struct Insert {
 }
 
 impl Insert {
-    fn read(record: &DecodedRecord) -> Result<Insert, Fault> {
-        let mut main = Cursor::new(&record.main_data);
+    fn read(record: &DecodedRecord<'_>) -> Result<Insert, Fault> {
+        let mut main = Cursor::new(record.main_data);
         if record.rmgr_info() & OPMASK == UPDATE {
             main.skip(4)?; // oldOffnum, and padding.
         }
@@ -98,11 +98,11 @@ impl Insert {
     }
 }
 
-fn insert(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<(), Fault> {
+fn insert(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<(), Fault> {
     if record.rmgr_info() & INIT_PAGE != 0 {
         init(page, KIND_REGULAR)?;
     }
-    page.add_item(&block.data, Place::Overwriting(Insert::read(record)?.offset)).map(|_| ())
+    page.add_item(block.data, Place::Overwriting(Insert::read(record)?.offset)).map(|_| ())
 }
 
 /// Sets the range map's pointer to a range's summary (`brinSetHeapBlockItemptr`).

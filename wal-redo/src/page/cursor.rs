@@ -45,7 +45,12 @@ impl<'d> Cursor<'d> {
 
     /// `count` numbers of 16 bits.
     pub(super) fn u16s(&mut self, count: usize) -> Result<Vec<u16>, Fault> {
-        Ok(u16s(self.take(count * 2)?))
+        Ok(self.each_u16(count)?.collect())
+    }
+
+    /// `count` numbers of 16 bits, one by one.
+    pub(super) fn each_u16(&mut self, count: usize) -> Result<impl Iterator<Item = u16> + use<'d>, Fault> {
+        Ok(each_u16(self.take(count * 2)?))
     }
 
     /// Skips to the next multiple of `alignment`, counted from the data's start (block data starts aligned to 8).
@@ -71,5 +76,10 @@ impl<'d> Cursor<'d> {
 
 /// The bytes as numbers of 16 bits; an odd last byte is left out.
 pub(super) fn u16s(bytes: &[u8]) -> Vec<u16> {
-    bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]])).collect()
+    each_u16(bytes).collect()
+}
+
+/// As [`u16s`], one by one.
+pub(super) fn each_u16(bytes: &[u8]) -> impl Iterator<Item = u16> {
+    bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]))
 }

@@ -61,7 +61,7 @@ pub struct RecordName {
 
 impl RecordName {
     /// The name of this record.
-    pub fn of(record: &DecodedRecord) -> RecordName {
+    pub fn of(record: &DecodedRecord<'_>) -> RecordName {
         RecordName { start_lsn: record.start_lsn, end_lsn: record.end_lsn, rmgr: record.rmgr, info: record.rmgr_info() }
     }
 }
@@ -81,7 +81,7 @@ pub(super) enum Fault {
 }
 
 impl Fault {
-    pub(super) fn named(self, tag: &PageTag, record: &DecodedRecord) -> RedoError {
+    pub(super) fn named(self, tag: &PageTag, record: &DecodedRecord<'_>) -> RedoError {
         let (tag, record) = (*tag, RecordName::of(record));
         match self {
             Fault::Invalid(reason) => RedoError::Invalid { tag, record, reason: reason.into_owned() },

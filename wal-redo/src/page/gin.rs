@@ -53,7 +53,7 @@ const POSTING_ITEM_BYTES: usize = 10;
 const INVALID_BLOCK: BlockNumber = BlockNumber::MAX;
 
 /// Applies the record to the page of this block reference.
-pub(super) fn redo(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<PageLsn, Fault> {
+pub(super) fn redo(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<PageLsn, Fault> {
     match (record.rmgr_info(), block.id) {
         (CREATE_PTREE, 0) => create_posting_tree(page, record)?,
         (INSERT, 0) => insert(page, record, block)?,
@@ -62,14 +62,14 @@ pub(super) fn redo(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef
             set_flags(page, flags & !INCOMPLETE_SPLIT)?;
         }
         (SPLIT | VACUUM_PAGE, _) => return Err("a GIN record that must have a full-page image, without one".into()),
-        (VACUUM_DATA_LEAF_PAGE, 0) => recompress(page, &block.data)?,
+        (VACUUM_DATA_LEAF_PAGE, 0) => recompress(page, block.data)?,
         (DELETE_PAGE, 0) => mark_deleted(page, DeletePage::read(record)?.delete_xid)?,
         (DELETE_PAGE, 1) => delete_posting_item(page, DeletePage::read(record)?.parent_offset)?,
         (DELETE_PAGE, 2) => set_right_link(page, DeletePage::read(record)?.right_link)?,
         (UPDATE_META_PAGE, 0) => restore_meta(page, UpdateMeta::read(record)?.metadata)?,
         (UPDATE_META_PAGE, 1) => update_tail(page, record, block)?,
         (INSERT_LISTPAGE, 0) => insert_list_page(page, record, block)?,
-        (DELETE_LISTPAGE, 0) => restore_meta(page, Cursor::new(&record.main_data).take(META_BYTES)?)?,
+        (DELETE_LISTPAGE, 0) => restore_meta(page, Cursor::new(record.main_data).take(META_BYTES)?)?,
         (DELETE_LISTPAGE, _deleted) => init(page, DELETED)?,
         (_operation, id) => return Err(format!("a GIN record that has no use for its block {id}").into()),
     }
@@ -118,15 +118,15 @@ fn set_data(page: &mut Page<'_>, data: &[u8]) -> Result<(), Fault> {
     Ok(())
 }
 
-fn create_posting_tree(page: &mut Page<'_>, record: &DecodedRecord) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+fn create_posting_tree(page: &mut Page<'_>, record: &DecodedRecord<'_>) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let bytes = main.u32()?;
     init(page, DATA | LEAF | COMPRESSED)?;
     set_data(page, main.take(bytes as usize)?)
 }
 
-fn insert(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+fn insert(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let kind = main.u16()?;
     // An insertion into an inner page ends the split of a child, whose right half the old entry then points to.
     let right_child = if kind & INSERT_IS_LEAF == 0 {
@@ -136,14 +136,14 @@ fn insert(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Resu
         None
     };
     match (kind & INSERT_IS_DATA != 0, right_child) {
-        (true, None) => recompress(page, &block.data),
+        (true, None) => recompress(page, block.data),
         (true, Some(right_child)) => insert_posting_item(page, block, right_child),
         (false, right_child) => insert_entry(page, block, right_child),
     }
 }
 
-fn insert_entry(page: &mut Page<'_>, block: &BlockRef, right_child: Option<BlockNumber>) -> Result<(), Fault> {
-    let mut data = Cursor::new(&block.data);
+fn insert_entry(page: &mut Page<'_>, block: &BlockRef<'_>, right_child: Option<BlockNumber>) -> Result<(), Fault> {
+    let mut data = Cursor::new(block.data);
     let (offset, replaces) = (data.u16()?, data.u8()? != 0);
     data.skip(1)?;
     if let Some(right_child) = right_child {
@@ -159,8 +159,8 @@ fn insert_entry(page: &mut Page<'_>, block: &BlockRef, right_child: Option<Block
 }
 
 /// Adds a posting item to an inner data page, before which the old one there gets the right child.
-fn insert_posting_item(page: &mut Page<'_>, block: &BlockRef, right_child: BlockNumber) -> Result<(), Fault> {
-    let mut data = Cursor::new(&block.data);
+fn insert_posting_item(page: &mut Page<'_>, block: &BlockRef<'_>, right_child: BlockNumber) -> Result<(), Fault> {
+    let mut data = Cursor::new(block.data);
     let offset = usize::from(data.u16()?);
     let item = data.take(POSTING_ITEM_BYTES)?;
     let count = count(page)?;
@@ -242,8 +242,8 @@ struct DeletePage {
 }
 
 impl DeletePage {
-    fn read(record: &DecodedRecord) -> Result<DeletePage, Fault> {
-        let mut main = Cursor::new(&record.main_data);
+    fn read(record: &DecodedRecord<'_>) -> Result<DeletePage, Fault> {
+        let mut main = Cursor::new(record.main_data);
         let parent_offset = main.u16()?;
         main.skip(2)?;
         Ok(DeletePage { parent_offset, right_link: main.u32()?, delete_xid: main.u32()? })
@@ -266,8 +266,8 @@ struct UpdateMeta<'r> {
 }
 
 impl<'r> UpdateMeta<'r> {
-    fn read(record: &'r DecodedRecord) -> Result<UpdateMeta<'r>, Fault> {
-        let mut main = Cursor::new(&record.main_data);
+    fn read(record: &'r DecodedRecord<'_>) -> Result<UpdateMeta<'r>, Fault> {
+        let mut main = Cursor::new(record.main_data);
         main.skip(16)?; // The relation, and padding.
         let metadata = main.take(META_BYTES)?;
         Ok(UpdateMeta { metadata, prev_tail: main.u32()?, new_right_link: main.u32()?, tuples: main.u32()? })
@@ -282,12 +282,12 @@ fn restore_meta(page: &mut Page<'_>, metadata: &[u8]) -> Result<(), Fault> {
 }
 
 /// The pending list's tail page gets tuples, or a right neighbour.
-fn update_tail(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<(), Fault> {
+fn update_tail(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<(), Fault> {
     let update = UpdateMeta::read(record)?;
     if update.tuples == 0 {
         return if update.prev_tail == INVALID_BLOCK { Ok(()) } else { set_right_link(page, update.new_right_link) };
     }
-    append_tuples(page, &block.data, update.tuples)?;
+    append_tuples(page, block.data, update.tuples)?;
     let count = count(page)?;
     set_count(page, count.wrapping_add(1))
 }
@@ -302,12 +302,12 @@ fn append_tuples(page: &mut Page<'_>, mut data: &[u8], tuples: u32) -> Result<()
     Ok(())
 }
 
-fn insert_list_page(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+fn insert_list_page(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let (right_link, tuples) = (main.u32()?, main.u32()?);
     let is_tail = right_link == INVALID_BLOCK;
     init(page, if is_tail { LIST | LIST_FULLROW } else { LIST })?;
     set_right_link(page, right_link)?;
     set_count(page, u16::from(is_tail))?;
-    append_tuples(page, &block.data, tuples)
+    append_tuples(page, block.data, tuples)
 }

@@ -32,7 +32,7 @@ const ROOT: BlockNumber = 0;
 const INVALID_BLOCK: BlockNumber = BlockNumber::MAX;
 
 /// Applies the record to the page of this block reference.
-pub(super) fn redo(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<PageLsn, Fault> {
+pub(super) fn redo(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<PageLsn, Fault> {
     match (record.rmgr_info(), block.id) {
         (PAGE_UPDATE, 0) => update(page, record, block)?,
         (PAGE_UPDATE, 1) | (PAGE_SPLIT, 0) => clear_follow_right(page, record)?,
@@ -40,7 +40,7 @@ pub(super) fn redo(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef
         (PAGE_SPLIT, _half) => split(page, record, block)?,
         (PAGE_DELETE, 0) => delete_page(page, record)?,
         (PAGE_DELETE, 1) => {
-            let mut main = Cursor::new(&record.main_data);
+            let mut main = Cursor::new(record.main_data);
             main.skip(8)?; // deleteXid
             page.index_tuple_delete(main.u16()?)?;
         }
@@ -51,7 +51,11 @@ pub(super) fn redo(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef
 }
 
 /// What the record does to a page besides its full-page image, which was taken before the child's split was ended.
-pub(super) fn redo_after_image(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<(), Fault> {
+pub(super) fn redo_after_image(
+    page: &mut Page<'_>,
+    record: &DecodedRecord<'_>,
+    block: &BlockRef<'_>,
+) -> Result<(), Fault> {
     match (record.rmgr_info(), block.id) {
         (PAGE_UPDATE, 1) | (PAGE_SPLIT, 0) => clear_follow_right(page, record),
         _image_is_all => Ok(()),
@@ -72,7 +76,7 @@ fn set_split_lsn(page: &mut Page<'_>, lsn: u64) -> Result<(), Fault> {
 }
 
 /// Ends a child's split: its right half has its own downlink now.
-fn clear_follow_right(page: &mut Page<'_>, record: &DecodedRecord) -> Result<(), Fault> {
+fn clear_follow_right(page: &mut Page<'_>, record: &DecodedRecord<'_>) -> Result<(), Fault> {
     set_split_lsn(page, record.end_lsn.0)?;
     change_flags(page, FOLLOW_RIGHT, 0)
 }
@@ -87,10 +91,10 @@ fn append_tuples(page: &mut Page<'_>, mut data: &[u8]) -> Result<(), Fault> {
     Ok(())
 }
 
-fn update(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+fn update(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let (deleted, inserted) = (main.u16()?, main.u16()?);
-    let mut data = Cursor::new(&block.data);
+    let mut data = Cursor::new(block.data);
     if (deleted, inserted) == (1, 1) {
         // One for one is replaced in place.
         let number = data.u16()?;
@@ -104,8 +108,8 @@ fn update(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Resu
 }
 
 /// Items known to be dead go when an insertion needs their place.
-fn delete(page: &mut Page<'_>, record: &DecodedRecord) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+fn delete(page: &mut Page<'_>, record: &DecodedRecord<'_>) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     main.skip(4)?; // latestRemovedXid
     let count = main.u16()?;
     page.index_multi_delete(&main.u16s(count.into())?)?;
@@ -113,8 +117,8 @@ fn delete(page: &mut Page<'_>, record: &DecodedRecord) -> Result<(), Fault> {
 }
 
 /// One of the pages of a split, blocks 1 and up: the first is the old page or, when the root was split, the new root.
-fn split(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+fn split(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let old_right = main.u32()?;
     main.skip(4)?;
     let (old_split_lsn, was_leaf) = (main.u64()?, main.u8()? != 0);
@@ -125,7 +129,7 @@ fn split(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Resul
     let special = page.special();
     page.set_u16_at(special + 14, PAGE_ID)?;
     change_flags(page, 0, if was_leaf && !is_root { LEAF } else { 0 })?;
-    let mut data = Cursor::new(&block.data);
+    let mut data = Cursor::new(block.data);
     data.skip(4)?; // The number of tuples.
     append_tuples(page, data.rest())?;
     let next = record.block(block.id + 1).filter(|_| u16::from(block.id) < pages);
@@ -138,9 +142,9 @@ fn split(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Resul
 }
 
 /// `GistPageSetDeleted`: the transaction after whose end the page may be reused takes the place of items.
-fn delete_page(page: &mut Page<'_>, record: &DecodedRecord) -> Result<(), Fault> {
+fn delete_page(page: &mut Page<'_>, record: &DecodedRecord<'_>) -> Result<(), Fault> {
     change_flags(page, 0, DELETED)?;
-    page.write(HEADER_BYTES, Cursor::new(&record.main_data).take(8)?)?;
+    page.write(HEADER_BYTES, Cursor::new(record.main_data).take(8)?)?;
     page.set_lower(HEADER_BYTES + 8);
     Ok(())
 }

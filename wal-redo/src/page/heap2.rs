@@ -12,9 +12,9 @@ use wal::{
 
 use super::{
     PageLsn,
-    cursor::{Cursor, u16s},
+    cursor::{Cursor, each_u16},
     fault::{Fault, whole},
-    page_ops::{ItemId, Page, Place},
+    page_ops::{ItemId, Page},
     tuple::{NewTuple, Tuple, item_pointer},
     visibility_map,
 };
@@ -23,7 +23,7 @@ use super::{
 const FROZEN_XID: u32 = 2;
 
 /// Applies the record to the page of this block reference.
-pub(super) fn redo(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<PageLsn, Fault> {
+pub(super) fn redo(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<PageLsn, Fault> {
     match record.rmgr_info() & OPMASK {
         PRUNE => prune(page, record, block)?,
         VACUUM => vacuum(page, record, block)?,
@@ -39,33 +39,34 @@ pub(super) fn redo(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef
 }
 
 /// Line pointers become redirected, dead or unused; then the page is packed (`heap_page_prune_execute`).
-fn prune(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<(), Fault> {
-    let HeapPrune { nredirected, ndead, .. } = whole(HeapPrune::from_prefix(&record.main_data))?;
-    let mut data = Cursor::new(&block.data);
-    for pair in data.u16s(usize::from(nredirected) * 2)?.chunks_exact(2) {
-        page.set_item_id(pair[0], ItemId::redirect(pair[1]))?;
+fn prune(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<(), Fault> {
+    let HeapPrune { nredirected, ndead, .. } = whole(HeapPrune::from_prefix(record.main_data))?;
+    let mut data = Cursor::new(block.data);
+    for _ in 0..nredirected {
+        let (from, to) = (data.u16()?, data.u16()?);
+        page.set_item_id(from, ItemId::redirect(to))?;
     }
-    for number in data.u16s(ndead.into())? {
+    for number in data.each_u16(ndead.into())? {
         page.set_item_id(number, ItemId::DEAD)?;
     }
-    for number in u16s(data.rest()) {
+    for number in each_u16(data.rest()) {
         page.set_item_id(number, ItemId::UNUSED)?;
     }
     page.repair_fragmentation()
 }
 
 /// Dead line pointers become unused (vacuum's second pass).
-fn vacuum(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<(), Fault> {
-    let HeapVacuum { nunused } = whole(HeapVacuum::from_prefix(&record.main_data))?;
-    for number in Cursor::new(&block.data).u16s(nunused.into())? {
+fn vacuum(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<(), Fault> {
+    let HeapVacuum { nunused } = whole(HeapVacuum::from_prefix(record.main_data))?;
+    for number in Cursor::new(block.data).each_u16(nunused.into())? {
         page.set_item_id(number, ItemId::UNUSED)?;
     }
     page.truncate_line_pointers()
 }
 
-fn freeze_page(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<(), Fault> {
-    let HeapFreezePage { ntuples, .. } = whole(HeapFreezePage::from_prefix(&record.main_data))?;
-    let mut data = Cursor::new(&block.data);
+fn freeze_page(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<(), Fault> {
+    let HeapFreezePage { ntuples, .. } = whole(HeapFreezePage::from_prefix(record.main_data))?;
+    let mut data = Cursor::new(block.data);
     for _ in 0..ntuples {
         let plan = whole(HeapFreezeTuple::from_prefix(data.take(HeapFreezeTuple::SIZE)?))?;
         let mut tuple = Tuple::on_page(page, plan.offset)?;
@@ -83,36 +84,36 @@ fn freeze_page(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) ->
 }
 
 /// Block 0 is the visibility map's page, block 1 the heap page.
-fn visible(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<PageLsn, Fault> {
+fn visible(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<PageLsn, Fault> {
     if block.id != 0 {
         page.set_all_visible(true);
         // Postgres sets the heap page's LSN only when it runs with checksums or wal_log_hints.
         return Ok(PageLsn::Keep);
     }
-    let HeapVisible { flags, .. } = whole(HeapVisible::from_prefix(&record.main_data))?;
+    let HeapVisible { flags, .. } = whole(HeapVisible::from_prefix(record.main_data))?;
     let heap_block = record.block(1).ok_or("a visibility record without its heap page")?.block;
     let changed = visibility_map::set(page, block.block, heap_block, flags)?;
     Ok(if changed { PageLsn::Set } else { PageLsn::Keep })
 }
 
-fn multi_insert(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<(), Fault> {
-    let HeapMultiInsert { flags, ntuples, .. } = whole(HeapMultiInsert::from_prefix(&record.main_data))?;
-    let offsets: Vec<u16> = if record.rmgr_info() & INIT_PAGE != 0 {
+fn multi_insert(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<(), Fault> {
+    let HeapMultiInsert { flags, ntuples, .. } = whole(HeapMultiInsert::from_prefix(record.main_data))?;
+    // On a page that it makes, a record lists no places: they are 1, 2, 3 and so on.
+    let makes_page = record.rmgr_info() & INIT_PAGE != 0;
+    let mut places = Cursor::new(record.main_data);
+    places.skip(HeapMultiInsert::SIZE)?;
+    if makes_page {
         page.init(0);
-        (1..=ntuples).collect()
-    } else {
-        let mut main = Cursor::new(&record.main_data);
-        main.skip(HeapMultiInsert::SIZE)?;
-        main.u16s(ntuples.into())?
-    };
-    let mut data = Cursor::new(&block.data);
-    for offnum in offsets {
+    }
+    let mut data = Cursor::new(block.data);
+    for number in 1..=ntuples {
+        let offnum = if makes_page { number } else { places.u16()? };
         data.align(2);
         let len = data.u16()?;
         let header = NewTuple::read(&mut data)?;
         let body = data.take(len.into())?;
-        let tuple = header.build(record.xid, 0, item_pointer(block.block, offnum), &[body])?;
-        page.add_item(&tuple, Place::Heap(offnum))?;
+        let slot = header.add_to(page, offnum, body.len(), record.xid, 0, item_pointer(block.block, offnum))?;
+        page.write(slot.start, body)?;
     }
     if !data.is_empty() {
         return Err("a multi-insert has more tuple data than tuples".into());
@@ -126,8 +127,8 @@ fn multi_insert(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -
     Ok(())
 }
 
-fn lock_updated(page: &mut Page<'_>, record: &DecodedRecord) -> Result<(), Fault> {
-    let HeapLockUpdated { xmax, offnum, infobits_set, .. } = whole(HeapLockUpdated::from_prefix(&record.main_data))?;
+fn lock_updated(page: &mut Page<'_>, record: &DecodedRecord<'_>) -> Result<(), Fault> {
+    let HeapLockUpdated { xmax, offnum, infobits_set, .. } = whole(HeapLockUpdated::from_prefix(record.main_data))?;
     let mut tuple = Tuple::on_page(page, offnum)?;
     tuple.replace_xmax_bits(infobits_set);
     tuple.set_xmax(xmax);

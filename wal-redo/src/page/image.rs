@@ -8,7 +8,7 @@ use wal::record::{BlockImage, ImageCompression};
 use super::{fault::Fault, pglz};
 
 /// Puts the image's bytes into the page; the hole becomes zeroes.
-pub(super) fn restore(image: &BlockImage, page: &mut [u8; PAGE_BYTES]) -> Result<(), Fault> {
+pub(super) fn restore(image: &BlockImage<'_>, page: &mut [u8; PAGE_BYTES]) -> Result<(), Fault> {
     let (hole_offset, hole_length) = (usize::from(image.hole_offset), usize::from(image.hole_length));
     let hole_end = hole_offset + hole_length;
     if hole_end > PAGE_BYTES {
@@ -22,8 +22,8 @@ pub(super) fn restore(image: &BlockImage, page: &mut [u8; PAGE_BYTES]) -> Result
 }
 
 /// The image's `expected` bytes, uncompressed.
-fn unpack(image: &BlockImage, expected: usize) -> Result<Cow<'_, [u8]>, Fault> {
-    let packed: &[u8] = &image.bytes;
+fn unpack<'a>(image: &BlockImage<'a>, expected: usize) -> Result<Cow<'a, [u8]>, Fault> {
+    let packed = image.bytes;
     let mut unpacked = Vec::new();
     let bytes = match image.compression {
         ImageCompression::None => packed.len(),
@@ -50,8 +50,8 @@ fn unpack(image: &BlockImage, expected: usize) -> Result<Cow<'_, [u8]>, Fault> {
 mod tests {
     use super::*;
 
-    fn image(bytes: Vec<u8>, hole: (u16, u16), compression: ImageCompression) -> BlockImage {
-        BlockImage { bytes: bytes.into(), hole_offset: hole.0, hole_length: hole.1, apply: true, compression }
+    fn image(bytes: &[u8], hole: (u16, u16), compression: ImageCompression) -> BlockImage<'_> {
+        BlockImage { bytes, hole_offset: hole.0, hole_length: hole.1, apply: true, compression }
     }
 
     #[test]
@@ -63,7 +63,7 @@ mod tests {
             [(body.clone(), ImageCompression::None), (lz4, ImageCompression::Lz4), (zstd, ImageCompression::Zstd)]
         {
             let mut page = [0xAA; PAGE_BYTES];
-            restore(&image(bytes, (100, 192), compression), &mut page).expect("restores");
+            restore(&image(&bytes, (100, 192), compression), &mut page).expect("restores");
             assert_eq!(&page[..100], &body[..100], "{compression:?}");
             assert!(page[100..292].iter().all(|byte| *byte == 0));
             assert_eq!(&page[292..], &body[100..]);
@@ -76,8 +76,8 @@ mod tests {
         for compression in
             [ImageCompression::None, ImageCompression::Pglz, ImageCompression::Lz4, ImageCompression::Zstd]
         {
-            assert!(restore(&image(vec![0xFF; 100], (0, 0), compression), &mut page).is_err(), "{compression:?}");
-            assert!(restore(&image(vec![], (8000, 500), compression), &mut page).is_err());
+            assert!(restore(&image(&[0xFF; 100], (0, 0), compression), &mut page).is_err(), "{compression:?}");
+            assert!(restore(&image(&[], (8000, 500), compression), &mut page).is_err());
         }
     }
 }

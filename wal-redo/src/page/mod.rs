@@ -46,7 +46,7 @@ enum PageLsn {
 ///
 /// The result is what Postgres's redo leaves behind, `pd_lsn` included; the bytes of the hole between `pd_lower` and
 /// `pd_upper` may differ. After an error the page's content is unspecified.
-pub fn redo_page(page: &mut [u8; PAGE_BYTES], tag: &PageTag, record: &DecodedRecord) -> Result<(), RedoError> {
+pub fn redo_page(page: &mut [u8; PAGE_BYTES], tag: &PageTag, record: &DecodedRecord<'_>) -> Result<(), RedoError> {
     let named = |fault: Fault| fault.named(tag, record);
     let done = match record.blocks.iter().find(|block| block.tag() == *tag) {
         Some(block) => redo_block(&mut Page::new(page), record, block).map_err(named)?,
@@ -64,7 +64,7 @@ pub fn redo_page(page: &mut [u8; PAGE_BYTES], tag: &PageTag, record: &DecodedRec
 
 /// Unpacks a block's full-page image into the page (without setting `pd_lsn`), whether or not redo would apply it.
 /// Errors when there is none or it is damaged.
-pub fn restore_image(block: &BlockRef, page: &mut [u8; PAGE_BYTES]) -> Result<(), RedoError> {
+pub fn restore_image(block: &BlockRef<'_>, page: &mut [u8; PAGE_BYTES]) -> Result<(), RedoError> {
     let fail = |reason: &str| RedoError::Image { tag: block.tag(), reason: reason.to_owned() };
     let image = block.image.as_ref().ok_or_else(|| fail("there is none"))?;
     image::restore(image, page).map_err(|fault| match fault {
@@ -73,7 +73,7 @@ pub fn restore_image(block: &BlockRef, page: &mut [u8; PAGE_BYTES]) -> Result<()
     })
 }
 
-fn redo_block(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<PageLsn, Fault> {
+fn redo_block(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<PageLsn, Fault> {
     if let Some(image) = block.image.as_ref().filter(|image| image.apply) {
         image::restore(image, page.bytes_mut())?;
         match record.rmgr {

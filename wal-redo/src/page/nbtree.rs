@@ -37,7 +37,7 @@ const BTREE_MAGIC: u32 = 0x0005_3162;
 const META_BYTES: usize = 48;
 
 /// Applies the record to the page of this block reference.
-pub(super) fn redo(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<PageLsn, Fault> {
+pub(super) fn redo(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<PageLsn, Fault> {
     match (record.rmgr_info(), block.id) {
         (INSERT_LEAF | INSERT_UPPER | INSERT_META, 0) => insert(page, record, block)?,
         (INSERT_POST, 0) => insert_post(page, record, block)?,
@@ -118,15 +118,15 @@ fn init(page: &mut Page<'_>, prev: BlockNumber, next: BlockNumber, level: u32, f
     opaque.set_flags(flags)
 }
 
-fn insert(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<(), Fault> {
-    let BtreeInsert { offnum } = whole(BtreeInsert::from_prefix(&record.main_data))?;
-    page.add_item(&block.data, Place::Shifting(offnum)).map(|_| ())
+fn insert(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<(), Fault> {
+    let BtreeInsert { offnum } = whole(BtreeInsert::from_prefix(record.main_data))?;
+    page.add_item(block.data, Place::Shifting(offnum)).map(|_| ())
 }
 
 /// An insertion that splits a posting list: the new tuple's and the list's pointers are exchanged.
-fn insert_post(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<(), Fault> {
-    let BtreeInsert { offnum } = whole(BtreeInsert::from_prefix(&record.main_data))?;
-    let mut data = Cursor::new(&block.data);
+fn insert_post(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<(), Fault> {
+    let BtreeInsert { offnum } = whole(BtreeInsert::from_prefix(record.main_data))?;
+    let mut data = Cursor::new(block.data);
     let posting_offset = data.u16()?;
     let mut new_item = data.rest().to_vec();
     let range = page.item_range(offnum.saturating_sub(1))?;
@@ -142,8 +142,8 @@ fn clear_incomplete_split(page: &mut Page<'_>) -> Result<(), Fault> {
 }
 
 /// The meta page, made anew from `xl_btree_metadata` (`_bt_restore_meta`).
-fn restore_meta(page: &mut Page<'_>, block: &BlockRef) -> Result<(), Fault> {
-    let new = whole(BtreeMetadata::from_prefix(&block.data))?;
+fn restore_meta(page: &mut Page<'_>, block: &BlockRef<'_>) -> Result<(), Fault> {
+    let new = whole(BtreeMetadata::from_prefix(block.data))?;
     init(page, 0, 0, 0, META)?;
     let mut meta = [0; META_BYTES];
     let BtreeMetadata { version, root, level, fastroot, fastlevel, last_cleanup_num_delpages, .. } = new;
@@ -171,7 +171,7 @@ struct SplitBlocks {
     sibling: BlockNumber,
 }
 
-fn split_blocks(record: &DecodedRecord) -> Result<SplitBlocks, Fault> {
+fn split_blocks(record: &DecodedRecord<'_>) -> Result<SplitBlocks, Fault> {
     let number = |id: u8| record.block(id).map(|block| block.block);
     Ok(SplitBlocks {
         left: number(0).ok_or("a split without its left page")?,
@@ -180,11 +180,11 @@ fn split_blocks(record: &DecodedRecord) -> Result<SplitBlocks, Fault> {
     })
 }
 
-fn split_right(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<(), Fault> {
-    let split = whole(BtreeSplit::from_prefix(&record.main_data))?;
+fn split_right(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<(), Fault> {
+    let split = whole(BtreeSplit::from_prefix(record.main_data))?;
     let blocks = split_blocks(record)?;
     init(page, blocks.left, blocks.sibling, split.level, leaf_flag(split.level))?;
-    restore_items(page, &block.data)
+    restore_items(page, block.data)
 }
 
 /// Adds the items of a page image's upper part: the last one comes first there (`_bt_restore_page`).
@@ -198,13 +198,13 @@ fn restore_items(page: &mut Page<'_>, data: &[u8]) -> Result<(), Fault> {
 /// The left page is rebuilt in item order on a fresh page, as `_bt_split` does, so that its bytes come out the same.
 fn split_left(
     page: &mut Page<'_>,
-    record: &DecodedRecord,
-    block: &BlockRef,
+    record: &DecodedRecord<'_>,
+    block: &BlockRef<'_>,
     new_item_on_left: bool,
 ) -> Result<(), Fault> {
-    let split = whole(BtreeSplit::from_prefix(&record.main_data))?;
+    let split = whole(BtreeSplit::from_prefix(record.main_data))?;
     let first_data_key = Opaque::of(page)?.first_data_key()?;
-    let mut data: &[u8] = &block.data;
+    let mut data: &[u8] = block.data;
     let mut new_item = None;
     let mut replaced_posting = None;
     if new_item_on_left || split.postingoff != 0 {
@@ -253,9 +253,9 @@ fn split_left(
 }
 
 /// Merges runs of equal tuples into posting lists (`btree_xlog_dedup`).
-fn dedup(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<(), Fault> {
-    let BtreeDedup { nintervals } = whole(BtreeDedup::from_prefix(&record.main_data))?;
-    let mut data = Cursor::new(&block.data);
+fn dedup(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<(), Fault> {
+    let BtreeDedup { nintervals } = whole(BtreeDedup::from_prefix(record.main_data))?;
+    let mut data = Cursor::new(block.data);
     let intervals = data.take(usize::from(nintervals) * BtreeDedupInterval::SIZE)?;
     let intervals = intervals.chunks_exact(BtreeDedupInterval::SIZE).filter_map(BtreeDedupInterval::from_prefix);
     let first_data_key = Opaque::of(page)?.first_data_key()?;
@@ -296,15 +296,15 @@ fn clear_garbage(page: &mut Page<'_>) -> Result<(), Fault> {
 }
 
 /// `btree_xlog_vacuum` and `btree_xlog_delete`: some posting lists lose pointers, some items go.
-fn delete_items(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<(), Fault> {
+fn delete_items(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<(), Fault> {
     let (deleted_count, updated_count) = if record.rmgr_info() == DELETE {
-        let BtreeDelete { ndeleted, nupdated, .. } = whole(BtreeDelete::from_prefix(&record.main_data))?;
+        let BtreeDelete { ndeleted, nupdated, .. } = whole(BtreeDelete::from_prefix(record.main_data))?;
         (ndeleted, nupdated)
     } else {
-        let BtreeVacuum { ndeleted, nupdated } = whole(BtreeVacuum::from_prefix(&record.main_data))?;
+        let BtreeVacuum { ndeleted, nupdated } = whole(BtreeVacuum::from_prefix(record.main_data))?;
         (ndeleted, nupdated)
     };
-    let mut data = Cursor::new(&block.data);
+    let mut data = Cursor::new(block.data);
     let deleted = data.u16s(deleted_count.into())?;
     for number in data.u16s(updated_count.into())? {
         let removed_count = data.u16()?;
@@ -317,8 +317,8 @@ fn delete_items(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -
 }
 
 /// The parent loses the right sibling's entry, whose downlink takes the removed page's place.
-fn mark_halfdead_parent(page: &mut Page<'_>, record: &DecodedRecord) -> Result<(), Fault> {
-    let number = whole(BtreeMarkPageHalfdead::from_prefix(&record.main_data))?.poffset;
+fn mark_halfdead_parent(page: &mut Page<'_>, record: &DecodedRecord<'_>) -> Result<(), Fault> {
+    let number = whole(BtreeMarkPageHalfdead::from_prefix(record.main_data))?.poffset;
     let next = number.checked_add(1).ok_or("an offset number that is too large")?;
     let right = index_tuple::block(page.item(next)?)?;
     let range = page.item_range(number)?;
@@ -326,8 +326,8 @@ fn mark_halfdead_parent(page: &mut Page<'_>, record: &DecodedRecord) -> Result<(
     page.index_tuple_delete(next)
 }
 
-fn mark_halfdead_leaf(page: &mut Page<'_>, record: &DecodedRecord) -> Result<(), Fault> {
-    let leaf = whole(BtreeMarkPageHalfdead::from_prefix(&record.main_data))?;
+fn mark_halfdead_leaf(page: &mut Page<'_>, record: &DecodedRecord<'_>) -> Result<(), Fault> {
+    let leaf = whole(BtreeMarkPageHalfdead::from_prefix(record.main_data))?;
     half_dead_page(page, leaf.leftblk, leaf.rightblk, leaf.topparent)
 }
 
@@ -346,11 +346,11 @@ fn half_dead_page(
     page.add_item(&high_key, Place::Shifting(1)).map(|_| ())
 }
 
-fn unlink_of(record: &DecodedRecord) -> Result<BtreeUnlinkPage, Fault> {
-    whole(BtreeUnlinkPage::from_prefix(&record.main_data))
+fn unlink_of(record: &DecodedRecord<'_>) -> Result<BtreeUnlinkPage, Fault> {
+    whole(BtreeUnlinkPage::from_prefix(record.main_data))
 }
 
-fn unlink_target(page: &mut Page<'_>, record: &DecodedRecord) -> Result<(), Fault> {
+fn unlink_target(page: &mut Page<'_>, record: &DecodedRecord<'_>) -> Result<(), Fault> {
     let unlink = unlink_of(record)?;
     let flags = DELETED | HAS_FULLXID | leaf_flag(unlink.level);
     init(page, unlink.leftsib, unlink.rightsib, unlink.level, flags)?;
@@ -361,13 +361,13 @@ fn unlink_target(page: &mut Page<'_>, record: &DecodedRecord) -> Result<(), Faul
     Ok(())
 }
 
-fn unlink_leaf(page: &mut Page<'_>, record: &DecodedRecord) -> Result<(), Fault> {
+fn unlink_leaf(page: &mut Page<'_>, record: &DecodedRecord<'_>) -> Result<(), Fault> {
     let unlink = unlink_of(record)?;
     half_dead_page(page, unlink.leafleftsib, unlink.leafrightsib, unlink.leaftopparent)
 }
 
-fn newroot(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<(), Fault> {
-    let BtreeNewroot { level, .. } = whole(BtreeNewroot::from_prefix(&record.main_data))?;
+fn newroot(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<(), Fault> {
+    let BtreeNewroot { level, .. } = whole(BtreeNewroot::from_prefix(record.main_data))?;
     init(page, 0, 0, level, ROOT | leaf_flag(level))?;
-    if level > 0 { restore_items(page, &block.data) } else { Ok(()) }
+    if level > 0 { restore_items(page, block.data) } else { Ok(()) }
 }

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use smallvec::SmallVec;
 use types::{Lsn, PAGE_BYTES};
 
 use super::fault::Fault;
@@ -108,6 +109,9 @@ pub(super) enum Place {
     Overwriting(u16),
 }
 
+/// Items of a page with their offset numbers: as many as a heap page may have without an allocation.
+type Items = SmallVec<[(u16, ItemId); MAX_HEAP_TUPLES as usize]>;
+
 /// A page of 8 KiB.
 pub(super) struct Page<'p> {
     bytes: &'p mut [u8; PAGE_BYTES],
@@ -143,6 +147,14 @@ impl<'p> Page<'p> {
 
     pub(super) fn write(&mut self, at: usize, data: &[u8]) -> Result<(), Fault> {
         self.slice_mut(at..at.saturating_add(data.len()))?.copy_from_slice(data);
+        Ok(())
+    }
+
+    /// Copies bytes of the page to another place in it.
+    pub(super) fn copy_within(&mut self, from: Range<usize>, to: usize) -> Result<(), Fault> {
+        self.slice(from.clone())?;
+        self.slice(to..to.saturating_add(from.len()))?;
+        self.bytes.copy_within(from, to);
         Ok(())
     }
 
@@ -298,8 +310,14 @@ impl<'p> Page<'p> {
         if self.special().is_multiple_of(8) { Ok(()) } else { Err("pd_special is not aligned".into()) }
     }
 
-    /// `PageAddItemExtended`. Returns the offset number it got.
-    pub(super) fn add_item(&mut self, item: &[u8], place: Place) -> Result<u16, Fault> {
+    /// `PageAddItemExtended`.
+    pub(super) fn add_item(&mut self, item: &[u8], place: Place) -> Result<(), Fault> {
+        let slot = self.add_slot(item.len(), place)?;
+        self.write(slot.start, item)
+    }
+
+    /// As [`add_item`](Self::add_item) for an item of so many bytes, which the caller writes where it is told.
+    pub(super) fn add_slot(&mut self, item_bytes: usize, place: Place) -> Result<Range<usize>, Fault> {
         self.check_pointers()?;
         let limit = self.max_offset() + 1;
         let offset_number = match place {
@@ -323,18 +341,17 @@ impl<'p> Page<'p> {
         let shuffle = matches!(place, Place::Shifting(_)) && offset_number < limit;
         let grows = shuffle || offset_number == limit;
         let lower = self.lower() + if grows { ITEM_ID_BYTES } else { 0 };
-        let upper = self.upper().checked_sub(maxalign(item.len())).filter(|upper| lower <= *upper);
-        let upper = upper.ok_or_else(|| format!("an item of {} bytes does not fit into the page", item.len()))?;
+        let upper = self.upper().checked_sub(maxalign(item_bytes)).filter(|upper| lower <= *upper);
+        let upper = upper.ok_or_else(|| format!("an item of {item_bytes} bytes does not fit into the page"))?;
         let pointer_at = self.item_id_at(offset_number);
         if shuffle {
             let end = self.item_id_at(limit);
             self.bytes.copy_within(pointer_at..end, pointer_at + ITEM_ID_BYTES);
         }
-        self.set_u32_at(pointer_at, ItemId::normal(upper, item.len()).0)?;
-        self.write(upper, item)?;
+        self.set_u32_at(pointer_at, ItemId::normal(upper, item_bytes).0)?;
         self.set_lower(lower);
         self.set_upper(upper);
-        Ok(offset_number)
+        Ok(upper..upper + item_bytes)
     }
 
     /// A copy's fresh page with this page's special area (`PageGetTempPageCopySpecial`).
@@ -420,33 +437,44 @@ impl<'p> Page<'p> {
         }
         self.check_pointers_aligned()?;
         let mut removed = offset_numbers.iter().copied().peekable();
-        let mut kept = Vec::with_capacity(usize::from(self.max_offset()));
+        let mut items: Items = SmallVec::new();
         for number in 1..=self.max_offset() {
             let id = self.index_item(number)?;
             if removed.peek() == Some(&number) {
                 removed.next();
             } else {
-                kept.push(id);
+                items.push((items.len() as u16 + 1, id));
             }
         }
         if removed.next().is_some() {
             return Err("offsets to delete are not ascending, or not on the page".into());
         }
-        self.set_lower(HEADER_BYTES + kept.len() * ITEM_ID_BYTES);
-        let items: Vec<(u16, ItemId)> = (1u16..).zip(kept).collect();
+        self.set_lower(HEADER_BYTES + items.len() * ITEM_ID_BYTES);
         self.compactify(&items)
     }
 
     /// Packs these items, and no others, against the special area in this order, and sets their line pointers.
     fn compactify(&mut self, items: &[(u16, ItemId)]) -> Result<(), Fault> {
-        let scratch = *self.bytes;
+        // Each one in front of the one before: then all move towards the page's end and none lands on one that is still to move.
         let mut upper = self.special();
+        let mut limit = upper;
+        let in_place = items.iter().all(|(_, id)| {
+            let end = id.offset() + maxalign(id.len());
+            end <= std::mem::replace(&mut limit, id.offset())
+        });
+        let scratch = if in_place { None } else { Some(*self.bytes) };
         for (number, id) in items {
             let len = maxalign(id.len());
-            let source = scratch.get(id.offset()..id.offset() + len);
-            let source = source.ok_or_else(|| format!("corrupted line pointer {number}"))?;
+            let source = id.offset()..id.offset() + len;
+            if source.end > PAGE_BYTES {
+                return Err(format!("corrupted line pointer {number}").into());
+            }
             upper = upper.checked_sub(len).filter(|upper| *upper >= self.lower()).ok_or("corrupted item lengths")?;
-            self.write(upper, source)?;
+            match &scratch {
+                _ if source.start == upper => {}
+                None => self.copy_within(source, upper)?,
+                Some(scratch) => self.write(upper, &scratch[source])?,
+            }
             self.set_item_id(*number, id.at(upper))?;
         }
         self.set_upper(upper);
@@ -458,7 +486,7 @@ impl<'p> Page<'p> {
         self.check_pointers_aligned()?;
         let (lower, upper, special) = (self.lower(), self.upper(), self.special());
         let lines = self.max_offset();
-        let mut items = Vec::with_capacity(usize::from(lines));
+        let mut items: Items = SmallVec::new();
         let (mut last_used, mut unused, mut total) = (0, 0, 0);
         for number in 1..=lines {
             let id = self.item_id(number)?;

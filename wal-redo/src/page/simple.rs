@@ -20,11 +20,11 @@ const SEQUENCE_LOG: u8 = 0x00;
 const SEQUENCE_HEADER_BYTES: usize = 12;
 
 /// `seq_redo` in `commands/sequence.c`: the page is made anew around the record's tuple.
-pub(super) fn redo_sequence(page: &mut Page<'_>, record: &DecodedRecord) -> Result<PageLsn, Fault> {
+pub(super) fn redo_sequence(page: &mut Page<'_>, record: &DecodedRecord<'_>) -> Result<PageLsn, Fault> {
     if record.rmgr_info() != SEQUENCE_LOG {
         return Err(Fault::Unsupported("an unknown sequence operation"));
     }
-    let mut main = Cursor::new(&record.main_data);
+    let mut main = Cursor::new(record.main_data);
     main.skip(SEQUENCE_HEADER_BYTES)?;
     page.init(4);
     page.set_u32_at(page.special(), SEQUENCE_MAGIC)?;
@@ -33,8 +33,8 @@ pub(super) fn redo_sequence(page: &mut Page<'_>, record: &DecodedRecord) -> Resu
 }
 
 /// `generic_redo` in `access/transam/generic_xlog.c`: fragments (offset, length, bytes) overwrite the page.
-pub(super) fn redo_generic(page: &mut Page<'_>, block: &BlockRef) -> Result<PageLsn, Fault> {
-    let mut data = Cursor::new(&block.data);
+pub(super) fn redo_generic(page: &mut Page<'_>, block: &BlockRef<'_>) -> Result<PageLsn, Fault> {
+    let mut data = Cursor::new(block.data);
     while !data.is_empty() {
         let (offset, length) = (data.u16()?, data.u16()?);
         page.write(offset.into(), data.take(length.into())?)?;
@@ -48,7 +48,7 @@ pub(super) fn redo_generic(page: &mut Page<'_>, block: &BlockRef) -> Result<Page
 }
 
 /// `xlog_redo` of the records that are nothing but full-page images, for a block without one that applies.
-pub(super) fn redo_xlog(record: &DecodedRecord) -> Result<PageLsn, Fault> {
+pub(super) fn redo_xlog(record: &DecodedRecord<'_>) -> Result<PageLsn, Fault> {
     match record.rmgr_info() {
         // Such a block is in the record only to be named.
         FPI_FOR_HINT => Ok(PageLsn::Keep),

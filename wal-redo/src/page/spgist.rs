@@ -27,7 +27,7 @@ const VACUUM_REDIRECT: u8 = 0x80;
 const NOWHERE: (BlockNumber, u16) = (BlockNumber::MAX, 0);
 
 /// Applies the record to the page of this block reference.
-pub(super) fn redo(page: &mut Page<'_>, record: &DecodedRecord, block: &BlockRef) -> Result<PageLsn, Fault> {
+pub(super) fn redo(page: &mut Page<'_>, record: &DecodedRecord<'_>, block: &BlockRef<'_>) -> Result<PageLsn, Fault> {
     match (record.rmgr_info(), block.id) {
         (ADD_LEAF, id) => add_leaf(page, record, id)?,
         (MOVE_LEAFS, id) => move_leaves(page, record, id)?,
@@ -46,7 +46,7 @@ fn unused(id: u8) -> Fault {
     format!("an SP-GiST record that has no use for its block {id}").into()
 }
 
-fn block_number(record: &DecodedRecord, id: u8) -> Result<BlockNumber, Fault> {
+fn block_number(record: &DecodedRecord<'_>, id: u8) -> Result<BlockNumber, Fault> {
     record.block(id).map(|block| block.block).ok_or_else(|| format!("an SP-GiST record without its block {id}").into())
 }
 
@@ -55,8 +55,8 @@ fn leaf_flags(stores_nulls: bool) -> u16 {
 }
 
 /// `spgxlogAddLeaf`: block 0 is the leaf's page, block 1 its parent's.
-fn add_leaf(page: &mut Page<'_>, record: &DecodedRecord, id: u8) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+fn add_leaf(page: &mut Page<'_>, record: &DecodedRecord<'_>, id: u8) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let (new_page, stores_nulls) = (main.u8()? != 0, main.u8()? != 0);
     let (leaf_number, head_number) = (main.u16()?, main.u16()?);
     let (parent_number, node) = (main.u16()?, main.u16()?);
@@ -79,8 +79,8 @@ fn add_leaf(page: &mut Page<'_>, record: &DecodedRecord, id: u8) -> Result<(), F
 }
 
 /// `spgxlogMoveLeafs`: block 0 is the page they leave, block 1 the one they go to, block 2 the parent's.
-fn move_leaves(page: &mut Page<'_>, record: &DecodedRecord, id: u8) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+fn move_leaves(page: &mut Page<'_>, record: &DecodedRecord<'_>, id: u8) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let moves = main.u16()?;
     let (new_page, replaces_dead, stores_nulls) = (main.u8()? != 0, main.u8()? != 0, main.u8()? != 0);
     main.skip(1)?;
@@ -109,8 +109,8 @@ fn move_leaves(page: &mut Page<'_>, record: &DecodedRecord, id: u8) -> Result<()
 }
 
 /// `spgxlogAddNode`: an inner tuple grows, in place (block 0 only) or by moving to another page (block 1).
-fn add_node(page: &mut Page<'_>, record: &DecodedRecord, id: u8) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+fn add_node(page: &mut Page<'_>, record: &DecodedRecord<'_>, id: u8) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let (number, new_number, new_page, parent_block) = (main.u16()?, main.u16()?, main.u8()? != 0, main.u8()?);
     let (parent_number, node) = (main.u16()?, main.u16()?);
     main.skip(2)?;
@@ -138,8 +138,8 @@ fn add_node(page: &mut Page<'_>, record: &DecodedRecord, id: u8) -> Result<(), F
 }
 
 /// `spgxlogSplitTuple`: an inner tuple's prefix is split; block 1 is the lower half's page, if another.
-fn split_tuple(page: &mut Page<'_>, record: &DecodedRecord, id: u8) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+fn split_tuple(page: &mut Page<'_>, record: &DecodedRecord<'_>, id: u8) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let (prefix_number, postfix_number) = (main.u16()?, main.u16()?);
     let (new_page, same_page) = (main.u8()? != 0, main.u8()? != 0);
     let prefix = take_inner(&mut main)?;
@@ -179,8 +179,8 @@ struct PickSplit<'r> {
 }
 
 impl<'r> PickSplit<'r> {
-    fn read(record: &'r DecodedRecord) -> Result<PickSplit<'r>, Fault> {
-        let mut main = Cursor::new(&record.main_data);
+    fn read(record: &'r DecodedRecord<'_>) -> Result<PickSplit<'r>, Fault> {
+        let mut main = Cursor::new(record.main_data);
         main.skip(2)?; // isRootSplit: then there is no block 0.
         let (deletions, insertions) = (main.u16()?, main.u16()?);
         let (init_source, init_target) = (main.u8()? != 0, main.u8()? != 0);
@@ -246,8 +246,8 @@ impl<'r> PickSplit<'r> {
 }
 
 /// `spgxlogVacuumLeaf`: dead leaves of a chain go, live ones take the place of its head, the chain is linked anew.
-fn vacuum_leaf(page: &mut Page<'_>, record: &DecodedRecord) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+fn vacuum_leaf(page: &mut Page<'_>, record: &DecodedRecord<'_>) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let (dead, placeholders, moves, chained) = (main.u16()?, main.u16()?, main.u16()?, main.u16()?);
     let origin = Origin::read(&mut main)?;
     let dead = main.u16s(dead.into())?;
@@ -267,8 +267,8 @@ fn vacuum_leaf(page: &mut Page<'_>, record: &DecodedRecord) -> Result<(), Fault>
 }
 
 /// `spgxlogVacuumRoot`: a root that is a leaf has no chains, its items simply go.
-fn vacuum_root(page: &mut Page<'_>, record: &DecodedRecord) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+fn vacuum_root(page: &mut Page<'_>, record: &DecodedRecord<'_>) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let count = main.u16()?;
     main.skip(2)?;
     Origin::read(&mut main)?;
@@ -276,8 +276,8 @@ fn vacuum_root(page: &mut Page<'_>, record: &DecodedRecord) -> Result<(), Fault>
 }
 
 /// `spgxlogVacuumRedirect`: redirections nobody needs any more become placeholders; those at the page's end go.
-fn vacuum_redirect(page: &mut Page<'_>, record: &DecodedRecord) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+fn vacuum_redirect(page: &mut Page<'_>, record: &DecodedRecord<'_>) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let (count, first_placeholder) = (main.u16()?, main.u16()?);
     main.skip(4)?; // newestRedirectXid
     for number in main.u16s(count.into())? {

@@ -1,6 +1,6 @@
 //! `redo_page` on records made by hand: what is asked of every kind. `tests/consistency.rs` compares the rest with Postgres.
 
-use bytes::Bytes;
+use smallvec::smallvec;
 use types::{ForkNumber, PAGE_BYTES, PageTag};
 use wal::v15::{
     heap::{INIT_PAGE, INSERT, vm},
@@ -13,10 +13,10 @@ use crate::test_record::{REL, block, record, words};
 const TAG: PageTag = PageTag { rel: REL, block: 3 };
 
 /// An insertion of a tuple of 5 bytes as the page's first, which clears the page's bits in the visibility map.
-fn insertion(block_data: &'static [u8]) -> DecodedRecord {
+fn insertion(block_data: &'static [u8]) -> DecodedRecord<'static> {
     let mut insertion = record(rmgr::HEAP, INSERT | INIT_PAGE, vec![1, 0, 1]);
     insertion.xid = 700;
-    insertion.blocks = vec![BlockRef { will_init: true, data: Bytes::from_static(block_data), ..block(0, TAG.block) }];
+    insertion.blocks = smallvec![BlockRef { will_init: true, data: block_data, ..block(0, TAG.block) }];
     insertion
 }
 
@@ -70,7 +70,7 @@ fn errors_name_page_record_and_reason() {
     let error = redo_page(&mut page, &elsewhere, &insertion(&[])).expect_err("another page").to_string();
     assert_eq!(error, "the Heap record 0x80 at 0/100 (end 0/200) does not change page 1663/5/16384 block 4");
     let mut custom = record(wal::RmgrId(200), 0, Vec::new());
-    custom.blocks = vec![block(0, TAG.block)];
+    custom.blocks = smallvec![block(0, TAG.block)];
     let error = redo_page(&mut page, &TAG, &custom).expect_err("an extension's").to_string();
     assert!(error.ends_with("this resource manager's redo is not implemented"), "{error}");
 }

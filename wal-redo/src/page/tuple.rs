@@ -1,12 +1,14 @@
 //! The header of a heap tuple (`HeapTupleHeaderData` in `access/htup_details.h`), read and changed in place.
 
+use std::ops::Range;
+
 use types::BlockNumber;
 use wal::v15::heap::infobits;
 
 use super::{
     cursor::Cursor,
     fault::Fault,
-    page_ops::{LineState, Page},
+    page_ops::{LineState, Page, Place},
 };
 
 /// `SizeofHeapTupleHeader`: the fixed part, before the null bitmap.
@@ -84,10 +86,6 @@ impl<'t> Tuple<'t> {
 
     fn set_u32_at(&mut self, at: usize, value: u32) {
         self.bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
-    }
-
-    pub(super) fn bytes(&self) -> &[u8] {
-        self.bytes
     }
 
     pub(super) fn infomask(&self) -> u16 {
@@ -182,22 +180,31 @@ impl NewTuple {
         Ok(NewTuple { infomask2: cursor.u16()?, infomask: cursor.u16()?, hoff: cursor.u8()? })
     }
 
-    /// The whole tuple, as redo makes it: command id 0, what follows the fixed header from `parts`.
-    pub(super) fn build(&self, xmin: u32, xmax: u32, ctid: [u8; 6], parts: &[&[u8]]) -> Result<Vec<u8>, Fault> {
-        let body: usize = parts.iter().map(|part| part.len()).sum();
-        if HEADER_BYTES + body > MAX_BYTES || usize::from(self.hoff) > HEADER_BYTES + body {
-            return Err(format!("a tuple of {} bytes with t_hoff {}", HEADER_BYTES + body, self.hoff).into());
+    /// Adds a tuple with a body (all behind the fixed header) of so many bytes, as redo makes it: command id 0. Where the body is to
+    /// be written.
+    pub(super) fn add_to(
+        &self,
+        page: &mut Page<'_>,
+        offset_number: u16,
+        body_bytes: usize,
+        xmin: u32,
+        xmax: u32,
+        ctid: [u8; 6],
+    ) -> Result<Range<usize>, Fault> {
+        let bytes = HEADER_BYTES + body_bytes;
+        if bytes > MAX_BYTES || usize::from(self.hoff) > bytes {
+            return Err(format!("a tuple of {bytes} bytes with t_hoff {}", self.hoff).into());
         }
-        let mut bytes = vec![0; HEADER_BYTES];
-        bytes.reserve_exact(body);
-        let mut header = Tuple { bytes: &mut bytes };
-        header.set_infomask2(self.infomask2);
-        header.set_infomask(self.infomask & !infomask::COMBOCID);
+        let slot = page.add_slot(bytes, Place::Heap(offset_number))?;
+        let body = slot.start + HEADER_BYTES..slot.end;
+        let mut header = Tuple { bytes: page.slice_mut(slot)? };
         header.set_xmin(xmin);
         header.set_xmax(xmax);
+        header.set_u32_at(AT_FIELD3, 0);
         header.set_ctid(ctid);
-        bytes[AT_HOFF] = self.hoff;
-        parts.iter().for_each(|part| bytes.extend_from_slice(part));
-        Ok(bytes)
+        header.set_infomask2(self.infomask2);
+        header.set_infomask(self.infomask & !infomask::COMBOCID);
+        header.bytes[AT_HOFF] = self.hoff;
+        Ok(body)
     }
 }

@@ -33,7 +33,7 @@ const TRUNCATES_VM: u32 = 0x0002;
 pub(super) fn redo_implied(
     page: &mut Page<'_>,
     tag: &PageTag,
-    record: &DecodedRecord,
+    record: &DecodedRecord<'_>,
 ) -> Result<Option<PageLsn>, Fault> {
     if record.rmgr == rmgr::SMGR {
         return truncate(page, tag, record);
@@ -75,9 +75,9 @@ pub(super) fn set(
 }
 
 /// Which bits a heap record clears, by the id of the block reference to the heap page.
-fn cleared_bits(record: &DecodedRecord) -> Result<[Option<(u8, u8)>; 2], Fault> {
+fn cleared_bits(record: &DecodedRecord<'_>) -> Result<[Option<(u8, u8)>; 2], Fault> {
     let when = |set: bool, block_id: u8, bits: u8| set.then_some((block_id, bits));
-    let data = &record.main_data;
+    let data = record.main_data;
     Ok(match (record.rmgr, record.rmgr_info() & OPMASK) {
         (rmgr::HEAP, INSERT) => {
             let flags = whole(HeapInsert::from_prefix(data))?.flags;
@@ -112,11 +112,11 @@ fn cleared_bits(record: &DecodedRecord) -> Result<[Option<(u8, u8)>; 2], Fault> 
 }
 
 /// The heap was truncated: bits of pages beyond its new end are cleared (`visibilitymap_prepare_truncate`).
-fn truncate(page: &mut Page<'_>, tag: &PageTag, record: &DecodedRecord) -> Result<Option<PageLsn>, Fault> {
+fn truncate(page: &mut Page<'_>, tag: &PageTag, record: &DecodedRecord<'_>) -> Result<Option<PageLsn>, Fault> {
     if record.rmgr_info() != SMGR_TRUNCATE {
         return Ok(None);
     }
-    let mut main = Cursor::new(&record.main_data);
+    let mut main = Cursor::new(record.main_data);
     let (blocks, spc, db, rel, flags) = (main.u32()?, main.u32()?, main.u32()?, main.u32()?, main.u32()?);
     let same_rel = (spc, db, rel) == (tag.rel.spc, tag.rel.db, tag.rel.rel);
     if !same_rel || flags & TRUNCATES_VM == 0 || page_of(blocks) != tag.block {

@@ -18,7 +18,7 @@ fn a_commit_over_two_pages_marks_the_whole_tree() {
     commit.xid = 32766;
     let listed = changes(&commit).expect("known");
     let page = |page| Change::SlruPage { slru: SlruKind::Clog, page, will_init: false };
-    assert_eq!(listed, [page(0), page(1), Change::Commit { timestamp_us: 7 }]);
+    assert_eq!(listed[..], [page(0), page(1), Change::Commit { timestamp_us: 7 }]);
     let mut first = [0; PAGE_BYTES];
     redo_slru_page(&mut first, SlruKind::Clog, 0, &commit).expect("applies");
     assert_eq!([32765, 32766, 32767].map(|xid| status(&first, xid)), [0, 1, 1]);
@@ -43,10 +43,10 @@ fn commit_timestamps_are_ten_bytes_each_and_only_when_tracked() {
     let mut commit = record(rmgr::XACT, info::COMMIT, 0x0102_0304i64.to_le_bytes().to_vec());
     commit.xid = 820;
     let mut checkpoint = CheckPoint::from_bytes(&[0; 88]).expect("88 bytes");
-    assert_eq!(commit_ts_changes(&commit, &checkpoint), Ok(vec![]));
+    assert_eq!(commit_ts_changes(&commit, &checkpoint), Ok(ChangeList::new()));
     checkpoint.oldest_commit_ts_xid = 3;
     let change = Change::SlruPage { slru: SlruKind::CommitTs, page: 1, will_init: false };
-    assert_eq!(commit_ts_changes(&commit, &checkpoint), Ok(vec![change]));
+    assert_eq!(commit_ts_changes(&commit, &checkpoint), Ok(smallvec::smallvec![change]));
     let mut page = [0; PAGE_BYTES];
     redo_slru_page(&mut page, SlruKind::CommitTs, 1, &commit).expect("applies");
     assert_eq!(page[10..20], [4, 3, 2, 1, 0, 0, 0, 0, 0, 0]);
@@ -60,7 +60,7 @@ fn a_multixact_writes_its_members_and_the_next_ones_offset() {
     let page = |slru, page| Change::SlruPage { slru, page, will_init: false };
     let (offsets, members) = (SlruKind::MultiXactOffsets, SlruKind::MultiXactMembers);
     assert_eq!(
-        changes(&create).expect("known"),
+        changes(&create).expect("known")[..],
         [page(offsets, 0), page(offsets, 1), page(members, 0), page(members, 1)]
     );
     let mut bytes = [0; PAGE_BYTES];
@@ -91,7 +91,7 @@ fn the_last_multixact_and_the_last_member_are_followed_by_the_first() {
         page(SlruKind::MultiXactMembers, last_members),
         page(SlruKind::MultiXactMembers, 0),
     ];
-    assert_eq!(changes(&create).expect("known"), expected);
+    assert_eq!(changes(&create).expect("known")[..], expected);
     let redone = |slru, number| {
         let mut page = [0; PAGE_BYTES];
         redo_slru_page(&mut page, slru, number, &create).expect("applies");
@@ -119,7 +119,10 @@ fn a_multixact_that_claims_more_members_than_it_has_is_refused() {
 #[test]
 fn a_page_is_zeroed() {
     let zero = record(rmgr::CLOG, clog::ZEROPAGE, words(&[4]));
-    assert_eq!(changes(&zero).expect("known"), [Change::SlruPage { slru: SlruKind::Clog, page: 4, will_init: true }]);
+    assert_eq!(
+        changes(&zero).expect("known")[..],
+        [Change::SlruPage { slru: SlruKind::Clog, page: 4, will_init: true }]
+    );
     let mut page = [1; PAGE_BYTES];
     assert!(redo_slru_page(&mut page, SlruKind::Clog, 3, &zero).is_err());
     redo_slru_page(&mut page, SlruKind::Clog, 4, &zero).expect("applies");

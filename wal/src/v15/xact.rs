@@ -65,7 +65,7 @@ pub struct ParsedEnd {
 
 /// Parses `COMMIT`, `ABORT`, `COMMIT_PREPARED` and `ABORT_PREPARED`. `Ok(None)` for any other record; errors say how the
 /// record is malformed.
-pub fn parse_end(record: &DecodedRecord) -> Result<Option<ParsedEnd>, &'static str> {
+pub fn parse_end(record: &DecodedRecord<'_>) -> Result<Option<ParsedEnd>, &'static str> {
     if record.rmgr != rmgr::XACT {
         return Ok(None);
     }
@@ -83,8 +83,8 @@ pub fn parse_end(record: &DecodedRecord) -> Result<Option<ParsedEnd>, &'static s
     Ok(Some(end))
 }
 
-fn parse_end_body(record: &DecodedRecord, committed: bool) -> Option<ParsedEnd> {
-    let mut reader = Reader(&record.main_data);
+fn parse_end_body(record: &DecodedRecord<'_>, committed: bool) -> Option<ParsedEnd> {
+    let mut reader = Reader(record.main_data);
     let timestamp_us = i64::from_le_bytes(reader.take()?);
     let flags = if record.info & info::HAS_INFO != 0 { reader.u32()? } else { 0 };
     let has = |flag: u32| flags & flag != 0;
@@ -173,11 +173,11 @@ pub struct ParsedPrepare {
 }
 
 /// Parses a `PREPARE` record. `Ok(None)` for any other record.
-pub fn parse_prepare(record: &DecodedRecord) -> Result<Option<ParsedPrepare>, &'static str> {
+pub fn parse_prepare(record: &DecodedRecord<'_>) -> Result<Option<ParsedPrepare>, &'static str> {
     if record.rmgr != rmgr::XACT || record.info & info::OPMASK != info::PREPARE {
         return Ok(None);
     }
-    let header = XactPrepare::from_prefix(&record.main_data).ok_or("prepare record cut short")?;
+    let header = XactPrepare::from_prefix(record.main_data).ok_or("prepare record cut short")?;
     if header.magic != TWOPHASE_MAGIC {
         return Err("prepare record with another magic number");
     }

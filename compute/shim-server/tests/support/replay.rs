@@ -30,11 +30,10 @@ pub struct Replayed {
     base: PlainDirectory,
     pg_wal: PathBuf,
     cache: PageCache,
-    state: Mutex<State>,
+    replay: Mutex<(WalStreamDecoder, State)>,
 }
 
 struct State {
-    decoder: WalStreamDecoder,
     pages: HashMap<PageTag, Box<Page>>,
     /// Forks that are not as in the base: `None` when they are gone.
     sizes: HashMap<RelTag, Option<BlockNumber>>,
@@ -55,13 +54,15 @@ impl Replayed {
             base: PlainDirectory::new(base),
             pg_wal: pgdata.join("pg_wal"),
             cache: cache.clone(),
-            state: Mutex::new(State {
-                decoder: WalStreamDecoder::new(start),
-                pages: HashMap::new(),
-                sizes: HashMap::new(),
-                base_ends: HashMap::new(),
-                open: BTreeMap::new(),
-            }),
+            replay: Mutex::new((
+                WalStreamDecoder::new(start),
+                State {
+                    pages: HashMap::new(),
+                    sizes: HashMap::new(),
+                    base_ends: HashMap::new(),
+                    open: BTreeMap::new(),
+                },
+            )),
         })
     }
 
@@ -70,20 +71,20 @@ impl Replayed {
     }
 
     fn replay(&self) -> Result<(), BackendError> {
-        let mut state = self.state.lock().expect("lock");
-        state.decoder.rewind();
+        let (decoder, state) = &mut *self.replay.lock().expect("lock");
+        decoder.rewind();
         loop {
-            let at = state.decoder.fed_until();
+            let at = decoder.fed_until();
             let mut bytes = vec![0; 1 << 18];
             let Ok(file) = fs::File::open(self.pg_wal.join(at.segment_file_name())) else { break };
             let count = file.read_at(&mut bytes, at.segment_offset()).expect("readable");
             if count == 0 {
                 break;
             }
-            state.decoder.feed(at, &bytes[..count]);
+            decoder.feed(at, &bytes[..count]);
             // An error is the end of what was written so far.
             let more = loop {
-                match state.decoder.poll_record() {
+                match decoder.poll_record() {
                     Ok(Some(record)) => state.apply(&self.base, &record).map_err(BackendError::Storage)?,
                     Ok(None) => break true,
                     Err(_) => break false,
@@ -93,7 +94,7 @@ impl Replayed {
                 break;
             }
         }
-        let position = state.decoder.position();
+        let position = decoder.position();
         self.cache.set_shipped(position);
         self.cache.set_horizon(state.open.values().min().copied().unwrap_or(position));
         Ok(())
@@ -101,7 +102,7 @@ impl Replayed {
 }
 
 impl State {
-    fn apply(&mut self, base: &PlainDirectory, record: &DecodedRecord) -> Result<(), String> {
+    fn apply(&mut self, base: &PlainDirectory, record: &DecodedRecord<'_>) -> Result<(), String> {
         for change in wal_redo::changes(record).map_err(|error| error.to_string())? {
             match change {
                 Change::Page { tag, will_init } => self.apply_page(base, record, &tag, will_init)?,
@@ -126,7 +127,7 @@ impl State {
         Ok(())
     }
 
-    fn track(&mut self, record: &DecodedRecord) {
+    fn track(&mut self, record: &DecodedRecord<'_>) {
         if record.xid != 0 {
             self.open.entry(record.xid).or_insert(record.start_lsn);
         }
@@ -135,7 +136,7 @@ impl State {
             self.open.retain(|xid, _| !end.subxacts.contains(xid));
         }
         if record.rmgr == rmgr::STANDBY && record.rmgr_info() == standby::RUNNING_XACTS {
-            let running = RunningXacts::from_prefix(&record.main_data).expect("running transactions");
+            let running = RunningXacts::from_prefix(record.main_data).expect("running transactions");
             self.open.retain(|xid, _| *xid >= running.oldest_running_xid);
         }
     }
@@ -143,7 +144,7 @@ impl State {
     fn apply_page(
         &mut self,
         base: &PlainDirectory,
-        record: &DecodedRecord,
+        record: &DecodedRecord<'_>,
         tag: &PageTag,
         will_init: bool,
     ) -> Result<(), String> {
@@ -210,25 +211,25 @@ impl State {
 impl ShimBackend for Replayed {
     async fn get_page(&self, tag: PageTag) -> Result<bytes::Bytes, BackendError> {
         self.base.pages_read.fetch_add(1, Relaxed);
-        let state = self.state.lock().expect("lock");
+        let (_, state) = &*self.replay.lock().expect("lock");
         let size = state.size(&self.base, &tag.rel).unwrap_or(0);
         let read = || bytes::Bytes::copy_from_slice(state.page(&self.base, &tag).as_slice());
         Ok(if tag.block < size { read() } else { vec![0; PAGE_BYTES].into() })
     }
 
     async fn get_pages_ahead(&self, tags: Vec<PageTag>) -> Result<Vec<(PageTag, bytes::Bytes)>, BackendError> {
-        let state = self.state.lock().expect("lock");
+        let (_, state) = &*self.replay.lock().expect("lock");
         let exists = |tag: &PageTag| tag.block < state.size(&self.base, &tag.rel).unwrap_or(0);
         let read = |tag| (tag, bytes::Bytes::copy_from_slice(state.page(&self.base, &tag).as_slice()));
         Ok(tags.into_iter().filter(exists).map(read).collect())
     }
 
     async fn rel_size(&self, rel: RelTag) -> Result<Option<BlockNumber>, BackendError> {
-        Ok(self.state.lock().expect("lock").size(&self.base, &rel))
+        Ok(self.replay.lock().expect("lock").1.size(&self.base, &rel))
     }
 
     async fn list_rels(&self, spc: Oid, db: Oid) -> Result<Vec<(RelTag, BlockNumber)>, BackendError> {
-        Ok(self.state.lock().expect("lock").list(&self.base, spc, db))
+        Ok(self.replay.lock().expect("lock").1.list(&self.base, spc, db))
     }
 
     async fn sync_wal(&self) -> Result<(), BackendError> {

@@ -8,7 +8,7 @@ fn planner() -> Planner {
     Planner::new(CheckPoint::from_bytes(&[0; 88]).expect("88 bytes"), None)
 }
 
-fn record(end_lsn: u64) -> DecodedRecord {
+fn record(end_lsn: u64) -> DecodedRecord<'static> {
     DecodedRecord {
         start_lsn: Lsn(end_lsn - 32),
         end_lsn: Lsn(end_lsn),
@@ -16,17 +16,17 @@ fn record(end_lsn: u64) -> DecodedRecord {
         xid: 0,
         rmgr: wal::RmgrId(0),
         info: 0,
-        blocks: Vec::new(),
-        main_data: Bytes::new(),
+        blocks: wal::Blocks::new(),
+        main_data: &[],
         origin: None,
-        raw: Bytes::from_static(b"raw"),
+        raw: b"raw",
     }
 }
 
 fn plan(planner: &mut Planner, end_lsn: u64, changes: impl IntoIterator<Item = Change>) -> Vec<Put> {
     let (record, mut puts) = (record(end_lsn), Vec::new());
     let before = Lsn(end_lsn - 32);
-    let mut context = Context { record: &record, before, puts: &mut puts, copies: Vec::new() };
+    let mut context = Context { record: &record, raw: None, before, puts: &mut puts, copies: Vec::new() };
     for change in changes {
         planner.plan_change(change, &mut context).expect("planned");
     }
