@@ -1,6 +1,5 @@
 //! Small files that Dormouse keeps in a branch's WAL (statistics): logical messages that the agent writes.
 
-use bytes::Bytes;
 use smallvec::smallvec;
 use wal::{
     DecodedRecord,
@@ -49,7 +48,7 @@ pub(crate) fn changes(record: &DecodedRecord<'_>) -> Changes {
     }
     let Some(path) = prefix.strip_prefix(AUX_FILE_PREFIX.as_bytes()) else { return Ok(ChangeList::new()) };
     let path = std::str::from_utf8(path).ok().filter(|path| is_plain(path)).ok_or("a file kept under no valid path")?;
-    Ok(smallvec![Change::AuxFile { path: path.to_owned(), content: Bytes::copy_from_slice(message) }])
+    Ok(smallvec![Change::AuxFile { path: path.into(), content: message.into() }])
 }
 
 fn is_plain(path: &str) -> bool {

@@ -1,6 +1,5 @@
 //! What a WAL record changes, in terms of stored things.
 
-use bytes::Bytes;
 use types::{BlockNumber, Oid, PageTag, RelTag};
 
 /// A simple LRU area of Postgres (`access/slru.h`), as far as WAL describes it.
@@ -78,18 +77,18 @@ pub enum Change {
     /// A database directory and everything in it is gone.
     DropDatabase { spc: Oid, db: Oid },
     /// New content of a `pg_filenode.map` (512 bytes); `db` 0 is the shared one in `global`.
-    RelationMap { spc: Oid, db: Oid, content: Bytes },
+    RelationMap { spc: Oid, db: Oid, content: Box<[u8]> },
     /// A transaction is prepared: `content` is its `pg_twophase` file, checksum included.
-    TwoPhaseCreate { xid: u32, content: Bytes },
+    TwoPhaseCreate { xid: u32, content: Box<[u8]> },
     /// A prepared transaction has ended.
     TwoPhaseRemove { xid: u32 },
     /// A tablespace exists.
-    CreateTablespace { oid: Oid, path: String },
+    CreateTablespace { oid: Oid, path: Box<str> },
     /// A tablespace is gone.
     DropTablespace { oid: Oid },
     /// A transaction committed at this time (microseconds since 2000-01-01 UTC).
     Commit { timestamp_us: i64 },
     /// Content of a small file that Dormouse keeps with the branch (statistics): from a logical message that the agent wrote
     /// with the prefix [`crate::AUX_FILE_PREFIX`]. Empty content removes it.
-    AuxFile { path: String, content: Bytes },
+    AuxFile { path: Box<str>, content: Box<[u8]> },
 }

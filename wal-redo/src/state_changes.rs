@@ -1,6 +1,5 @@
 //! Changes by the records that are not about index or heap pages: transactions, storage, SLRUs, databases, relation maps.
 
-use bytes::{Bytes, BytesMut};
 use smallvec::smallvec;
 use types::ForkNumber;
 use wal::{
@@ -57,11 +56,8 @@ fn xact_end(record: &DecodedRecord<'_>) -> Changes {
 }
 
 /// A `pg_twophase` file is the record's main data and its CRC (`RecreateTwoPhaseFile`).
-fn two_phase_file(main_data: &[u8]) -> Bytes {
-    let mut content = BytesMut::with_capacity(main_data.len() + 4);
-    content.extend_from_slice(main_data);
-    content.extend_from_slice(&crc32c::crc32c(main_data).to_le_bytes());
-    content.freeze()
+fn two_phase_file(main_data: &[u8]) -> Box<[u8]> {
+    [main_data, &crc32c::crc32c(main_data).to_le_bytes()].concat().into()
 }
 
 pub(crate) fn smgr(record: &DecodedRecord<'_>) -> Changes {
@@ -216,7 +212,7 @@ pub(crate) fn tblspc(record: &DecodedRecord<'_>) -> Changes {
         tblspc_format::CREATE => {
             let path = rest.split(|byte| *byte == 0).next().unwrap_or_default();
             let path = String::from_utf8(path.to_vec()).map_err(|_| "a tablespace's path that is not UTF-8")?;
-            Ok(smallvec![Change::CreateTablespace { oid, path }])
+            Ok(smallvec![Change::CreateTablespace { oid, path: path.into() }])
         }
         tblspc_format::DROP => Ok(smallvec![Change::DropTablespace { oid }]),
         _ => Err(UNKNOWN_INFO),
@@ -232,7 +228,7 @@ pub(crate) fn relmap(record: &DecodedRecord<'_>) -> Changes {
     if update.nbytes as usize != state::relmap::FILE_BYTES || content.len() != state::relmap::FILE_BYTES {
         return Err("a relation map of another size than PostgreSQL 15's");
     }
-    Ok(smallvec![Change::RelationMap { spc: update.tsid, db: update.dbid, content: Bytes::copy_from_slice(content) }])
+    Ok(smallvec![Change::RelationMap { spc: update.tsid, db: update.dbid, content: content.into() }])
 }
 
 #[cfg(test)]

@@ -21,4 +21,4 @@ pub use checkpoint::CheckPoint;
 pub use control_file::ControlFile;
 pub use decode::decode_record;
 pub use record::{BlockRef, Blocks, DecodedRecord, OwnedRecord, RmgrId};
-pub use stream::{WalDecodeError, WalStreamDecoder};
+pub use stream::{ForEachError, WalDecodeError, WalStreamDecoder};

@@ -40,6 +40,22 @@ pub struct DecodedRecord<'a> {
 pub type Blocks<'a> = SmallVec<[BlockRef<'a>; 2]>;
 
 impl<'a> DecodedRecord<'a> {
+    /// No record: a place for one.
+    pub(crate) fn blank() -> DecodedRecord<'a> {
+        DecodedRecord {
+            start_lsn: Lsn(0),
+            end_lsn: Lsn(0),
+            prev_lsn: Lsn(0),
+            xid: 0,
+            rmgr: RmgrId(0),
+            info: 0,
+            blocks: Blocks::new(),
+            main_data: &[],
+            origin: None,
+            raw: &[],
+        }
+    }
+
     /// `xl_info` without the bits that belong to the WAL machinery (`XLR_INFO_MASK`, the low four).
     pub fn rmgr_info(&self) -> u8 {
         self.info & 0xF0

@@ -4,7 +4,7 @@ use bytes::{Buf, BytesMut};
 use types::{Lsn, WAL_SEGMENT_BYTES, XLOG_PAGE_BYTES};
 
 use crate::{
-    decode::decode_record,
+    decode::{decode_into, decode_record},
     record::DecodedRecord,
     v15::{
         rmgr,
@@ -63,6 +63,17 @@ pub enum WalDecodeError {
         /// What is wrong.
         reason: String,
     },
+}
+
+/// Why [`WalStreamDecoder::for_each_record`] ended early.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ForEachError<E> {
+    /// No more records can be had.
+    #[error(transparent)]
+    Decode(#[from] WalDecodeError),
+    /// The caller failed on a record.
+    #[error("{0}")]
+    Stopped(E),
 }
 
 /// A record whose bytes are being collected.
@@ -163,6 +174,51 @@ impl WalStreamDecoder {
                 self.failed = Some(error.clone());
                 Err(error)
             }
+        }
+    }
+
+    /// Hands all records that are whole to `f`, until it fails: what [`poll_record`](Self::poll_record) gives one by one, in
+    /// about half the time for short records, which are not moved about. A record on which `f` fails counts as taken.
+    pub fn for_each_record<E>(
+        &mut self,
+        mut f: impl FnMut(&DecodedRecord<'_>) -> Result<(), E>,
+    ) -> Result<(), ForEachError<E>> {
+        loop {
+            self.records_on_page(&mut f).map_err(ForEachError::Stopped)?;
+            match self.poll_record()? {
+                Some(record) => f(&record).map_err(ForEachError::Stopped)?,
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// The ordinary records that lie whole on the page at the cursor. What is not ordinary is left for `poll_record`.
+    fn records_on_page<E>(&mut self, f: &mut impl FnMut(&DecodedRecord<'_>) -> Result<(), E>) -> Result<(), E> {
+        if self.partial.is_some() || self.failed.is_some() || self.cursor.page_offset() == 0 {
+            return Ok(());
+        }
+        self.skip_to_cursor();
+        let on_page = (XLOG_PAGE_BYTES - self.cursor.page_offset()) as usize;
+        let page = &self.buffer[..on_page.min(self.buffer.len())];
+        let page_at = self.cursor;
+        let mut record = DecodedRecord::blank();
+        loop {
+            let start = self.cursor;
+            let rest = page.get((start.0 - page_at.0) as usize..).unwrap_or_default();
+            let Some(header) = RecordHeader::from_prefix(rest) else { return Ok(()) };
+            let Some(raw) = rest.get(..header.xl_tot_len as usize) else { return Ok(()) };
+            let end = (start + raw.len() as u64).align_up();
+            let is_ordinary = self.last_record == Some(Lsn(header.xl_prev))
+                && header.xl_rmid != rmgr::XLOG.0
+                && rmgr::is_valid(header.xl_rmid)
+                && header.xl_crc == record_crc(raw);
+            if !is_ordinary || decode_into(&mut record, start, end, raw).is_err() {
+                return Ok(());
+            }
+            self.cursor = end;
+            self.position = end;
+            self.last_record = Some(start);
+            f(&record)?;
         }
     }
 

@@ -198,11 +198,15 @@ impl Planner {
             }
             Change::DropDatabase { spc, db } => self.drop_database(spc, db, context),
             Change::RelationMap { spc, db, content } => {
-                context.put(Key::relation_map(spc, db), Value::Image(content));
+                context.put(Key::relation_map(spc, db), Value::Image(content.into()));
             }
-            Change::TwoPhaseCreate { xid, content } => context.put(Key::two_phase(xid), Value::Image(content)),
+            Change::TwoPhaseCreate { xid, content } => {
+                context.put(Key::two_phase(xid), Value::Image(content.into()));
+            }
             Change::TwoPhaseRemove { xid } => context.put(Key::two_phase(xid), Value::Tombstone),
-            Change::CreateTablespace { oid, path } => context.put(Key::tablespace(oid), Value::Image(path.into())),
+            Change::CreateTablespace { oid, path } => {
+                context.put(Key::tablespace(oid), Value::Image(String::from(path).into()))
+            }
             Change::DropTablespace { oid } => context.put(Key::tablespace(oid), Value::Tombstone),
             Change::Commit { timestamp_us } => self.plan_commit(timestamp_us, context),
             Change::AuxFile { path, content } => {
@@ -210,9 +214,10 @@ impl Planner {
                 let value = if content.is_empty() {
                     Value::Tombstone
                 } else {
-                    let encoded = postcard::to_stdvec(&AuxFile { path, content }).map_err(|error| {
-                        PlanError::Encode { lsn: context.record.start_lsn, reason: error.to_string() }
-                    })?;
+                    let encoded =
+                        postcard::to_stdvec(&AuxFile { path: path.into(), content: content.into() }).map_err(
+                            |error| PlanError::Encode { lsn: context.record.start_lsn, reason: error.to_string() },
+                        )?;
                     Value::Image(encoded.into())
                 };
                 context.put(key, value);

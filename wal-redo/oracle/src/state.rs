@@ -123,8 +123,8 @@ impl State {
                 self.maps.remove(&(spc, db));
                 self.rels.retain(|rel, _| (rel.spc, rel.db) != (spc, db));
             }
-            Change::RelationMap { spc, db, content } => drop(self.maps.insert((spc, db), content)),
-            Change::TwoPhaseCreate { xid, content } => drop(self.two_phase.insert(xid, content)),
+            Change::RelationMap { spc, db, content } => drop(self.maps.insert((spc, db), content.into())),
+            Change::TwoPhaseCreate { xid, content } => drop(self.two_phase.insert(xid, content.into())),
             Change::TwoPhaseRemove { xid } => drop(self.two_phase.remove(&xid)),
             Change::Commit { timestamp_us } => {
                 assert!(timestamp_us > 0);

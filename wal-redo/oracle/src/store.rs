@@ -98,7 +98,16 @@ pub fn tablespaces(data_dir: &Path) -> Vec<(Oid, PathBuf)> {
 
 /// A page of a stopped server's data directory; `None` beyond the fork's end.
 pub fn read_file_page(data_dir: &Path, tag: &PageTag) -> Option<Box<Page>> {
-    let RelTag { spc, db, rel, fork } = tag.rel;
+    let file = File::open(relation_path(data_dir, &tag.rel, tag.block / REL_SEGMENT_BLOCKS)?).ok()?;
+    let mut page = Box::new([0; PAGE_BYTES]);
+    let offset = u64::from(tag.block % REL_SEGMENT_BLOCKS) * PAGE_BYTES as u64;
+    file.read_exact_at(&mut page[..], offset).ok()?;
+    Some(page)
+}
+
+/// The file that holds this segment of a fork; `None` when its tablespace is not there.
+pub fn relation_path(data_dir: &Path, rel: &RelTag, segment: u32) -> Option<PathBuf> {
+    let RelTag { spc, db, rel, fork } = *rel;
     let directory = match spc {
         oids::GLOBAL_TABLESPACE => data_dir.join("global"),
         oids::DEFAULT_TABLESPACE => data_dir.join("base").join(db.to_string()),
@@ -108,15 +117,6 @@ pub fn read_file_page(data_dir: &Path, tag: &PageTag) -> Option<Box<Page>> {
             versions.flatten().next()?.path().join(db.to_string())
         }
     };
-    let segment = tag.block / REL_SEGMENT_BLOCKS;
-    let suffix = match fork.suffix() {
-        "" => String::new(),
-        fork => fork.to_owned(),
-    };
     let number = if segment == 0 { String::new() } else { format!(".{segment}") };
-    let file = File::open(directory.join(format!("{rel}{suffix}{number}"))).ok()?;
-    let mut page = Box::new([0; PAGE_BYTES]);
-    let offset = u64::from(tag.block % REL_SEGMENT_BLOCKS) * PAGE_BYTES as u64;
-    file.read_exact_at(&mut page[..], offset).ok()?;
-    Some(page)
+    Some(directory.join(format!("{rel}{}{number}", fork.suffix())))
 }

@@ -1,6 +1,5 @@
 //! Effects of records made by hand.
 
-use bytes::Bytes;
 use smallvec::smallvec;
 
 use super::*;
@@ -77,7 +76,7 @@ fn databases_and_tablespaces() {
     assert_eq!(drop[..], [Change::DropDatabase { spc: 1663, db: 20 }, Change::DropDatabase { spc: 99, db: 20 }]);
     assert!(changes(&record(rmgr::DBASE, 0x20, words(&[20, u32::MAX, 1663]))).is_err());
     let create = changes(&record(rmgr::TBLSPC, 0x00, [&words(&[99])[..], b"/data/ts\0"].concat())).expect("known");
-    assert_eq!(create[..], [Change::CreateTablespace { oid: 99, path: "/data/ts".to_owned() }]);
+    assert_eq!(create[..], [Change::CreateTablespace { oid: 99, path: "/data/ts".into() }]);
 }
 
 #[test]
@@ -98,8 +97,8 @@ fn v15_magic() -> u32 {
 fn only_the_agents_messages_keep_files() {
     let main_data = aux_file_main_data("pg_stat/pgstat.stat", b"content").expect("a good path");
     let listed = changes(&record(rmgr::LOGICALMSG, 0, main_data.clone())).expect("known");
-    let path = "pg_stat/pgstat.stat".to_owned();
-    assert_eq!(listed[..], [Change::AuxFile { path, content: Bytes::from_static(b"content") }]);
+    let path = "pg_stat/pgstat.stat".into();
+    assert_eq!(listed[..], [Change::AuxFile { path, content: (*b"content").into() }]);
     // What a user sends carries the user's database.
     let mut forged = main_data;
     forged[0] = 5;

@@ -1,25 +1,21 @@
 //! WAL redo: the library on one core, in turn with a stock `postgres` in crash recovery over the same WAL; and the time to
 //! rebuild one page from an image and a chain of records.
 
+mod replay;
+
 use std::{
-    collections::HashMap,
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail, ensure};
+use anyhow::Context;
 use e2e::stock::{SUPERUSER, StockServer, as_postgres, run as succeed};
-use redo_oracle::{control_file, store::read_file_page};
-use types::{Lsn, PAGE_BYTES, PageTag, RelTag, WAL_SEGMENT_BYTES};
-use wal::{CheckPoint, DecodedRecord, OwnedRecord, WalStreamDecoder, v15::rmgr};
-use wal_redo::{Change, SlruKind, changes, checkpoint, commit_ts_changes, redo_page, redo_slru_page};
+use redo_oracle::control_file;
+use types::Lsn;
+use wal::CheckPoint;
 
-type Page = Box<[u8; PAGE_BYTES]>;
-
-/// Records in the chain whose application is timed.
-const CHAIN_RECORDS: usize = 60;
-const CHAIN_ROUNDS: u32 = 20_000;
+use self::replay::{Replay, each_record};
 
 /// As a Dormouse compute writes it: no full-page images. Nothing but the first checkpoint, so that all of it is replayed.
 const SETTINGS: &[(&str, &str)] = &[
@@ -77,7 +73,7 @@ pub async fn run(rounds: usize, pgbench_scale: u32) -> anyhow::Result<()> {
         library.add(ours);
         postgres += theirs;
     }
-    let chain_us = chain(&pgbench)?;
+    let chain_us = replay::chain(&pgbench.base(), pgbench.start, pgbench.counters)?;
     let seconds = library.took.as_secs_f64();
     println!(
         "redo_mrec_s={:.2} redo_mb_s={:.1} postgres_mb_s={:.1} redo_ratio={:.2} chain_us={chain_us:.2}",
@@ -166,114 +162,9 @@ impl Recorded {
 
     /// The library does the same.
     fn replay(&self) -> anyhow::Result<Totals> {
-        let mut replay = Replay::new(self);
+        let mut replay = Replay::new(self.base(), self.counters);
         let began = Instant::now();
-        let (records, bytes) = self.each_record(|record| replay.apply(record))?;
+        let (records, bytes) = each_record(&self.base(), self.start, |record| replay.apply(record))?;
         Ok(Totals { records, bytes, took: began.elapsed() })
     }
-
-    /// Decodes all WAL; how many records, of how many bytes.
-    fn each_record(&self, mut f: impl FnMut(&DecodedRecord<'_>) -> anyhow::Result<()>) -> anyhow::Result<(u64, u64)> {
-        let mut decoder = WalStreamDecoder::new(self.start);
-        let mut records = 0;
-        for number in self.start.segment_number().. {
-            let segment = Lsn(number * WAL_SEGMENT_BYTES);
-            let Ok(bytes) = std::fs::read(self.base().join("pg_wal").join(segment.segment_file_name())) else { break };
-            let skipped = self.start.0.saturating_sub(segment.0) as usize;
-            for (at, chunk) in (skipped..).step_by(1 << 20).zip(bytes[skipped..].chunks(1 << 20)) {
-                decoder.feed(segment + at as u64, chunk);
-                loop {
-                    match decoder.poll_record() {
-                        Ok(Some(record)) => {
-                            records += 1;
-                            f(&record)?;
-                        }
-                        Ok(None) => break,
-                        // A server that was killed leaves zeroes or an old segment's content behind its WAL.
-                        Err(_end_of_wal) => return Ok((records, decoder.position().0 - self.start.0)),
-                    }
-                }
-            }
-        }
-        Ok((records, decoder.position().0 - self.start.0))
-    }
-}
-
-/// All pages in memory, as Postgres has them in shared buffers.
-struct Replay {
-    base: PathBuf,
-    pages: HashMap<RelTag, Vec<Option<Page>>>,
-    slru: HashMap<(SlruKind, u32), Page>,
-    counters: CheckPoint,
-}
-
-impl Replay {
-    fn new(recorded: &Recorded) -> Replay {
-        Replay { base: recorded.base(), pages: HashMap::new(), slru: HashMap::new(), counters: recorded.counters }
-    }
-
-    fn apply(&mut self, record: &DecodedRecord<'_>) -> anyhow::Result<()> {
-        for change in changes(record)?.into_iter().chain(commit_ts_changes(record, &self.counters)?) {
-            match change {
-                Change::Page { tag, will_init } => redo_page(self.page(&tag, will_init), &tag, record)?,
-                Change::SlruPage { slru, page, .. } => {
-                    let bytes = self.slru.entry((slru, page)).or_insert_with(|| Box::new([0; PAGE_BYTES]));
-                    redo_slru_page(bytes, slru, page, record)?;
-                }
-                Change::TruncateRel { rel, blocks } => {
-                    self.pages.entry(rel).or_default().truncate(blocks as usize);
-                }
-                Change::DropRel(rel) => self.pages.retain(|known, _| known.with_fork(rel.fork) != rel),
-                _kept_elsewhere => {}
-            }
-        }
-        checkpoint::advance(&mut self.counters, record);
-        Ok(())
-    }
-
-    fn page(&mut self, tag: &PageTag, will_init: bool) -> &mut [u8; PAGE_BYTES] {
-        let pages = self.pages.entry(tag.rel).or_default();
-        let block = tag.block as usize;
-        if pages.len() <= block {
-            pages.resize_with(block + 1, || None);
-        }
-        let base = &self.base;
-        pages[block].get_or_insert_with(|| {
-            let there = if will_init { None } else { read_file_page(base, tag) };
-            there.unwrap_or_else(|| Box::new([0; PAGE_BYTES]))
-        })
-    }
-}
-
-/// Microseconds to make a page from an image and [`CHAIN_RECORDS`] heap records that follow it in real WAL, from their bytes on as a
-/// pageserver has them: taking them apart is part of it.
-fn chain(recorded: &Recorded) -> anyhow::Result<f64> {
-    let mut replay = Replay::new(recorded);
-    let mut chains: HashMap<PageTag, (Page, Vec<OwnedRecord>)> = HashMap::new();
-    let mut found = None;
-    recorded.each_record(|record| {
-        if found.is_none() && [rmgr::HEAP, rmgr::HEAP2].contains(&record.rmgr) {
-            for block in record.blocks.iter().filter(|block| block.rel.fork == types::ForkNumber::Main) {
-                let tag = block.tag();
-                let image = || (Box::new(*replay.page(&tag, false)), Vec::new());
-                let (_, records) = chains.entry(tag).or_insert_with(image);
-                records.push(record.to_owned());
-                if records.len() == CHAIN_RECORDS {
-                    found = chains.remove(&tag).map(|(image, records)| (tag, image, records));
-                    break;
-                }
-            }
-        }
-        replay.apply(record)
-    })?;
-    let Some((tag, image, records)) = found else { bail!("no page has {CHAIN_RECORDS} records") };
-    let began = Instant::now();
-    for _ in 0..CHAIN_ROUNDS {
-        let mut page = image.clone();
-        for record in &records {
-            redo_page(&mut page, &tag, &record.decode().map_err(anyhow::Error::msg)?)?;
-        }
-        ensure!(std::hint::black_box(page)[14..16] != [0, 0], "an empty page");
-    }
-    Ok(began.elapsed().as_secs_f64() * 1e6 / f64::from(CHAIN_ROUNDS))
 }
