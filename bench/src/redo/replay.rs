@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
+use memmap2::{Advice, MmapMut};
 use redo_oracle::store::relation_path;
 use rustc_hash::FxHasher;
 use types::{ForkNumber, Lsn, PAGE_BYTES, PageTag, REL_SEGMENT_BLOCKS, RelTag, WAL_SEGMENT_BYTES};
@@ -24,8 +25,8 @@ const CHAIN_RECORDS: usize = 60;
 const CHAIN_ROUNDS: u32 = 20_000;
 /// WAL comes from its files in pieces of this size.
 const READ_BYTES: usize = 256 << 10;
-/// Pages are read and kept in runs of so many.
-const RUN_BLOCKS: usize = 128;
+/// Pages are read and kept in runs of so many: 2 MiB.
+const RUN_BLOCKS: usize = 256;
 
 /// Decodes all WAL behind `start` in a data directory; how many records, of how many bytes.
 pub(super) fn each_record(
@@ -77,7 +78,7 @@ struct Fork {
     rel: RelTag,
     /// From here on, blocks are not those of the file.
     file_end: u32,
-    runs: Vec<Option<Vec<u8>>>,
+    runs: Vec<Option<MmapMut>>,
 }
 
 impl Replay {
@@ -89,26 +90,26 @@ impl Replay {
 
     /// Does all that the record says.
     pub(super) fn apply(&mut self, record: &DecodedRecord<'_>) -> anyhow::Result<()> {
-        for change in changes(record)? {
+        for change in &changes(record)? {
             self.apply_change(change, record)?;
         }
-        for change in commit_ts_changes(record, &self.counters)? {
+        for change in &commit_ts_changes(record, &self.counters)? {
             self.apply_change(change, record)?;
         }
         checkpoint::advance(&mut self.counters, record);
         Ok(())
     }
 
-    fn apply_change(&mut self, change: Change, record: &DecodedRecord<'_>) -> anyhow::Result<()> {
+    fn apply_change(&mut self, change: &Change, record: &DecodedRecord<'_>) -> anyhow::Result<()> {
         match change {
-            Change::Page { tag, .. } => redo_page(self.page(&tag)?, &tag, record)?,
+            Change::Page { tag, .. } => redo_page(self.page(tag)?, tag, record)?,
             Change::SlruPage { slru, page, .. } => {
-                let bytes = self.slru.entry((slru, page)).or_insert_with(|| Box::new([0; PAGE_BYTES]));
-                redo_slru_page(bytes, slru, page, record)?;
+                let bytes = self.slru.entry((*slru, *page)).or_insert_with(|| Box::new([0; PAGE_BYTES]));
+                redo_slru_page(bytes, *slru, *page, record)?;
             }
             Change::TruncateRel { rel, blocks } => {
-                let place = self.place(rel);
-                self.forks[place].truncate(blocks);
+                let place = self.place(*rel);
+                self.forks[place].truncate(*blocks);
             }
             Change::DropRel(rel) => {
                 for fork in ForkNumber::ALL {
@@ -154,7 +155,9 @@ impl Fork {
     #[cold]
     fn read(&mut self, data_dir: &Path, run: usize) -> anyhow::Result<()> {
         let first = (run * RUN_BLOCKS) as u32;
-        let mut bytes = vec![0u8; RUN_BLOCKS * PAGE_BYTES];
+        // Zeroes, in one large page of the processor's where there are any, as Postgres can have its buffers.
+        let mut bytes = MmapMut::map_anon(RUN_BLOCKS * PAGE_BYTES)?;
+        let _no_large_pages_then = bytes.advise(Advice::HugePage);
         let there = self.file_end.saturating_sub(first).min(RUN_BLOCKS as u32) as usize * PAGE_BYTES;
         let mut got = 0;
         let path = relation_path(data_dir, &self.rel, first / REL_SEGMENT_BLOCKS);

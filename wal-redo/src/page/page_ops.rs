@@ -462,7 +462,10 @@ impl<'p> Page<'p> {
             let end = id.offset() + maxalign(id.len());
             end <= std::mem::replace(&mut limit, id.offset())
         });
-        let scratch = if in_place { None } else { Some(*self.bytes) };
+        // Else what may be overwritten before it is moved is read from a copy.
+        let copied_from = self.upper();
+        let scratch: SmallVec<[u8; PAGE_BYTES]> =
+            if in_place { SmallVec::new() } else { SmallVec::from_slice(self.slice(copied_from..upper)?) };
         for (number, id) in items {
             let len = maxalign(id.len());
             let source = id.offset()..id.offset() + len;
@@ -470,10 +473,13 @@ impl<'p> Page<'p> {
                 return Err(format!("corrupted line pointer {number}").into());
             }
             upper = upper.checked_sub(len).filter(|upper| *upper >= self.lower()).ok_or("corrupted item lengths")?;
-            match &scratch {
-                _ if source.start == upper => {}
-                None => self.copy_within(source, upper)?,
-                Some(scratch) => self.write(upper, &scratch[source])?,
+            if source.start == upper {
+                // It is where it belongs, and nothing was written there: what is written lies behind.
+            } else if in_place {
+                self.copy_within(source, upper)?;
+            } else {
+                let copied = source.start.checked_sub(copied_from).and_then(|at| scratch.get(at..at + len));
+                self.write(upper, copied.ok_or("corrupted line pointers")?)?;
             }
             self.set_item_id(*number, id.at(upper))?;
         }

@@ -29,6 +29,7 @@ macro_rules! wire_struct {
             pub const SIZE: usize = size_of::<$name>();
 
             /// Reads it from the start of `bytes`; `None` when they are too few.
+            #[inline(always)]
             pub fn from_prefix(bytes: &[u8]) -> Option<$name> {
                 <$name as zerocopy::FromBytes>::read_from_prefix(bytes).ok().map(|(value, _)| value)
             }

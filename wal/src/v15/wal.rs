@@ -137,6 +137,7 @@ pub fn page_header(page_start: Lsn, remaining: u32, system_identifier: u64) -> V
 }
 
 /// The checksum that the record's header should carry. `record` is whole and at least a header long; shorter is 0.
+#[inline]
 pub fn record_crc(record: &[u8]) -> u32 {
     let covered = RECORD_HEADER_BYTES - size_of::<u32>();
     let (Some(data), Some(header)) = (record.get(RECORD_HEADER_BYTES..), record.get(..covered)) else { return 0 };
