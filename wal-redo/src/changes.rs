@@ -36,7 +36,15 @@ pub(crate) const CUT_SHORT: &str = "shorter than its kind should be";
 ///
 /// Errors on a kind of record that is not known (extensions' own resource managers among them) and on a malformed one.
 pub fn changes(record: &DecodedRecord<'_>) -> Result<ChangeList, UnknownRecord> {
-    rmgr_changes(record).map_err(|problem| UnknownRecord {
+    let mut list = ChangeList::new();
+    append_changes(record, &mut list)?;
+    Ok(list)
+}
+
+/// As [`changes`], behind what is in the list already: a list that is used again and again saves moving it about. After an error the
+/// list may hold some of the record's changes.
+pub fn append_changes(record: &DecodedRecord<'_>, list: &mut ChangeList) -> Result<(), UnknownRecord> {
+    rmgr_changes(record, list).map_err(|problem| UnknownRecord {
         lsn: record.start_lsn,
         rmgr: record.rmgr,
         info: record.info,
@@ -44,76 +52,82 @@ pub fn changes(record: &DecodedRecord<'_>) -> Result<ChangeList, UnknownRecord> 
     })
 }
 
-fn rmgr_changes(record: &DecodedRecord<'_>) -> Changes {
+fn rmgr_changes(record: &DecodedRecord<'_>, list: &mut ChangeList) -> Result<(), &'static str> {
+    let info = record.rmgr_info();
     match record.rmgr {
-        rmgr::XLOG => xlog_changes(record),
-        rmgr::XACT => state_changes::xact(record),
-        rmgr::SMGR => state_changes::smgr(record),
-        rmgr::CLOG => state_changes::clog(record),
-        rmgr::DBASE => state_changes::dbase(record),
-        rmgr::TBLSPC => state_changes::tblspc(record),
-        rmgr::MULTIXACT => state_changes::multixact(record),
-        rmgr::RELMAP => state_changes::relmap(record),
-        rmgr::STANDBY => known(record, 0xF0, &[0x00, 0x10, 0x20], |_| Ok(ChangeList::new())),
-        rmgr::HEAP2 => heap2_changes(record),
-        rmgr::HEAP => heap_changes(record),
-        rmgr::BTREE => pages_if(record, record.rmgr_info() <= btree::META_CLEANUP),
-        rmgr::HASH => pages_if(record, record.rmgr_info() <= 0xC0),
-        rmgr::GIN => pages_if(record, (0x10..=0x90).contains(&record.rmgr_info())),
-        rmgr::GIST => known(record, 0xF0, &[0x00, 0x10, 0x20, 0x30, 0x60, 0x70], pages),
-        rmgr::SEQ => known(record, 0xF0, &[state::seq::LOG], pages),
-        rmgr::SPGIST => pages_if(record, (0x10..=0x80).contains(&record.rmgr_info())),
+        rmgr::XLOG => xlog_changes(record, list),
+        rmgr::XACT => state_changes::xact(record).map(|changes| list.extend(changes)),
+        rmgr::SMGR => state_changes::smgr(record).map(|changes| list.extend(changes)),
+        rmgr::CLOG => state_changes::clog(record).map(|changes| list.extend(changes)),
+        rmgr::DBASE => state_changes::dbase(record).map(|changes| list.extend(changes)),
+        rmgr::TBLSPC => state_changes::tblspc(record).map(|changes| list.extend(changes)),
+        rmgr::MULTIXACT => state_changes::multixact(record).map(|changes| list.extend(changes)),
+        rmgr::RELMAP => state_changes::relmap(record).map(|changes| list.extend(changes)),
+        rmgr::STANDBY => if_known([0x00, 0x10, 0x20].contains(&info)),
+        rmgr::HEAP2 => heap2_changes(record, list),
+        rmgr::HEAP => heap_changes(record, list),
+        rmgr::BTREE => pages_if(record, info <= btree::META_CLEANUP, list),
+        rmgr::HASH => pages_if(record, info <= 0xC0, list),
+        rmgr::GIN => pages_if(record, (0x10..=0x90).contains(&info), list),
+        rmgr::GIST => pages_if(record, [0x00, 0x10, 0x20, 0x30, 0x60, 0x70].contains(&info), list),
+        rmgr::SEQ => pages_if(record, info == state::seq::LOG, list),
+        rmgr::SPGIST => pages_if(record, (0x10..=0x80).contains(&info), list),
         // The highest bit tells that a page is initialised.
-        rmgr::BRIN => pages_if(record, record.rmgr_info() & 0x70 <= 0x50),
-        rmgr::COMMIT_TS => state_changes::commit_ts(record),
+        rmgr::BRIN => pages_if(record, info & 0x70 <= 0x50, list),
+        rmgr::COMMIT_TS => state_changes::commit_ts(record).map(|changes| list.extend(changes)),
         // Progress of logical replication: it lives in files that this compute's successor doesn't get.
-        rmgr::REPLORIGIN => {
-            known(record, 0xF0, &[state::replorigin::SET, state::replorigin::DROP], |_| Ok(ChangeList::new()))
+        rmgr::REPLORIGIN => if_known([state::replorigin::SET, state::replorigin::DROP].contains(&info)),
+        rmgr::GENERIC => pages_if(record, info == 0x00, list),
+        rmgr::LOGICALMSG => {
+            if_known(info == state::logicalmsg::MESSAGE)?;
+            crate::aux_file::changes(record).map(|changes| list.extend(changes))
         }
-        rmgr::GENERIC => known(record, 0xF0, &[0x00], pages),
-        rmgr::LOGICALMSG => known(record, 0xF0, &[state::logicalmsg::MESSAGE], crate::aux_file::changes),
         RmgrId(rmgr::MIN_CUSTOM..) => Err("an extension's own resource manager, which cannot be replayed"),
         RmgrId(_) => Err("no resource manager of PostgreSQL 15"),
     }
 }
 
-/// A change for every page the record refers to.
-pub(crate) fn pages(record: &DecodedRecord<'_>) -> Changes {
-    Ok(record.blocks.iter().map(page).collect())
+/// Appends a change for every page the record refers to.
+fn pages(record: &DecodedRecord<'_>, list: &mut ChangeList) {
+    for block in &record.blocks {
+        list.push(page(block));
+    }
 }
 
 fn page(block: &wal::BlockRef<'_>) -> Change {
     Change::Page { tag: block.tag(), will_init: block.will_init || block.applies_image() }
 }
 
-fn pages_if(record: &DecodedRecord<'_>, known: bool) -> Changes {
-    if known { pages(record) } else { Err(UNKNOWN_INFO) }
+fn pages_if(record: &DecodedRecord<'_>, known: bool, list: &mut ChangeList) -> Result<(), &'static str> {
+    if_known(known)?;
+    pages(record, list);
+    Ok(())
 }
 
-/// `changes` of a record whose info, under the mask, is one of those listed.
-fn known(record: &DecodedRecord<'_>, mask: u8, infos: &[u8], changes: fn(&DecodedRecord<'_>) -> Changes) -> Changes {
-    if infos.contains(&(record.info & mask)) { changes(record) } else { Err(UNKNOWN_INFO) }
+fn if_known(known: bool) -> Result<(), &'static str> {
+    if known { Ok(()) } else { Err(UNKNOWN_INFO) }
 }
 
-fn xlog_changes(record: &DecodedRecord<'_>) -> Changes {
+fn xlog_changes(record: &DecodedRecord<'_>, list: &mut ChangeList) -> Result<(), &'static str> {
     match record.rmgr_info() {
-        xlog::FPI if record.blocks.iter().all(|block| block.image.is_some()) => pages(record),
-        xlog::FPI => Err("a full-page image record without its image"),
+        xlog::FPI if record.blocks.iter().all(|block| block.image.is_some()) => pages(record, list),
+        xlog::FPI => return Err("a full-page image record without its image"),
         // Without full_page_writes a hint is logged without an image: nothing to replay.
-        xlog::FPI_FOR_HINT => Ok(record.blocks.iter().filter(|block| block.image.is_some()).map(page).collect()),
+        xlog::FPI_FOR_HINT => list.extend(record.blocks.iter().filter(|block| block.image.is_some()).map(page)),
         // Counters and settings: see `checkpoint`.
         xlog::CHECKPOINT_SHUTDOWN
         | xlog::CHECKPOINT_ONLINE
         | xlog::NEXTOID
         | xlog::PARAMETER_CHANGE
-        | xlog::FPW_CHANGE => Ok(ChangeList::new()),
-        xlog::NOOP | xlog::SWITCH | xlog::RESTORE_POINT | xlog::BACKUP_END => Ok(ChangeList::new()),
-        xlog::END_OF_RECOVERY | xlog::OVERWRITE_CONTRECORD => Ok(ChangeList::new()),
-        _ => Err(UNKNOWN_INFO),
+        | xlog::FPW_CHANGE => {}
+        xlog::NOOP | xlog::SWITCH | xlog::RESTORE_POINT | xlog::BACKUP_END => {}
+        xlog::END_OF_RECOVERY | xlog::OVERWRITE_CONTRECORD => {}
+        _ => return Err(UNKNOWN_INFO),
     }
+    Ok(())
 }
 
-fn heap_changes(record: &DecodedRecord<'_>) -> Changes {
+fn heap_changes(record: &DecodedRecord<'_>, list: &mut ChangeList) -> Result<(), &'static str> {
     let data = record.main_data;
     let cleared = match record.info & heap::OPMASK {
         heap::INSERT => {
@@ -137,12 +151,15 @@ fn heap_changes(record: &DecodedRecord<'_>) -> Changes {
             [(0, flags & heap::LOCK_ALL_FROZEN_CLEARED), (0, 0)]
         }
         // The mask leaves only TRUNCATE (for logical decoding), CONFIRM and INPLACE.
-        _ => return pages(record),
+        _ => {
+            pages(record, list);
+            return Ok(());
+        }
     };
-    pages_and_map(record, cleared)
+    pages_and_map(record, cleared, list)
 }
 
-fn heap2_changes(record: &DecodedRecord<'_>) -> Changes {
+fn heap2_changes(record: &DecodedRecord<'_>, list: &mut ChangeList) -> Result<(), &'static str> {
     let cleared = match record.info & heap::OPMASK {
         heap::heap2::MULTI_INSERT => {
             let flags = heap::HeapMultiInsert::from_prefix(record.main_data).ok_or(CUT_SHORT)?.flags;
@@ -154,25 +171,32 @@ fn heap2_changes(record: &DecodedRecord<'_>) -> Changes {
         }
         // The mask leaves PRUNE, VACUUM, FREEZE_PAGE, VISIBLE (which names its map page), REWRITE and NEW_CID (for logical
         // decoding, without pages).
-        _ => return pages(record),
+        _ => {
+            pages(record, list);
+            return Ok(());
+        }
     };
-    pages_and_map(record, [(0, cleared), (0, 0)])
+    pages_and_map(record, [(0, cleared), (0, 0)], list)
 }
 
 /// The record's pages, and the visibility map's pages that the flagged (non-zero) heap pages have bits on.
-fn pages_and_map(record: &DecodedRecord<'_>, cleared: [(u8, u8); 2]) -> Changes {
-    let mut changes = ChangeList::new();
+fn pages_and_map(
+    record: &DecodedRecord<'_>,
+    cleared: [(u8, u8); 2],
+    list: &mut ChangeList,
+) -> Result<(), &'static str> {
+    let mut last = None;
     for (block_id, flag) in cleared {
         if flag != 0 {
             let heap_page = record.block(block_id).ok_or("a heap record without its page")?;
-            let change = Change::Page { tag: map_page(heap_page.rel, heap_page.block), will_init: false };
-            if !changes.contains(&change) {
-                changes.push(change);
+            let tag = map_page(heap_page.rel, heap_page.block);
+            if last.replace(tag) != Some(tag) {
+                list.push(Change::Page { tag, will_init: false });
             }
         }
     }
-    changes.extend(record.blocks.iter().map(page));
-    Ok(changes)
+    pages(record, list);
+    Ok(())
 }
 
 /// The visibility map's page that has a heap page's bits.

@@ -15,7 +15,10 @@ use redo_oracle::store::relation_path;
 use rustc_hash::FxHasher;
 use types::{ForkNumber, Lsn, PAGE_BYTES, PageTag, REL_SEGMENT_BLOCKS, RelTag, WAL_SEGMENT_BYTES};
 use wal::{CheckPoint, DecodedRecord, ForEachError, OwnedRecord, WalStreamDecoder, v15::rmgr};
-use wal_redo::{Change, SlruKind, changes, checkpoint, commit_ts_changes, redo_page, redo_slru_page};
+use wal_redo::{
+    Change, ChangeList, SlruKind, append_changes, checkpoint, commit_ts_changes, redo_page, redo_slru_page,
+    tracks_commit_ts,
+};
 
 type Page = [u8; PAGE_BYTES];
 type Fast = BuildHasherDefault<FxHasher>;
@@ -62,15 +65,22 @@ pub(super) fn each_record(
     Ok((records, decoder.position().0 - start.0))
 }
 
-/// All pages in memory, as Postgres has them in shared buffers.
+/// Applies records.
 pub(super) struct Replay {
+    memory: Memory,
+    counters: CheckPoint,
+    /// Empty between records.
+    changes: ChangeList,
+}
+
+/// All pages in memory, as Postgres has them in shared buffers.
+struct Memory {
     data_dir: PathBuf,
     /// The fork that was asked for last, by its place in `forks`: records of one fork come in runs.
     last: Option<(RelTag, usize)>,
     places: HashMap<RelTag, usize, Fast>,
     forks: Vec<Fork>,
     slru: HashMap<(SlruKind, u32), Box<Page>, Fast>,
-    counters: CheckPoint,
 }
 
 /// The pages of one fork, those that were asked for and their neighbours.
@@ -85,22 +95,27 @@ impl Replay {
     /// Begins with a stopped server's files and the counters of its control file.
     pub(super) fn new(data_dir: PathBuf, counters: CheckPoint) -> Replay {
         let (places, forks, slru) = (HashMap::default(), Vec::new(), HashMap::default());
-        Replay { data_dir, last: None, places, forks, slru, counters }
+        let memory = Memory { data_dir, last: None, places, forks, slru };
+        Replay { memory, counters, changes: ChangeList::new() }
     }
 
     /// Does all that the record says.
     pub(super) fn apply(&mut self, record: &DecodedRecord<'_>) -> anyhow::Result<()> {
-        for change in &changes(record)? {
-            self.apply_change(change, record)?;
+        append_changes(record, &mut self.changes)?;
+        if tracks_commit_ts(&self.counters) {
+            self.changes.extend(commit_ts_changes(record, &self.counters)?);
         }
-        for change in &commit_ts_changes(record, &self.counters)? {
-            self.apply_change(change, record)?;
+        for change in &self.changes {
+            self.memory.apply(change, record)?;
         }
+        self.changes.clear();
         checkpoint::advance(&mut self.counters, record);
         Ok(())
     }
+}
 
-    fn apply_change(&mut self, change: &Change, record: &DecodedRecord<'_>) -> anyhow::Result<()> {
+impl Memory {
+    fn apply(&mut self, change: &Change, record: &DecodedRecord<'_>) -> anyhow::Result<()> {
         match change {
             Change::Page { tag, .. } => redo_page(self.page(tag)?, tag, record)?,
             Change::SlruPage { slru, page, .. } => {
@@ -197,7 +212,7 @@ pub(super) fn chain(data_dir: &Path, start: Lsn, counters: CheckPoint) -> anyhow
         if found.is_none() && [rmgr::HEAP, rmgr::HEAP2].contains(&record.rmgr) {
             for block in record.blocks.iter().filter(|block| block.rel.fork == ForkNumber::Main) {
                 let tag = block.tag();
-                let image = Box::new(*replay.page(&tag)?);
+                let image = Box::new(*replay.memory.page(&tag)?);
                 let (_, records) = chains.entry(tag).or_insert((image, Vec::new()));
                 records.push(record.to_owned());
                 if records.len() == CHAIN_RECORDS {
