@@ -22,7 +22,7 @@ use crate::{
 /// and poll until `None` before feeding more (what is fed and not yet polled is buffered). An error stays until
 /// [`rewind`](Self::rewind); `rewind` also serves a reader of a file that is still being written: it reads again from
 /// [`position`](Self::position).
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct WalStreamDecoder {
     /// End of the last whole record.
     position: Lsn,
@@ -77,7 +77,7 @@ pub enum ForEachError<E> {
 }
 
 /// A record whose bytes are being collected.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Partial {
     start: Lsn,
     total: usize,

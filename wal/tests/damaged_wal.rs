@@ -1,7 +1,9 @@
 //! Damaged and cut WAL: the decoder reports it and never panics, and never takes a damaged record for a whole one.
 
+use std::convert::Infallible;
+
 use dormouse_wal::{
-    OwnedRecord, WalDecodeError, WalStreamDecoder,
+    ForEachError, OwnedRecord, WalDecodeError, WalStreamDecoder,
     encode::{BlockToWrite, RecordToWrite, encode_record, record_start_at},
     v15::{rmgr, xlog},
 };
@@ -22,8 +24,8 @@ fn wal() -> (Vec<u8>, Vec<Lsn>) {
         let main_data = vec![index as u8; index * index % 3000];
         let block = BlockToWrite { tag: PageTag { rel, block: index as u32 }, page: &page };
         let blocks = if index % 7 == 3 { vec![block, block] } else { Vec::new() };
-        let record =
-            RecordToWrite { xid: index as u32, rmgr: rmgr::XLOG, info: xlog::FPI, main_data: &main_data, blocks };
+        let (rmgr, info) = if index % 5 == 0 { (rmgr::XLOG, xlog::FPI) } else { (rmgr::LOGICALMSG, 0) };
+        let record = RecordToWrite { xid: index as u32, rmgr, info, main_data: &main_data, blocks };
         let encoded = encode_record(at, prev, SYSTEM, &record);
         bytes.extend_from_slice(&encoded.bytes);
         (at, prev) = (encoded.end_lsn, encoded.start_lsn);
@@ -32,15 +34,25 @@ fn wal() -> (Vec<u8>, Vec<Lsn>) {
     (bytes, ends)
 }
 
+/// All records that there are, by both ways of asking, which must agree.
 fn drain(decoder: &mut WalStreamDecoder) -> (Vec<OwnedRecord>, Option<WalDecodeError>) {
-    let mut records = Vec::new();
-    loop {
+    let mut other = decoder.clone();
+    let (mut records, mut other_records) = (Vec::new(), Vec::new());
+    let error = loop {
         match decoder.poll_record() {
             Ok(Some(record)) => records.push(record.to_owned()),
-            Ok(None) => return (records, None),
-            Err(error) => return (records, Some(error)),
+            Ok(None) => break None,
+            Err(error) => break Some(error),
         }
-    }
+    };
+    let other_end = other.for_each_record(|record| {
+        other_records.push(record.to_owned());
+        Ok::<(), Infallible>(())
+    });
+    assert_eq!(other_end, error.clone().map_or(Ok(()), |error| Err(ForEachError::Decode(error))));
+    assert_eq!(other_records, records);
+    assert_eq!((other.position(), other.fed_until()), (decoder.position(), decoder.fed_until()));
+    (records, error)
 }
 
 proptest! {

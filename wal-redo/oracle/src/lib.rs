@@ -13,6 +13,7 @@ pub mod store;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    convert::Infallible,
     fmt, fs,
     io::Read,
     path::Path,
@@ -23,7 +24,7 @@ use state::State;
 use store::Store;
 use types::{ForkNumber, Lsn, PAGE_BYTES, PageTag, RelTag, WAL_SEGMENT_BYTES};
 use wal::{
-    ControlFile, DecodedRecord, RmgrId, WalDecodeError, WalStreamDecoder,
+    ControlFile, DecodedRecord, ForEachError, RmgrId, WalDecodeError, WalStreamDecoder,
     v15::{RelFileNode, heap::vm, rmgr, state::ParameterChange, xlog},
 };
 use wal_redo::{Change, ChangeList, RedoError, changes, redo_page, restore_image};
@@ -185,20 +186,21 @@ pub fn check_with_standby(before: &Path, after: &Path, standby: Option<&Path>) -
         let skipped = decoder.fed_until().0.saturating_sub(segment.0) as usize;
         for (at, chunk) in (skipped..).step_by(1 << 20).zip(bytes[skipped.min(bytes.len())..].chunks(1 << 20)) {
             decoder.feed(segment + at as u64, chunk);
-            loop {
-                match decoder.poll_record() {
-                    Ok(Some(record)) => {
-                        last = record.start_lsn;
-                        if last != end {
-                            oracle.apply(&record);
-                        }
-                    }
-                    Ok(None) => break,
-                    Err(WalDecodeError::EndOfWal { .. } | WalDecodeError::Invalid { .. }) if last == end => {
-                        break 'segments;
-                    }
-                    Err(error) => panic!("{error} (the last good record is at {last}, the checkpoint at {end})"),
+            let decoded = decoder.for_each_record(|record| {
+                last = record.start_lsn;
+                if last != end {
+                    oracle.apply(record);
                 }
+                Ok::<(), Infallible>(())
+            });
+            match decoded {
+                Ok(()) => {}
+                Err(ForEachError::Decode(WalDecodeError::EndOfWal { .. } | WalDecodeError::Invalid { .. }))
+                    if last == end =>
+                {
+                    break 'segments;
+                }
+                Err(error) => panic!("{error} (the last good record is at {last}, the checkpoint at {end})"),
             }
         }
     }
