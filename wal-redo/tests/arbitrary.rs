@@ -1,12 +1,21 @@
-//! Arbitrary records over arbitrary pages: an error or some page, never a panic. `PROPTEST_CASES=1000000` for a long run.
+//! Arbitrary records over arbitrary pages: an error or some page, never a panic, and never much memory. `PROPTEST_CASES=1000000`
+//! for a long run.
 
 use dormouse_wal_redo::{SlruKind, changes, checkpoint, redo_page, redo_slru_page, restore_image};
+use peak_alloc::PeakAlloc;
 use proptest::{collection::vec, prelude::*, sample::select};
 use types::{ForkNumber, Lsn, PAGE_BYTES, PageTag, RelTag};
 use wal::{
     BlockRef, CheckPoint, DecodedRecord, RmgrId, WalStreamDecoder, decode_record,
     record::{BlockImage, ImageCompression},
 };
+
+#[global_allocator]
+static MEMORY: PeakAlloc = PeakAlloc;
+
+/// What one case may take at most beyond what it began with, in both tests together: more than any page or record of a case needs,
+/// far less than a length that is believed too soon would ask for.
+const CASE_MAX_BYTES: usize = 2 << 20;
 
 const REL: RelTag = RelTag { spc: 1663, db: 5, rel: 16384, fork: ForkNumber::Main };
 
@@ -112,6 +121,7 @@ proptest! {
 
     #[test]
     fn redo_of_anything_on_anything(record in record(), page in page()) {
+        let before = begin_case();
         let record = record.borrowed();
         // Whatever comes of it.
         drop(changes(&record));
@@ -128,10 +138,12 @@ proptest! {
                 drop(redo_slru_page(&mut page.clone(), slru, number, &record));
             }
         }
+        prop_assert!(peak_since(before) < CASE_MAX_BYTES);
     }
 
     #[test]
     fn decoding_of_anything(bytes in vec(prop_oneof![0u8..8, any::<u8>(), 250u8..], 24..400), pieces in 1usize..5) {
+        let before = begin_case();
         let mut bytes = bytes;
         let length = bytes.len() as u32;
         bytes[0..4].copy_from_slice(&length.to_le_bytes());
@@ -146,7 +158,18 @@ proptest! {
                 drop(changes(&record));
             }
         }
+        prop_assert!(peak_since(before) < CASE_MAX_BYTES);
     }
+}
+
+/// Bytes in use now; from here on the peak counts.
+fn begin_case() -> usize {
+    MEMORY.reset_peak_usage();
+    MEMORY.current_usage()
+}
+
+fn peak_since(before: usize) -> usize {
+    MEMORY.peak_usage().saturating_sub(before)
 }
 
 /// `PROPTEST_CASES` for a long run.

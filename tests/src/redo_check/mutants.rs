@@ -27,7 +27,7 @@ const CRATES: [&str; 3] = ["types", "wal", "wal-redo"];
 
 impl Mutants {
     /// Each must be caught.
-    pub const ALL: [Mutant; 12] = [
+    pub const ALL: [Mutant; 14] = [
         Mutant {
             name: "a deleted tuple does not get its xmax",
             file: "page/heap.rs",
@@ -45,6 +45,18 @@ impl Mutants {
             file: "page/heap.rs",
             sound: "let new_ctid = item_pointer(new_block.block, header.new_offnum);",
             broken: "let new_ctid = item_pointer(new_block.block, header.new_offnum + 1);",
+        },
+        Mutant {
+            name: "an update's new tuple lacks the end that it shares with the old one",
+            file: "page/heap.rs",
+            sound: "    page.copy_within(suffix, rest_at + rest.len())?;",
+            broken: "    let _ = suffix;",
+        },
+        Mutant {
+            name: "a packed page's items end up one byte off",
+            file: "page/page_ops.rs",
+            sound: "                self.copy_within(source, upper)?;",
+            broken: "                self.copy_within(source.start + 1..source.end, upper)?;",
         },
         Mutant {
             name: "a frozen tuple keeps its infomask",
