@@ -6,6 +6,7 @@ mod ingest;
 mod oltp;
 mod pages;
 mod peer;
+mod pool;
 mod redo;
 mod scan;
 mod space;
@@ -45,6 +46,9 @@ struct Arguments {
     /// Transactions that count as a minute's worth in `pages`; it runs 60 times as many.
     #[arg(long, default_value_t = 3000)]
     minute_transactions: u32,
+    /// Idle clients whose memory `pool` measures.
+    #[arg(long, default_value_t = 2000)]
+    idle_clients: usize,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -65,6 +69,8 @@ enum Name {
     Ingest,
     /// Bytes stored and written, beside a stock server's data directory.
     Space,
+    /// The proxy's pool, beside PgBouncer in front of the same compute.
+    Pool,
 }
 
 #[tokio::main]
@@ -83,6 +89,7 @@ async fn main() -> ExitCode {
             Name::Pages => pages::run(arguments.pages_scale, arguments.minute_transactions).await,
             Name::Ingest => ingest::run(arguments.load_rounds, arguments.pages_scale).await,
             Name::Space => space::run(arguments.pages_scale).await,
+            Name::Pool => pool::run(arguments.load_rounds, arguments.seconds, arguments.idle_clients).await,
         };
         if let Err(error) = outcome {
             eprintln!("bench failed: {error:#}");
