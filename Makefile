@@ -11,6 +11,7 @@
 OBJECT_STORE ?= local
 NAME ?=
 SETUP := $(if $(filter s3,$(OBJECT_STORE)),s3,)
+bench: SETUP := $(if $(filter-out pool,$(NAME)),,pgbouncer)
 
 .PHONY: demo test regress redo-check bench lint build release
 

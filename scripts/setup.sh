@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what building and testing Dormouse needs and is not there yet (Debian 12, Rust already installed):
 #   scripts/setup.sh            PostgreSQL 15 and a C compiler
+#   scripts/setup.sh pgbouncer  also PgBouncer for the benchmark of pooling, into target/tools/pgbouncer: as a package it would be started
 #   scripts/setup.sh s3         also an S3-compatible server for the tests (moto, in a virtual environment of its own)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,6 +18,11 @@ command -v cc >/dev/null || missing+=(gcc libc6-dev)
 if [ "${1:-}" = s3 ]; then
     command -v python3 >/dev/null || missing+=(python3)
     python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
+fi
+if [ "${1:-}" = pgbouncer ]; then
+    for library in libevent-2.1-7 libc-ares2; do
+        dpkg -s "$library" >/dev/null 2>&1 || missing+=("$library")
+    done
 fi
 
 if [ ${#missing[@]} -gt 0 ]; then
@@ -42,4 +48,10 @@ if [ "${1:-}" = s3 ] && [ ! -x target/tools/moto/bin/moto_server ]; then
     mkdir -p target/tools
     python3 -m venv target/tools/moto
     target/tools/moto/bin/pip install --quiet --disable-pip-version-check 'moto[server]==5.2.5'
+fi
+
+if [ "${1:-}" = pgbouncer ] && [ ! -x target/tools/pgbouncer/usr/sbin/pgbouncer ]; then
+    say "unpacking PgBouncer into target/tools/pgbouncer"
+    mkdir -p target/tools/pgbouncer
+    (cd target/tools/pgbouncer && as_root apt-get update -qq && apt-get download -qq pgbouncer 2>/dev/null && dpkg -x pgbouncer_*.deb .)
 fi

@@ -2,10 +2,14 @@
 
 mod bare;
 mod branch;
+mod ingest;
 mod oltp;
+mod pages;
 mod peer;
+mod pool;
 mod redo;
 mod scan;
+mod space;
 mod wake;
 
 use std::{process::ExitCode, time::Duration};
@@ -36,6 +40,15 @@ struct Arguments {
     /// pgbench scale of the load of `redo`; the bulk load grows with it.
     #[arg(long, default_value_t = 20)]
     redo_scale: u32,
+    /// pgbench scale of `pages` and `space`; the loads of `ingest` are of about as many MB of WAL, times 15.
+    #[arg(long, default_value_t = 20)]
+    pages_scale: u32,
+    /// Transactions that count as a minute's worth in `pages`; it runs 60 times as many.
+    #[arg(long, default_value_t = 3000)]
+    minute_transactions: u32,
+    /// Idle clients whose memory `pool` measures.
+    #[arg(long, default_value_t = 2000)]
+    idle_clients: usize,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -50,12 +63,20 @@ enum Name {
     Scan,
     /// WAL redo, beside a stock server's crash recovery.
     Redo,
+    /// Reading pages from a pageserver, young and aged.
+    Pages,
+    /// WAL into a pageserver, beside a stock server's recovery.
+    Ingest,
+    /// Bytes stored and written, beside a stock server's data directory.
+    Space,
+    /// The proxy's pool, beside PgBouncer in front of the same compute.
+    Pool,
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    for name in [Name::Wake, Name::Branch, Name::Oltp, Name::Scan, Name::Redo] {
+    for name in Name::value_variants().iter().copied() {
         if arguments.name.is_some_and(|only| only != name) {
             continue;
         }
@@ -65,6 +86,10 @@ async fn main() -> ExitCode {
             Name::Oltp => oltp::run(arguments.load_rounds, arguments.seconds).await,
             Name::Scan => scan::run(arguments.load_rounds, arguments.scan_mib).await,
             Name::Redo => redo::run(arguments.load_rounds, arguments.redo_scale).await,
+            Name::Pages => pages::run(arguments.pages_scale, arguments.minute_transactions).await,
+            Name::Ingest => ingest::run(arguments.load_rounds, arguments.pages_scale).await,
+            Name::Space => space::run(arguments.pages_scale).await,
+            Name::Pool => pool::run(arguments.load_rounds, arguments.seconds, arguments.idle_clients).await,
         };
         if let Err(error) = outcome {
             eprintln!("bench failed: {error:#}");

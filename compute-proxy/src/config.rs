@@ -36,6 +36,11 @@ pub struct Config {
     #[arg(long, value_name = "DIR")]
     pub tls_dir: Option<PathBuf>,
 
+    /// Every connection begins with a PROXY protocol v2 header, in which a load balancer tells the client's address. Only
+    /// for a proxy that clients cannot reach past the balancer: they could claim any address.
+    #[arg(long)]
+    pub proxy_protocol: bool,
+
     /// Lets clients without TLS name their endpoint by a password prefix, which sends the password in clear text.
     #[arg(long)]
     pub allow_cleartext: bool,
@@ -63,7 +68,7 @@ pub struct Config {
 
     /// Server connections for each database and role of an endpoint. By default, and at most, nine tenths of what the
     /// compute's max_connections leaves, which all pools of the endpoint share.
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, env = "DORMOUSE_POOL_SIZE", value_name = "COUNT")]
     pub pool_size: Option<usize>,
 
     /// How long a pooled client waits for a server connection.

@@ -33,6 +33,8 @@ pub enum EndReason {
     EndpointDisabled,
     /// Wrong password, or no such role.
     WrongPassword,
+    /// Too many logins from there have failed.
+    TooManyFailures,
     /// Somebody sits between client and proxy.
     ChannelBinding,
     /// There were as many sessions as there may be.
@@ -67,6 +69,7 @@ impl EndReason {
             Self::UnknownEndpoint => "unknown-endpoint",
             Self::EndpointDisabled => "endpoint-disabled",
             Self::WrongPassword => "wrong-password",
+            Self::TooManyFailures => "too-many-failures",
             Self::ChannelBinding => "channel-binding",
             Self::TooManyConnections => "too-many-connections",
             Self::ControlPlaneDown => "control-plane-down",

@@ -1,17 +1,21 @@
 //! Checks who a client is, by SCRAM or by a password in clear text, without waking anything.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc, time::Instant};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use bytes::Bytes;
 use control_plane_api::internal::RoleAuth;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::Semaphore,
+};
 use types::EndpointId;
 
 use crate::{
     end::{EndReason, Stop},
     endpoint_name::{EndpointName, split_password},
     handshake::{self, HandshakeError, PASSWORD_MAX_BYTES, SASL_MAX_BYTES},
+    login_limit::LoginLimit,
     messages::{self, FatalError},
     roles::{Role, Roles},
     scram::{Binding, Exchange, SCRAM_SHA_256, SCRAM_SHA_256_PLUS, ScramError, Verifier},
@@ -25,6 +29,10 @@ const NONCE_BYTES: usize = 18;
 /// Checks logins.
 pub struct Login {
     roles: Roles,
+    limit: LoginLimit,
+    begun: Instant,
+    /// Hashing a password takes milliseconds: no more of that at a time than leaves the proxy working.
+    hashing: Semaphore,
     /// Makes the salts of roles that don't exist; new with every process.
     mock_secret: [u8; 32],
 }
@@ -53,7 +61,14 @@ struct Candidate {
 impl Login {
     /// Looks roles up in `roles`.
     pub fn new(roles: Roles) -> Self {
-        Self { roles, mock_secret: rand::random() }
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Self {
+            roles,
+            limit: LoginLimit::default(),
+            begun: Instant::now(),
+            hashing: Semaphore::new(cores),
+            mock_secret: rand::random(),
+        }
     }
 
     /// Logs a client in whose endpoint is known.
@@ -61,14 +76,17 @@ impl Login {
         &self,
         stream: &mut ClientStream,
         tls: Option<&TlsInfo>,
+        from: IpAddr,
         endpoint: &EndpointId,
         user: &str,
     ) -> Result<(), Stop> {
+        self.check_limit(from, endpoint)?;
         let candidate = self.candidate(endpoint, user).await?;
         match exchange(stream, tls, &candidate.verifier).await {
             Ok(()) => candidate.admit(),
             Err(LoginError::Scram(ScramError::WrongPassword)) => {
                 self.roles.doubt(endpoint, user);
+                self.limit.failed(self.begun.elapsed(), from, endpoint);
                 Err(wrong_password(user))
             }
             Err(LoginError::Scram(error)) => Err(scram_refusal(error)),
@@ -77,15 +95,45 @@ impl Login {
     }
 
     /// Checks a password in clear text.
-    pub async fn by_password(&self, endpoint: &EndpointId, user: &str, password: &[u8]) -> Result<(), Stop> {
+    pub async fn by_password(
+        &self,
+        from: IpAddr,
+        endpoint: &EndpointId,
+        user: &str,
+        password: &[u8],
+    ) -> Result<(), Stop> {
+        self.check_limit(from, endpoint)?;
         let mut candidate = self.candidate(endpoint, user).await?;
-        let mut good = accepts(&candidate, password).await?;
+        let mut good = self.accepts(&candidate, password).await?;
         if !good && !candidate.fresh {
             self.roles.doubt(endpoint, user);
             candidate = self.candidate(endpoint, user).await?;
-            good = accepts(&candidate, password).await?;
+            good = self.accepts(&candidate, password).await?;
         }
-        if good { candidate.admit() } else { Err(wrong_password(user)) }
+        if !good {
+            self.limit.failed(self.begun.elapsed(), from, endpoint);
+            return Err(wrong_password(user));
+        }
+        candidate.admit()
+    }
+
+    fn check_limit(&self, from: IpAddr, endpoint: &EndpointId) -> Result<(), Stop> {
+        if self.limit.admits(self.begun.elapsed(), from, endpoint) {
+            return Ok(());
+        }
+        let error = FatalError {
+            hint: Some("Wait a minute, and check the role, the password and the endpoint's id.".to_owned()),
+            ..FatalError::new("28000", "too many failed logins from this address")
+        };
+        Err(Stop::refuse(EndReason::TooManyFailures, error))
+    }
+
+    async fn accepts(&self, candidate: &Candidate, password: &[u8]) -> Result<bool, Stop> {
+        let failed = |_| Stop::refuse(EndReason::Internal, FatalError::new("XX000", "the password check failed"));
+        let _turn = self.hashing.acquire().await.map_err(failed)?;
+        let (verifier, password) = (candidate.verifier.clone(), password.to_vec());
+        let checked = tokio::task::spawn_blocking(move || verifier.accepts_password(&password)).await;
+        checked.map_err(|_| Stop::refuse(EndReason::Internal, FatalError::new("XX000", "the password check failed")))
     }
 
     async fn candidate(&self, endpoint: &EndpointId, user: &str) -> Result<Candidate, Stop> {
@@ -96,8 +144,8 @@ impl Login {
         })?;
         let auth = match role {
             Role::Known(auth) => Some(auth),
-            Role::Missing => None,
-            Role::EndpointMissing => return Err(endpoint_not_found(endpoint)),
+            // Nobody without a password is to learn which endpoints exist.
+            Role::Missing | Role::EndpointMissing => None,
         };
         let verifier = auth.as_deref().and_then(|auth| stored_verifier(endpoint, auth));
         let context = || [endpoint.as_str().as_bytes(), b"/", user.as_bytes()];
@@ -128,12 +176,6 @@ impl Candidate {
 fn stored_verifier(endpoint: &EndpointId, auth: &RoleAuth) -> Option<Verifier> {
     let parsed = Verifier::parse(auth.scram_verifier.as_deref()?);
     parsed.inspect_err(|error| tracing::error!(%endpoint, %error, "a role cannot log in")).ok()
-}
-
-async fn accepts(candidate: &Candidate, password: &[u8]) -> Result<bool, Stop> {
-    let (verifier, password) = (candidate.verifier.clone(), password.to_vec());
-    let checked = tokio::task::spawn_blocking(move || verifier.accepts_password(&password)).await;
-    checked.map_err(|_| Stop::refuse(EndReason::Internal, FatalError::new("XX000", "the password check failed")))
 }
 
 /// The SCRAM exchange, up to `AuthenticationSASLFinal`.
@@ -199,8 +241,13 @@ async fn read_answer(stream: &mut ClientStream, limit: usize) -> Result<Bytes, S
 }
 
 fn wrong_password(user: &str) -> Stop {
-    let message = format!("password authentication failed for user \"{user}\"");
-    Stop::refuse(EndReason::WrongPassword, FatalError::new("28P01", message))
+    let error = FatalError {
+        hint: Some(
+            "Check the role, the password, and the endpoint's id in the host name or in the options.".to_owned(),
+        ),
+        ..FatalError::new("28P01", format!("password authentication failed for user \"{user}\""))
+    };
+    Stop::refuse(EndReason::WrongPassword, error)
 }
 
 fn scram_refusal(error: ScramError) -> Stop {

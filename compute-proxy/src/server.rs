@@ -5,6 +5,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use rustix::net::sockopt;
 use tokio::{
     net::{TcpListener, TcpStream},
+    signal::unix::{SignalKind, signal},
     sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinHandle,
     time::{sleep, timeout},
@@ -35,6 +36,12 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Idle time after which a silent client is asked whether it is still there.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+
+/// How often certificate files are looked at.
+const CERTIFICATE_LOOK: Duration = Duration::from_secs(2);
+
+/// How long written bytes may stay unacknowledged before a client counts as gone.
+const UNACKNOWLEDGED_MAX_MS: u32 = 120_000;
 
 /// How long sessions may take to close once they must.
 const KILL_TIMEOUT: Duration = Duration::from_secs(2);
@@ -111,6 +118,7 @@ impl Server {
         tracing::info!(%address, "compute proxy is listening");
         let sessions = TaskTracker::new();
         let looking_after = looking_after(shared.clone());
+        let renewing = tokio::spawn(renew_certificate(shared.clone(), shutdown.clone()));
         let connections = Arc::new(Semaphore::new(shared.config.max_connections.saturating_add(SPARE_CONNECTIONS)));
         loop {
             let accepted = tokio::select! {
@@ -147,6 +155,7 @@ impl Server {
             }
         }
         looking_after.abort();
+        renewing.abort();
         Ok(())
     }
 }
@@ -183,6 +192,25 @@ fn looking_after(shared: Arc<Shared>) -> JoinHandle<()> {
     tokio::spawn(async move { shared.pools.look_after().await })
 }
 
+/// Reads the certificate again on SIGHUP, and when its files change.
+async fn renew_certificate(shared: Arc<Shared>, shutdown: CancellationToken) {
+    let mut hangup = match signal(SignalKind::hangup()) {
+        Ok(hangup) => hangup,
+        Err(error) => return tracing::warn!(%error, "cannot listen to SIGHUP: certificates are not read again"),
+    };
+    let mut looks = tokio::time::interval(CERTIFICATE_LOOK);
+    loop {
+        let outcome = tokio::select! {
+            () = shutdown.cancelled() => return,
+            _ = hangup.recv() => shared.tls.reload(),
+            _ = looks.tick() => shared.tls.reload_if_changed(),
+        };
+        if let Err(error) = outcome {
+            tracing::error!(%error, "cannot use the new certificate; the old one stays in use");
+        }
+    }
+}
+
 fn pool_options(config: &Config) -> PoolOptions {
     PoolOptions {
         size: config.pool_size,
@@ -196,7 +224,8 @@ fn pool_options(config: &Config) -> PoolOptions {
 fn set_options(tcp: &TcpStream) {
     let keepalive = || {
         sockopt::set_socket_keepalive(tcp, true)?;
-        sockopt::set_tcp_keepidle(tcp, KEEPALIVE_IDLE)
+        sockopt::set_tcp_keepidle(tcp, KEEPALIVE_IDLE)?;
+        sockopt::set_tcp_user_timeout(tcp, UNACKNOWLEDGED_MAX_MS)
     };
     if let Err(error) = tcp.set_nodelay(true).and_then(|()| Ok(keepalive()?)) {
         tracing::debug!(%error, "cannot set socket options");

@@ -20,6 +20,7 @@ use crate::{
     login,
     messages::{self, FatalError},
     pooling,
+    proxy_protocol::{PREFIX_BYTES, Prefix, ProxyHeaderError},
     server::{ClientStream, Shared},
     splice::splice,
     tls::TlsInfo,
@@ -35,20 +36,22 @@ const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
 /// Serves one connection, and logs how it ended.
 pub async fn serve(shared: Arc<Shared>, tcp: TcpStream, peer: SocketAddr) {
     let begun = Instant::now();
-    let mut who = Who::default();
+    let mut who = Who { peer, user: String::new(), endpoint: String::new(), tls: false, cold: false };
     let reason = run(&shared, tcp, begun + shared.config.handshake_timeout, &mut who).await;
     let seconds = begun.elapsed().as_secs_f64();
+    let peer = who.peer;
     if who.user.is_empty() || reason == EndReason::LeftBeforeLogin {
         tracing::debug!(%peer, %reason, seconds, "connection ended");
     } else {
-        let Who { user: role, endpoint, tls, cold } = who;
+        let Who { user: role, endpoint, tls, cold, .. } = who;
         tracing::info!(%peer, endpoint, role, tls, cold, %reason, seconds, "session ended");
     }
 }
 
 /// What the log says of a session.
-#[derive(Default)]
 struct Who {
+    /// The client's address; where a load balancer told it, that.
+    peer: SocketAddr,
     user: String,
     endpoint: String,
     tls: bool,
@@ -58,7 +61,7 @@ struct Who {
 async fn run(shared: &Shared, tcp: TcpStream, login_deadline: Instant, who: &mut Who) -> EndReason {
     let greeted = tokio::select! {
         () = shared.draining.cancelled() => return EndReason::Shutdown,
-        greeted = timeout_at(login_deadline, greet(shared, tcp)) => greeted,
+        greeted = timeout_at(login_deadline, greet(shared, tcp, &mut who.peer)) => greeted,
     };
     let (mut stream, tls, packet) = match greeted {
         Err(_) => return EndReason::HandshakeTimeout,
@@ -110,8 +113,11 @@ enum First {
 /// Settles encryption and reads the packet that says what the client wants.
 ///
 /// Nothing is read ahead of a packet, so no byte sent before TLS can pass for one sent inside it.
-async fn greet(shared: &Shared, mut tcp: TcpStream) -> Result<Greeting, EndReason> {
+async fn greet(shared: &Shared, mut tcp: TcpStream, peer: &mut SocketAddr) -> Result<Greeting, EndReason> {
     let gone = |_: io::Error| EndReason::LeftBeforeLogin;
+    if shared.config.proxy_protocol {
+        *peer = read_proxy_header(&mut tcp).await?.unwrap_or(*peer);
+    }
     let mut first_byte = [0; 1];
     if tcp.peek(&mut first_byte).await.map_err(gone)? == 0 {
         return Err(EndReason::LeftBeforeLogin);
@@ -133,6 +139,21 @@ async fn greet(shared: &Shared, mut tcp: TcpStream) -> Result<Greeting, EndReaso
             other => return Ok(Greeting { stream: Either::Left(tcp), tls: None, packet: first(other) }),
         }
     }
+}
+
+/// The address that a load balancer tells, if it tells one.
+async fn read_proxy_header(tcp: &mut TcpStream) -> Result<Option<SocketAddr>, EndReason> {
+    let gone = |_: io::Error| EndReason::LeftBeforeLogin;
+    let wrong = |error: ProxyHeaderError| {
+        tracing::warn!(%error, "not from a load balancer");
+        EndReason::ProtocolViolation
+    };
+    let mut prefix = [0; PREFIX_BYTES];
+    tcp.read_exact(&mut prefix).await.map_err(gone)?;
+    let prefix = Prefix::parse(&prefix).map_err(wrong)?;
+    let mut rest = vec![0; prefix.rest_bytes];
+    tcp.read_exact(&mut rest).await.map_err(gone)?;
+    prefix.source(&rest).map_err(wrong)
 }
 
 /// `direct`: the client began with TLS at once, and must then name Postgres's protocol, as Postgres 17 asks.
@@ -246,18 +267,19 @@ async fn log_in(
     if startup.needs_negotiation() {
         stream.write_all(&messages::negotiate_protocol_version(&startup.unknown_extensions)).await?;
     }
+    let from = who.peer.ip();
     let domain = shared.config.domain.as_deref();
     let sni = tls.and_then(|tls| tls.sni.as_deref());
     match endpoint_name::choose(sni, options, domain)? {
         Choice::Named(name) => {
             who.endpoint = name.endpoint.to_string();
-            shared.login.by_scram(stream, tls, &name.endpoint, &startup.user).await?;
+            shared.login.by_scram(stream, tls, from, &name.endpoint, &startup.user).await?;
             Ok(name)
         }
         Choice::AskPassword if tls.is_some() || shared.config.allow_cleartext => {
             let (name, password) = login::ask_password(stream, || no_endpoint(domain)).await?;
             who.endpoint = name.endpoint.to_string();
-            shared.login.by_password(&name.endpoint, &startup.user, &password).await?;
+            shared.login.by_password(from, &name.endpoint, &startup.user, &password).await?;
             Ok(name)
         }
         Choice::AskPassword => Err(no_endpoint(domain)),

@@ -6,7 +6,11 @@ use std::{
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
+    time::SystemTime,
 };
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
@@ -25,6 +29,14 @@ const ALPN: &[u8] = b"postgresql";
 
 /// Ends TLS.
 pub struct Tls {
+    current: ArcSwap<Certificate>,
+    /// Where it comes from, and when those files were written; empty for one that is only in memory.
+    files: Vec<PathBuf>,
+    written: Mutex<Vec<Option<SystemTime>>>,
+}
+
+/// A certificate in use.
+struct Certificate {
     acceptor: TlsAcceptor,
     end_point: Option<Arc<[u8]>>,
 }
@@ -43,21 +55,57 @@ pub struct TlsInfo {
 impl Tls {
     /// Loads or makes the certificate that `config` asks for.
     pub fn load(config: &Config) -> Result<Self, TlsError> {
-        match (&config.tls_cert, &config.tls_key, &config.tls_dir) {
-            (Some(cert), Some(key), _) => {
-                Self::new(read_chain(cert)?, PrivateKeyDer::from_pem_file(key).map_err(pem_error(key))?)
-            }
-            (_, _, Some(dir)) => {
-                let file = self_made_in(dir, config.domain.as_deref())?;
-                Self::new(read_chain(&file)?, PrivateKeyDer::from_pem_file(&file).map_err(pem_error(&file))?)
-            }
-            (_, _, None) => {
-                let ca_key = KeyPair::generate()?;
-                let made = SelfMade::issue(&ca_key, &names(config.domain.as_deref()))?;
-                let key = PrivateKeyDer::try_from(made.key.serialize_der()).map_err(TlsError::Key)?;
-                Self::new(made.chain, key)
-            }
+        let files = match (&config.tls_cert, &config.tls_key, &config.tls_dir) {
+            (Some(cert), Some(key), _) => vec![cert.clone(), key.clone()],
+            (_, _, Some(dir)) => vec![self_made_in(dir, config.domain.as_deref())?],
+            (_, _, None) => Vec::new(),
+        };
+        let certificate = if files.is_empty() {
+            let ca_key = KeyPair::generate()?;
+            let made = SelfMade::issue(&ca_key, &names(config.domain.as_deref()))?;
+            Certificate::new(made.chain, PrivateKeyDer::try_from(made.key.serialize_der()).map_err(TlsError::Key)?)?
+        } else {
+            Certificate::read(&files)?
+        };
+        let written = Mutex::new(written(&files));
+        Ok(Self { current: ArcSwap::from_pointee(certificate), files, written })
+    }
+
+    /// Reads the files again; when they are no good the certificate stays as it is.
+    pub fn reload(&self) -> Result<(), TlsError> {
+        if !self.files.is_empty() {
+            *self.written.lock() = written(&self.files);
+            self.current.store(Arc::new(Certificate::read(&self.files)?));
+            tracing::info!(file = %self.files[0].display(), "read the certificate again");
         }
+        Ok(())
+    }
+
+    /// Reads the files again if they were written since the last time.
+    pub fn reload_if_changed(&self) -> Result<(), TlsError> {
+        let changed = *self.written.lock() != written(&self.files);
+        if changed { self.reload() } else { Ok(()) }
+    }
+
+    /// Does the handshake. The caller bounds its time.
+    pub async fn accept(&self, tcp: TcpStream) -> io::Result<(Box<TlsStream<TcpStream>>, TlsInfo)> {
+        let current = self.current.load_full();
+        let stream = current.acceptor.accept(tcp).await?;
+        let (_, connection) = stream.get_ref();
+        let info = TlsInfo {
+            sni: connection.server_name().map(str::to_owned),
+            alpn: connection.alpn_protocol() == Some(ALPN),
+            end_point: current.end_point.clone(),
+        };
+        Ok((Box::new(stream), info))
+    }
+}
+
+impl Certificate {
+    /// From one file with key and chain, or a file for each.
+    fn read(files: &[PathBuf]) -> Result<Self, TlsError> {
+        let [chain, .., key] = files else { return Self::read(&[files[0].clone(), files[0].clone()]) };
+        Self::new(read_chain(chain)?, PrivateKeyDer::from_pem_file(key).map_err(pem_error(key))?)
     }
 
     fn new(chain: Vec<CertificateDer<'static>>, key: PrivateKeyDer<'static>) -> Result<Self, TlsError> {
@@ -70,18 +118,11 @@ impl Tls {
         config.alpn_protocols = vec![ALPN.to_vec()];
         Ok(Self { acceptor: TlsAcceptor::from(Arc::new(config)), end_point })
     }
+}
 
-    /// Does the handshake. The caller bounds its time.
-    pub async fn accept(&self, tcp: TcpStream) -> io::Result<(Box<TlsStream<TcpStream>>, TlsInfo)> {
-        let stream = self.acceptor.accept(tcp).await?;
-        let (_, connection) = stream.get_ref();
-        let info = TlsInfo {
-            sni: connection.server_name().map(str::to_owned),
-            alpn: connection.alpn_protocol() == Some(ALPN),
-            end_point: self.end_point.clone(),
-        };
-        Ok((Box::new(stream), info))
-    }
+/// When files were written; `None` for one that is not there.
+fn written(files: &[PathBuf]) -> Vec<Option<SystemTime>> {
+    files.iter().map(|file| fs::metadata(file).and_then(|metadata| metadata.modified()).ok()).collect()
 }
 
 /// Why there is no certificate.

@@ -46,8 +46,9 @@ async fn bad_logins_wake_nothing_and_look_alike() {
         assert_eq!(refused, wrong.replace("\"alice\"", &format!("\"{user}\"")));
     }
     let unknown = world.psql("sslmode=require options=endpoint%3Dep-x", PASSWORD, "SELECT 1").await;
-    let unknown = unknown.expect_err("refused");
-    assert!(unknown.contains("endpoint \"ep-x\" not found"), "{unknown}");
+    assert_eq!(unknown.as_ref(), Err(&wrong), "an endpoint that does not exist");
+    let unknown = world.psql("sslmode=require", &format!("endpoint=ep-x;{PASSWORD}"), "SELECT 1").await;
+    assert_eq!(unknown.as_ref(), Err(&wrong), "nor by a password in clear text");
     assert_eq!(world.wakes(), 0);
 }
 

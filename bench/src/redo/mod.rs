@@ -12,10 +12,16 @@ use std::{
 use anyhow::Context;
 use e2e::stock::{SUPERUSER, StockServer, as_postgres, run as succeed};
 use redo_oracle::control_file;
-use types::Lsn;
+use types::{Lsn, WAL_SEGMENT_BYTES};
 use wal::CheckPoint;
 
 use self::replay::{Replay, each_record};
+
+const CONTROL_FILE: &str = "global/pg_control";
+/// The control file from before the load, beside the cluster.
+const CONTROL_BEFORE: &str = "pg_control.before";
+/// As much WAL as a safekeeper sends at a time.
+const WAL_PIECE_BYTES: u64 = 128 << 10;
 
 /// As a Dormouse compute writes it: no full-page images. Nothing but the first checkpoint, so that all of it is replayed.
 const SETTINGS: &[(&str, &str)] = &[
@@ -85,11 +91,11 @@ pub async fn run(rounds: usize, pgbench_scale: u32) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn mb(bytes: u64) -> f64 {
+pub(crate) fn mb(bytes: u64) -> f64 {
     bytes as f64 / 1e6
 }
 
-fn client(socket_dir: &Path, program: &str, arguments: &[&str]) -> anyhow::Result<()> {
+pub(crate) fn client(socket_dir: &Path, program: &str, arguments: &[&str]) -> anyhow::Result<()> {
     let mut command = as_postgres(e2e::pg_bin_dir().join(program))?;
     command.env("PGHOST", socket_dir).env("PGUSER", SUPERUSER).env("PGDATABASE", "postgres");
     succeed(command.args(arguments)).map(drop)
@@ -111,7 +117,7 @@ impl Totals {
 }
 
 /// A cluster's files from before a load, and all that the load wrote to WAL, up to a crash.
-struct Recorded {
+pub(crate) struct Recorded {
     /// Holds `base`: the files from before with the crashed server's WAL and control file.
     home: tempfile::TempDir,
     start: Lsn,
@@ -120,7 +126,11 @@ struct Recorded {
 }
 
 impl Recorded {
-    async fn make(init: &[&str], load: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow::Result<Recorded> {
+    /// `init` are pgbench's arguments to fill the cluster before; none leaves it empty.
+    pub(crate) async fn make(
+        init: &[&str],
+        load: impl FnOnce(&Path) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Recorded> {
         let home = tempfile::tempdir()?;
         std::fs::set_permissions(home.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
         let base = home.path().join("base");
@@ -132,23 +142,50 @@ impl Recorded {
         }
         succeed(Command::new("cp").arg("-a").arg(server.data_dir()).arg(&base))?;
         let control = control_file(&base);
+        std::fs::copy(base.join(CONTROL_FILE), home.path().join(CONTROL_BEFORE))?;
         server.start().await?;
         load(&server.socket_dir())?;
         server.kill()?;
         // Now the files from before look as if the server had crashed with nothing written but WAL.
-        for part in ["pg_wal", "global/pg_control"] {
+        for part in ["pg_wal", CONTROL_FILE] {
             succeed(Command::new("rm").arg("-r").arg(base.join(part)))?;
             succeed(Command::new("cp").arg("-a").arg(server.data_dir().join(part)).arg(base.join(part)))?;
         }
         Ok(Recorded { home, start: control.checkpoint_lsn(), counters: control.checkpoint() })
     }
 
-    fn base(&self) -> PathBuf {
+    pub(crate) fn base(&self) -> PathBuf {
         self.home.path().join("base")
     }
 
+    /// Runs `f` while the files look as before the load, with all of its WAL beside them.
+    pub(crate) async fn before_load<T>(&self, f: impl AsyncFnOnce(&Path) -> anyhow::Result<T>) -> anyhow::Result<T> {
+        let control = self.base().join(CONTROL_FILE);
+        let after = std::fs::read(&control)?;
+        std::fs::copy(self.home.path().join(CONTROL_BEFORE), &control)?;
+        let outcome = f(&self.base()).await;
+        std::fs::write(&control, after)?;
+        outcome
+    }
+
+    /// All whole records of the load's WAL from `from` on, in pieces.
+    pub(crate) fn wal(&self, from: Lsn) -> anyhow::Result<Vec<(Lsn, Vec<u8>)>> {
+        let (_, bytes) = each_record(&self.base(), self.start, |_| Ok(()))?;
+        let end = self.start + bytes;
+        let mut pieces = Vec::new();
+        let mut at = from;
+        while at < end {
+            let segment = std::fs::read(self.base().join("pg_wal").join(at.segment_file_name()))?;
+            let offset = at.segment_offset();
+            let length = (WAL_SEGMENT_BYTES - offset).min(end.0 - at.0).min(WAL_PIECE_BYTES);
+            pieces.push((at, segment[offset as usize..(offset + length) as usize].to_vec()));
+            at += length;
+        }
+        Ok(pieces)
+    }
+
     /// How long Postgres's crash recovery takes, from the start of redo to its end, by its own log.
-    async fn recover(&self) -> anyhow::Result<Duration> {
+    pub(crate) async fn recover(&self) -> anyhow::Result<Duration> {
         let mut server =
             StockServer::on(|data_dir| succeed(Command::new("cp").arg("-a").arg(self.base()).arg(data_dir)).map(drop))?;
         server.start().await?;

@@ -42,6 +42,7 @@ pub struct Remote {
     downloads: Arc<tokio::sync::Semaphore>,
     downloading: Arc<Mutex<HashSet<Path>>>,
     layer_numbers: AtomicU64,
+    put_bytes: AtomicU64,
 }
 
 impl Remote {
@@ -61,7 +62,15 @@ impl Remote {
             .weigher(|_, block: &Arc<Block>| u32::try_from(block.weight()).unwrap_or(u32::MAX))
             .build();
         let downloads = Arc::new(tokio::sync::Semaphore::new(DOWNLOADS));
-        Remote { store, disk, blocks, downloads, downloading: Arc::default(), layer_numbers: AtomicU64::new(0) }
+        Remote {
+            store,
+            disk,
+            blocks,
+            downloads,
+            downloading: Arc::default(),
+            layer_numbers: AtomicU64::new(0),
+            put_bytes: AtomicU64::new(0),
+        }
     }
 
     /// Part of a new layer's name. Each is given out once in this process, and each process has a generation of its own, so
@@ -93,8 +102,14 @@ impl Remote {
 
     /// Writes a whole object, over the one before. Durable when it returns.
     pub async fn put(&self, object: &Path, bytes: Bytes) -> Result<(), StorageError> {
+        self.put_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         self.store.put(object, PutPayload::from_bytes(bytes)).await.map_err(|e| failed(object, &e))?;
         Ok(())
+    }
+
+    /// Bytes that were to be written since the start.
+    pub fn put_bytes(&self) -> u64 {
+        self.put_bytes.load(Ordering::Relaxed)
     }
 
     /// A whole object; `None` when there is none.
