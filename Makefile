@@ -5,15 +5,17 @@
 #   make test                    units, simulation, end-to-end against real PostgreSQL and a real S3-compatible server
 #   make regress                 PostgreSQL's core, isolation and contrib tests, beside a stock server (15 minutes)
 #   make redo-check              WAL redo against PostgreSQL's own pages: its tests, a standby, broken versions of redo (30 minutes)
+#   make model [ARGS=...]        the safekeeper protocol in a model checker, larger than in `make test` (minutes)
 #   make bench [NAME=wake]       every benchmark, or one
 #   make lint                    formatting and lints
 
 OBJECT_STORE ?= local
 NAME ?=
+ARGS ?=
 SETUP := $(if $(filter s3,$(OBJECT_STORE)),s3,)
 bench: SETUP := $(if $(filter-out pool,$(NAME)),,pgbouncer)
 
-.PHONY: demo test regress redo-check bench lint build release
+.PHONY: demo test regress redo-check model bench lint build release
 
 build:
 	@scripts/setup.sh
@@ -38,6 +40,9 @@ redo-check:
 	@scripts/setup.sh
 	cargo build --release --locked -p dormouse-tests --bin redo-check
 	target/release/redo-check --source "$$(scripts/postgres-source.sh)"
+
+model:
+	cargo run --release --locked -p dormouse-safekeeper-model -- $(ARGS)
 
 bench: release
 	target/release/bench $(if $(NAME),--name $(NAME),)

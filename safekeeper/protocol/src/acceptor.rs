@@ -10,6 +10,7 @@ use crate::{
         AcceptorMessage, Append, AppendReply, BranchStatus, Elected, Fetch, Goodbye, MAX_WAL_BYTES_PER_MESSAGE,
         ProposerId, ProposerMessage, StreamStart, Vote, VoteReply, VoteTerm,
     },
+    mutation::{Broken, Mutation},
 };
 
 /// How far `flush_lsn` may run ahead of the persisted one: what a restart has to decode to find the log's end.
@@ -21,7 +22,7 @@ const PERSIST_EVERY_BYTES: u64 = 16 * 1024 * 1024;
 /// one behind it. If one fails, this value no longer describes the disk: drop it and recover from what is stored.
 /// [`Acceptor::end_batch`] must follow any number of messages before the driver goes idle; it holds the one flush that
 /// acknowledges all of them.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Acceptor {
     state: AcceptorState,
     /// `state.flush_lsn` as last persisted.
@@ -42,6 +43,7 @@ pub struct Acceptor {
     leaving: Vec<ConnectionId>,
     /// A proposer's connection has ended since the last batch.
     proposer_gone: bool,
+    broken: Broken,
 }
 
 /// A connection, numbered by the driver.
@@ -49,7 +51,7 @@ pub struct Acceptor {
 pub struct ConnectionId(pub u64);
 
 /// What a safekeeper must remember of a branch besides its WAL.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct AcceptorState {
     /// Highest term voted in.
     pub term: Term,
@@ -104,8 +106,20 @@ impl Acceptor {
             to_acknowledge: Vec::new(),
             leaving: Vec::new(),
             proposer_gone: false,
+            broken: Broken::default(),
             state,
         }
+    }
+
+    /// Breaks a rule from now on.
+    #[cfg(feature = "mutations")]
+    pub fn with_mutation(mut self, mutation: Option<Mutation>) -> Acceptor {
+        self.broken = Broken(mutation);
+        self
+    }
+
+    fn breaks(&self, rule: Mutation) -> bool {
+        self.broken.is(rule)
     }
 
     /// What is remembered now.
@@ -212,7 +226,9 @@ impl Acceptor {
                 self.state.voted_for = Some(vote.proposer);
                 self.state.system_identifier = self.state.system_identifier.or(vote.system_identifier);
                 self.leader_commit_lsn = self.state.commit_lsn;
-                self.persist(&mut effects);
+                if !self.breaks(Mutation::VoteNotStored) {
+                    self.persist(&mut effects);
+                }
             }
         }
         let s = &self.state;
@@ -282,7 +298,8 @@ impl Acceptor {
 
     fn handle_append(&mut self, from: ConnectionId, append: Append) -> Vec<Effect> {
         let s = &self.state;
-        if append.term != s.term || s.history.last_term() != append.term {
+        let leads = append.term == s.term || self.breaks(Mutation::AppendsOfOldTerms);
+        if !leads || s.history.last_term() != append.term {
             return vec![self.refuse(from, format!("term {} does not lead here", append.term))];
         }
         let end = append.begin + append.wal.len() as u64;
@@ -359,7 +376,7 @@ impl Acceptor {
     }
 
     fn flush(&mut self, effects: &mut Vec<Effect>) {
-        if std::mem::take(&mut self.unflushed) {
+        if std::mem::take(&mut self.unflushed) && !self.breaks(Mutation::AcknowledgeUnflushed) {
             effects.push(Effect::FlushWal);
         }
         self.state.flush_lsn = self.boundary;
@@ -376,7 +393,7 @@ impl Acceptor {
 
     /// Shortens the log. The lower end is stored first: a crash in between leaves the old log under the old history.
     fn truncate(&mut self, at: Lsn, effects: &mut Vec<Effect>) {
-        if at < self.write_lsn {
+        if at < self.write_lsn && !self.breaks(Mutation::KeepPartedLog) {
             self.state.flush_lsn = at;
             self.persist(effects);
             effects.push(Effect::TruncateWal { at });

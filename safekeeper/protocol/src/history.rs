@@ -9,7 +9,7 @@ pub const MAX_HISTORY_ENTRIES: usize = 2000;
 
 /// Where a term's WAL starts. The entry itself counts as the term's first, empty log entry: a log that reaches
 /// `start_lsn` under this history has the term.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct TermStart {
     /// The term.
     pub term: Term,
@@ -18,7 +18,7 @@ pub struct TermStart {
 }
 
 /// Terms of a log in order, with where each one's WAL starts. Old entries may be missing at the front.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct TermHistory {
     entries: Vec<TermStart>,
 }

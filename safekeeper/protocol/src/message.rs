@@ -96,7 +96,7 @@ impl fmt::Debug for ProposerId {
 }
 
 /// From a proposer to a safekeeper.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum ProposerMessage {
     /// Asks for a vote; answered with [`VoteReply`].
     Vote(Vote),
@@ -111,7 +111,7 @@ pub enum ProposerMessage {
 }
 
 /// Which term a vote is asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum VoteTerm {
     /// The safekeeper's next: saves the round trip that asks for its term. When all safekeepers are in the same term, as they
     /// mostly are, their next one is the same too.
@@ -121,7 +121,7 @@ pub enum VoteTerm {
 }
 
 /// See [`ProposerMessage::Vote`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Vote {
     /// Who asks.
     pub proposer: ProposerId,
@@ -132,7 +132,7 @@ pub struct Vote {
 }
 
 /// See [`ProposerMessage::Elected`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Elected {
     /// Who won.
     pub proposer: ProposerId,
@@ -145,7 +145,7 @@ pub struct Elected {
 }
 
 /// See [`Elected::start`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum StreamStart {
     /// The safekeeper's log is the winner's up to here. What it has beyond goes.
     Continue(Lsn),
@@ -155,7 +155,7 @@ pub enum StreamStart {
 }
 
 /// See [`ProposerMessage::Append`].
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Append {
     /// The proposer's term.
     pub term: Term,
@@ -179,7 +179,7 @@ impl fmt::Debug for Append {
 }
 
 /// See [`ProposerMessage::Fetch`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Fetch {
     /// The proposer's term; the safekeeper must have voted for it.
     pub term: Term,
@@ -192,7 +192,7 @@ pub struct Fetch {
 }
 
 /// See [`ProposerMessage::Goodbye`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Goodbye {
     /// The proposer's term.
     pub term: Term,
@@ -201,7 +201,7 @@ pub struct Goodbye {
 }
 
 /// From a safekeeper to a proposer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum AcceptorMessage {
     /// To a [`Vote`].
     Vote(VoteReply),
@@ -222,7 +222,7 @@ pub enum AcceptorMessage {
 }
 
 /// See [`AcceptorMessage::Vote`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct VoteReply {
     /// True when the vote was granted, in `term`.
     pub granted: bool,
@@ -241,7 +241,7 @@ pub struct VoteReply {
 }
 
 /// See [`AcceptorMessage::Append`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct AppendReply {
     /// The term whose log this is about.
     pub term: Term,
@@ -256,7 +256,7 @@ pub struct AppendReply {
 }
 
 /// See [`AcceptorMessage::Fetched`].
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Fetched {
     /// From the [`Fetch`].
     pub on_behalf_of: NodeId,

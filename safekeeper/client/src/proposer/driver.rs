@@ -42,7 +42,7 @@ pub(super) enum Command {
 
 pub(super) struct Driver {
     branch: BranchRef,
-    proposer: Proposer,
+    proposer: Proposer<WalScanner>,
     links: BTreeMap<NodeId, (u64, mpsc::UnboundedSender<ProposerMessage>)>,
     progress: watch::Sender<Progress>,
     /// Taken once the election is decided.
@@ -74,7 +74,6 @@ impl Driver {
             window_bytes: WINDOW_BYTES,
             message_bytes: MAX_WAL_BYTES_PER_MESSAGE,
             stranded_heartbeats: STRANDED_HEARTBEATS,
-            scanner: WalScanner::boxed,
         };
         let trying = settings.members.iter().copied().collect();
         let mut hurry = Vec::new();

@@ -11,14 +11,11 @@ pub(super) struct WalScanner {
     boundary: Lsn,
 }
 
-impl WalScanner {
-    /// A scanner for WAL from `start` on, the end of a record.
-    pub fn boxed(start: Lsn) -> Box<dyn RecordScanner> {
-        Box::new(WalScanner { decoder: WalStreamDecoder::new(start), boundary: start })
-    }
-}
-
 impl RecordScanner for WalScanner {
+    fn starting_at(start: Lsn) -> WalScanner {
+        WalScanner { decoder: WalStreamDecoder::new(start), boundary: start }
+    }
+
     fn feed(&mut self, wal: &[u8]) -> Result<Lsn, String> {
         self.decoder.feed(self.decoder.fed_until(), wal);
         while self.decoder.poll_record().map_err(|error| error.to_string())?.is_some() {}
@@ -60,7 +57,7 @@ mod tests {
     fn ends_of_records_are_found_wherever_the_bytes_are_cut() {
         let (bytes, ends) = records(&[10, 30_000, 200, 1, 9000]);
         for cut in [1, 7, 1000, 8192, 100_000] {
-            let mut scanner = WalScanner::boxed(START);
+            let mut scanner = WalScanner::starting_at(START);
             let mut fed = START;
             for part in bytes.chunks(cut) {
                 fed += part.len() as u64;
@@ -74,7 +71,7 @@ mod tests {
     fn damage_is_found() {
         let (mut bytes, _) = records(&[100, 100]);
         bytes[180] ^= 4;
-        assert!(WalScanner::boxed(START).feed(&bytes).expect_err("damaged").contains("checksum"));
+        assert!(WalScanner::starting_at(START).feed(&bytes).expect_err("damaged").contains("checksum"));
     }
 
     #[test]
@@ -82,7 +79,7 @@ mod tests {
         let switch = RecordToWrite { xid: 0, rmgr: RmgrId(0), info: 0x40, main_data: &[], blocks: Vec::new() };
         let encoded = encode_record(START, Lsn::INVALID, 1, &switch);
         let mut bytes = encoded.bytes.to_vec();
-        let mut scanner = WalScanner::boxed(START);
+        let mut scanner = WalScanner::starting_at(START);
         let segment_end = START.segment_start() + WAL_SEGMENT_BYTES;
         let rest = (segment_end.0 - START.0) as usize - bytes.len();
         assert_eq!(scanner.feed(&bytes), Ok(START));

@@ -6,7 +6,7 @@ use bytes::{Bytes, BytesMut};
 use types::Lsn;
 
 /// A contiguous run of WAL in pieces that each end at the end of a whole record.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct WalBuffer {
     start: Lsn,
     end: Lsn,

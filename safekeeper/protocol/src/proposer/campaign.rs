@@ -2,10 +2,13 @@
 
 use types::{Lsn, NodeId, Term};
 
-use super::{Action, Leadership, Office, Peer, Phase, Proposer, buffer::WalBuffer, streaming::Follower};
-use crate::message::{Elected, ProposerMessage, StreamStart, VoteReply, VoteTerm};
+use super::{Action, Leadership, Office, Peer, Phase, Proposer, RecordScanner, buffer::WalBuffer, streaming::Follower};
+use crate::{
+    message::{Elected, ProposerMessage, StreamStart, VoteReply, VoteTerm},
+    mutation::Mutation,
+};
 
-impl Proposer {
+impl<S: RecordScanner> Proposer<S> {
     /// Asks all connected safekeepers for a term above all that were seen.
     pub fn campaign(&mut self) -> Vec<Action> {
         let mut actions = Vec::new();
@@ -53,8 +56,7 @@ impl Proposer {
 
     /// Why a log with this last term deposes the proposer in office: somebody else has led since.
     fn deposed_by(&self, node: NodeId, log_term: Term) -> Option<String> {
-        #[cfg(test)]
-        if self.settings.fault == Some(super::Fault::ReelectAfterOthers) {
+        if self.breaks(Mutation::ReelectAfterOthers) {
             return None;
         }
         let own = match &self.phase {
@@ -87,7 +89,7 @@ impl Proposer {
         let majority = self.majority();
         let Phase::Leader(leader) = &mut self.phase else { return };
         let term = leader.term;
-        let is_stranded = |peer: &Peer| voted(peer).is_some_and(|reply| reply.term > term);
+        let is_stranded = |peer: &Peer<S>| voted(peer).is_some_and(|reply| reply.term > term);
         let stranded: Vec<NodeId> =
             self.peers.iter().filter(|(_, peer)| is_stranded(peer)).map(|(node, _)| *node).collect();
         if !leader.started || stranded.is_empty() {
@@ -129,7 +131,7 @@ impl Proposer {
     }
 
     fn become_leader(&mut self, term: Term, actions: &mut Vec<Action>) {
-        let granted = |peer: &Peer| voted(peer).is_some_and(|reply| reply.granted && reply.term == term);
+        let granted = |peer: &Peer<S>| voted(peer).is_some_and(|reply| reply.granted && reply.term == term);
         let best = self
             .peers
             .iter()
@@ -182,8 +184,7 @@ impl Proposer {
     /// proposer has written.
     fn continues(&self, office: &Office, last_log_term: Term, end: Lsn) -> bool {
         let in_memory = office.wal.start() <= end && end <= office.wal.end();
-        #[cfg(test)]
-        if self.settings.fault == Some(super::Fault::ReelectAfterOthers) {
+        if self.breaks(Mutation::ReelectAfterOthers) {
             return in_memory;
         }
         in_memory && office.terms.contains(&last_log_term)
@@ -191,8 +192,7 @@ impl Proposer {
 
     /// What makes a log the newest: its last term first, then its length.
     fn log_rank(&self, reply: &VoteReply) -> (Term, Lsn) {
-        #[cfg(test)]
-        if self.settings.fault == Some(super::Fault::LongestLogWins) {
+        if self.breaks(Mutation::LongestLogWins) {
             return (Term(0), reply.flush_lsn);
         }
         (reply.history.last_term(), reply.flush_lsn)
@@ -234,7 +234,7 @@ impl Proposer {
 
     /// From where on somebody but `node` itself has this log.
     fn have_wal_from(&self, leader: &Leadership, node: NodeId) -> Lsn {
-        let of_peer = |(peer_node, peer): (&NodeId, &Peer)| match peer {
+        let of_peer = |(peer_node, peer): (&NodeId, &Peer<S>)| match peer {
             Peer::Following(follower) => Some(follower.log_start_lsn),
             Peer::Voted(reply) if *peer_node == leader.donor && reply.flush_lsn.is_valid() => Some(reply.log_start_lsn),
             Peer::Voted(_) | Peer::Asked | Peer::Away => None,
@@ -264,7 +264,7 @@ impl Office {
     }
 }
 
-fn voted(peer: &Peer) -> Option<&VoteReply> {
+fn voted<S>(peer: &Peer<S>) -> Option<&VoteReply> {
     match peer {
         Peer::Voted(reply) => Some(reply),
         Peer::Away | Peer::Asked | Peer::Following(_) => None,

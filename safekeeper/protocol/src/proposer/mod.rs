@@ -4,7 +4,7 @@ mod buffer;
 mod campaign;
 mod streaming;
 
-use std::{collections::BTreeMap, fmt};
+use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use types::{Lsn, NodeId, Term};
@@ -13,6 +13,7 @@ use self::{buffer::WalBuffer, streaming::Follower};
 use crate::{
     history::TermHistory,
     message::{AcceptorMessage, ProposerId, ProposerMessage, Vote, VoteReply, VoteTerm},
+    mutation::{Broken, Mutation},
 };
 
 /// The proposer of one branch, for one run of a compute.
@@ -20,28 +21,33 @@ use crate::{
 /// Contract: the driver reports connections as they come and go, hands in what safekeepers send over the connection that
 /// is current, and performs actions in order. Messages to one safekeeper must arrive in order or not at all; a connection
 /// that lost one is over. While [`Proposer::is_leader`] is false, [`Proposer::append`] must not be called.
-#[derive(Debug)]
-pub struct Proposer {
+///
+/// `S` finds records in WAL that goes from one safekeeper to another.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Proposer<S> {
     settings: ProposerSettings,
     phase: Phase,
-    peers: BTreeMap<NodeId, Peer>,
+    peers: BTreeMap<NodeId, Peer<S>>,
     commit_lsn: Lsn,
     /// The highest position that any safekeeper knows to be in the object store.
     horizon: Lsn,
     /// Goodbye is said to everybody that has everything.
     finishing: bool,
+    broken: Broken,
 }
 
-/// Finds where records end in WAL that comes from another safekeeper. Made by [`ProposerSettings::scanner`] for the position
-/// where the WAL starts, the end of a whole record.
-pub trait RecordScanner: fmt::Debug + Send {
+/// Finds where records end in WAL that comes from another safekeeper.
+pub trait RecordScanner {
+    /// For WAL that starts here, the end of a whole record.
+    fn starting_at(start: Lsn) -> Self;
+
     /// Takes bytes that follow on those before, and returns the end of the last record that is whole by now; the start when
     /// there is none. An error says why this can't be WAL.
     fn feed(&mut self, wal: &[u8]) -> Result<Lsn, String>;
 }
 
 /// What a proposer is given.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ProposerSettings {
     /// Different for every run.
     pub id: ProposerId,
@@ -60,25 +66,6 @@ pub struct ProposerSettings {
     /// After so many heartbeats without news of the candidate that a safekeeper voted for, the proposer in office takes a term
     /// above it. Time enough for a compute that is just starting to win and fence this one.
     pub stranded_heartbeats: u32,
-    /// Makes a scanner for WAL that starts at this position.
-    pub scanner: fn(Lsn) -> Box<dyn RecordScanner>,
-    /// Breaks the rules on purpose, to show that the simulation notices.
-    #[cfg(test)]
-    pub fault: Option<Fault>,
-}
-
-/// See [`ProposerSettings::fault`].
-#[cfg(test)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
-    /// One safekeeper is enough to commit.
-    CommitWithoutMajority,
-    /// WAL of earlier terms commits before the new term's history is on a majority.
-    CommitOldTermsByCounting,
-    /// Safekeepers are chosen for the log's end without regard to the terms in it.
-    LongestLogWins,
-    /// A proposer in office takes another term although somebody else has written in between.
-    ReelectAfterOthers,
 }
 
 /// What the driver must do.
@@ -105,7 +92,7 @@ pub enum Action {
     BranchDeleted,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Phase {
     /// Asks for votes; `candidate` is `None` until safekeepers have named a term.
     Campaign {
@@ -118,7 +105,7 @@ enum Phase {
 }
 
 /// What a proposer in office takes along into a higher term.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Office {
     /// Its log.
     wal: WalBuffer,
@@ -126,7 +113,7 @@ struct Office {
     terms: Vec<Term>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Leadership {
     term: Term,
     start_lsn: Lsn,
@@ -157,22 +144,33 @@ impl Leadership {
     }
 }
 
-#[derive(Debug)]
-enum Peer {
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Peer<S> {
     Away,
     /// Asked for a vote.
     Asked,
     Voted(Box<VoteReply>),
-    Following(Follower),
+    Following(Follower<S>),
 }
 
-impl Proposer {
+impl<S: RecordScanner> Proposer<S> {
     /// Starts with no connection and no term.
-    pub fn new(settings: ProposerSettings) -> Proposer {
+    pub fn new(settings: ProposerSettings) -> Proposer<S> {
         let peers = settings.members.iter().map(|node| (*node, Peer::Away)).collect();
         let phase = Phase::Campaign { candidate: None, office: None };
         let (commit_lsn, horizon) = (Lsn::INVALID, Lsn::INVALID);
-        Proposer { settings, phase, peers, commit_lsn, horizon, finishing: false }
+        Proposer { settings, phase, peers, commit_lsn, horizon, finishing: false, broken: Broken::default() }
+    }
+
+    /// Breaks a rule from now on.
+    #[cfg(feature = "mutations")]
+    pub fn with_mutation(mut self, mutation: Option<Mutation>) -> Proposer<S> {
+        self.broken = Broken(mutation);
+        self
+    }
+
+    fn breaks(&self, rule: Mutation) -> bool {
+        self.broken.is(rule)
     }
 
     /// True from [`Action::Started`] on, until fenced.
@@ -210,7 +208,7 @@ impl Proposer {
     /// but for those in a higher term, which don't listen.
     pub fn is_finished(&self) -> bool {
         let Phase::Leader(leader) = &self.phase else { return false };
-        let stored = |peer: &Peer| match peer {
+        let stored = |peer: &Peer<S>| match peer {
             Peer::Following(follower) => follower.has_stored_commit(self.commit_lsn),
             Peer::Asked => false,
             Peer::Voted(_) | Peer::Away => true,

@@ -5,11 +5,14 @@ use std::collections::BTreeSet;
 use types::{Lsn, NodeId, Term};
 
 use super::{Action, Leadership, Peer, Phase, Proposer, RecordScanner};
-use crate::message::{Append, AppendReply, Fetch, Fetched, Goodbye, ProposerMessage, StreamStart};
+use crate::{
+    message::{Append, AppendReply, Fetch, Fetched, Goodbye, ProposerMessage, StreamStart},
+    mutation::Mutation,
+};
 
 /// A safekeeper that has been told of the term.
-#[derive(Debug)]
-pub(super) struct Follower {
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Follower<S> {
     /// It has confirmed the term's history.
     accepted: bool,
     sent_lsn: Lsn,
@@ -28,13 +31,13 @@ pub(super) struct Follower {
     /// Whom WAL at `sent_lsn` was asked from on its behalf.
     fetching_from: Option<NodeId>,
     /// Finds records in what is fetched; stands at `sent_lsn`.
-    scanner: Option<Box<dyn RecordScanner>>,
+    scanner: Option<S>,
     /// Who sent damaged WAL.
     bad_donors: BTreeSet<NodeId>,
 }
 
-impl Follower {
-    pub fn new(begin: Lsn, log_start_lsn: Lsn) -> Follower {
+impl<S: RecordScanner> Follower<S> {
+    pub fn new(begin: Lsn, log_start_lsn: Lsn) -> Follower<S> {
         Follower {
             accepted: false,
             sent_lsn: begin,
@@ -68,15 +71,15 @@ impl Follower {
     }
 
     /// Passes over fetched WAL and moves `sent_boundary` to the last record that ends in it.
-    fn scan(&mut self, wal: &[u8], make: fn(Lsn) -> Box<dyn RecordScanner>) -> Result<(), String> {
-        let boundary = self.scanner.get_or_insert_with(|| make(self.sent_lsn)).feed(wal)?;
+    fn scan(&mut self, wal: &[u8]) -> Result<(), String> {
+        let boundary = self.scanner.get_or_insert_with(|| S::starting_at(self.sent_lsn)).feed(wal)?;
         self.sent_lsn += wal.len() as u64;
         self.sent_boundary = self.sent_boundary.max(boundary.min(self.sent_lsn));
         Ok(())
     }
 }
 
-impl Proposer {
+impl<S: RecordScanner> Proposer<S> {
     pub(super) fn handle_append_reply(&mut self, from: NodeId, reply: AppendReply, actions: &mut Vec<Action>) {
         let Phase::Leader(leader) = &self.phase else { return };
         let Some(Peer::Following(follower)) = self.peers.get_mut(&from) else { return };
@@ -130,8 +133,7 @@ impl Proposer {
 
     /// How many safekeepers must hold WAL before it is committed.
     fn commit_quorum(&self) -> usize {
-        #[cfg(test)]
-        if self.settings.fault == Some(super::Fault::CommitWithoutMajority) {
+        if self.breaks(Mutation::CommitWithoutMajority) {
             return 1;
         }
         self.majority()
@@ -139,8 +141,7 @@ impl Proposer {
 
     /// The lowest position that this term may commit.
     fn lowest_commit(&self) -> Lsn {
-        #[cfg(test)]
-        if self.settings.fault == Some(super::Fault::CommitOldTermsByCounting) {
+        if self.breaks(Mutation::CommitOldTermsByCounting) {
             return Lsn(1);
         }
         match &self.phase {
@@ -238,7 +239,7 @@ impl Proposer {
         let room = leader.wal.start().checked_sub(fetched.begin).unwrap_or_default() as usize;
         let wal = fetched.wal.slice(..fetched.wal.len().min(room));
         let begin = follower.sent_lsn;
-        if let Err(reason) = follower.scan(&wal, self.settings.scanner) {
+        if let Err(reason) = follower.scan(&wal) {
             actions.push(Action::Damaged { donor: from, on_behalf_of: node, reason });
             return self.refill(node, from, actions);
         }
@@ -297,22 +298,22 @@ impl Proposer {
 }
 
 /// What a safekeeper holds durably under this term's history.
-fn held_in_this_term(peer: &Peer) -> Lsn {
+fn held_in_this_term<S>(peer: &Peer<S>) -> Lsn {
     match peer {
         Peer::Following(follower) if follower.accepted => follower.flush_lsn,
         Peer::Following(_) | Peer::Voted(_) | Peer::Asked | Peer::Away => Lsn::INVALID,
     }
 }
 
-fn fetch_for(node: NodeId, follower: &Follower, leader: &Leadership, max_bytes: usize) -> Fetch {
+fn fetch_for<S>(node: NodeId, follower: &Follower<S>, leader: &Leadership, max_bytes: usize) -> Fetch {
     let end = leader.wal.start().min(follower.sent_lsn + max_bytes as u64);
     Fetch { term: leader.term, on_behalf_of: node, begin: follower.sent_lsn, end }
 }
 
-fn append(
+fn append<S>(
     to: NodeId,
     leader: &Leadership,
-    follower: &mut Follower,
+    follower: &mut Follower<S>,
     begin: Lsn,
     wal: bytes::Bytes,
     commit_lsn: Lsn,

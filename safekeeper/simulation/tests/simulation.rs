@@ -2,15 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use crate::{
-    proposer::Fault,
-    sim::{SimOptions, World},
-};
+use dormouse_safekeeper_simulation::{SimOptions, World};
+use safekeeper_protocol::Mutation;
 
 fn options(seed: u64) -> SimOptions {
     let members = if seed.is_multiple_of(4) { 5 } else { 3 };
     let computes = if seed.is_multiple_of(3) { 1 } else { 3 };
-    SimOptions { seed, members, computes, steps: 4000, fault: None, print: false }
+    SimOptions { seed, members, computes, steps: 4000, mutation: None, print: false }
 }
 
 #[test]
@@ -49,26 +47,26 @@ fn a_seed_gives_the_same_run_twice() {
     assert_ne!(World::new(options(1)).run(), World::new(options(2)).run());
 }
 
-fn finds(fault: Fault) -> Option<String> {
-    (0..3000).find_map(|seed| World::new(SimOptions { fault: Some(fault), ..options(seed) }).run().err())
+fn finds(mutation: Mutation) -> Option<String> {
+    (0..3000).find_map(|seed| World::new(SimOptions { mutation: Some(mutation), ..options(seed) }).run().err())
 }
 
 #[test]
 fn committing_without_a_majority_is_noticed() {
-    println!("{}", finds(Fault::CommitWithoutMajority).expect("must be noticed"));
+    println!("{}", finds(Mutation::CommitWithoutMajority).expect("must be noticed"));
 }
 
 #[test]
 fn choosing_the_longest_log_is_noticed() {
-    println!("{}", finds(Fault::LongestLogWins).expect("must be noticed"));
+    println!("{}", finds(Mutation::LongestLogWins).expect("must be noticed"));
 }
 
 #[test]
 fn a_reelection_after_somebody_else_has_led_is_noticed() {
-    println!("{}", finds(Fault::ReelectAfterOthers).expect("must be noticed"));
+    println!("{}", finds(Mutation::ReelectAfterOthers).expect("must be noticed"));
 }
 
 #[test]
 fn committing_old_terms_by_counting_is_noticed() {
-    println!("{}", finds(Fault::CommitOldTermsByCounting).expect("must be noticed"));
+    println!("{}", finds(Mutation::CommitOldTermsByCounting).expect("must be noticed"));
 }

@@ -1,19 +1,19 @@
 //! A simulated installation: acceptors with disks that lose what was not flushed, proposers that compete, connections that
 //! break and deliver late. One seed gives one run, step for step.
 
-mod check;
 mod disk;
+mod observer;
 mod world;
 
-pub(crate) use disk::{Disk, SimScanner, make_record};
-pub(crate) use world::{SimOptions, World};
+pub use disk::{Disk, SimScanner, make_record};
+pub use world::{SimOptions, World};
 
 /// Random numbers from a seed (splitmix64).
 #[derive(Debug, Clone)]
-pub(crate) struct Rng(pub u64);
+pub struct Rng(pub u64);
 
 impl Rng {
-    pub fn next(&mut self) -> u64 {
+    pub fn next_u64(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
@@ -22,7 +22,7 @@ impl Rng {
 
     /// Below `limit`.
     pub fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit.max(1) as u64) as usize
+        (self.next_u64() % limit.max(1) as u64) as usize
     }
 
     pub fn chance(&mut self, percent: usize) -> bool {

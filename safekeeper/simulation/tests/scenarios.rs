@@ -5,12 +5,11 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use types::{Lsn, NodeId, Term};
 
-use crate::{
-    acceptor::{Acceptor, AcceptorState, ConnectionId, Effect},
-    history::{TermHistory, TermStart},
-    message::{AcceptorMessage, Append, Elected, Fetch, ProposerId, ProposerMessage, StreamStart, Vote, VoteTerm},
-    proposer::{Action, Proposer, ProposerSettings},
-    sim::{Disk, SimScanner, make_record},
+use dormouse_safekeeper_simulation::{Disk, SimScanner, make_record};
+use safekeeper_protocol::{
+    Acceptor, AcceptorMessage, AcceptorState, Action, ConnectionId, Effect, Proposer, ProposerId, ProposerMessage,
+    ProposerSettings, TermHistory, TermStart,
+    message::{Append, Elected, Fetch, StreamStart, Vote, VoteTerm},
 };
 
 const START: Lsn = Lsn(1000);
@@ -39,7 +38,7 @@ impl Safekeeper {
 }
 
 struct Compute {
-    proposer: Proposer,
+    proposer: Proposer<SimScanner>,
     events: Vec<Action>,
     round_trips: usize,
 }
@@ -67,8 +66,6 @@ impl Story {
             window_bytes: 10_000,
             message_bytes: 64,
             stranded_heartbeats: 3,
-            scanner: SimScanner::boxed,
-            fault: None,
         };
         let compute = Compute { proposer: Proposer::new(settings), events: Vec::new(), round_trips: 0 };
         self.computes.insert(name, compute);

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 
 use types::{Lsn, Term};
 
-use super::Disk;
-use crate::message::ProposerId;
+use crate::Disk;
+use safekeeper_protocol::ProposerId;
 
 /// The truth as an observer of everything knows it.
 #[derive(Debug, Clone)]
-pub(crate) struct Observer {
+pub struct Observer {
     start: Lsn,
     /// All WAL that was ever reported committed.
     committed: Vec<u8>,

@@ -8,29 +8,29 @@ use std::{
 use bytes::Bytes;
 use types::{Lsn, NodeId, Term};
 
-use super::{Disk, Rng, SimScanner, check::Observer, make_record};
-use crate::{
-    acceptor::{Acceptor, ConnectionId, Effect},
-    message::{AcceptorMessage, ProposerId, ProposerMessage, Vote, VoteTerm},
-    proposer::{Action, Fault, Proposer, ProposerSettings},
+use crate::{Disk, Rng, SimScanner, make_record, observer::Observer};
+use safekeeper_protocol::{
+    Acceptor, AcceptorMessage, Action, ConnectionId, Effect, Mutation, Proposer, ProposerId, ProposerMessage,
+    ProposerSettings,
+    message::{Vote, VoteTerm},
 };
 
-pub(crate) const START: Lsn = Lsn(1000);
+pub const START: Lsn = Lsn(1000);
 const SEGMENT_BYTES: u64 = 256;
 
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct SimOptions {
+pub struct SimOptions {
     pub seed: u64,
     pub members: u64,
     /// So many computes at a time.
     pub computes: usize,
     pub steps: usize,
-    pub fault: Option<Fault>,
+    pub mutation: Option<Mutation>,
     /// Tell what happens on standard output.
     pub print: bool,
 }
 
-pub(crate) struct World {
+pub struct World {
     options: SimOptions,
     rng: Rng,
     nodes: BTreeMap<NodeId, Node>,
@@ -50,7 +50,7 @@ struct Node {
 }
 
 struct Compute {
-    proposer: Proposer,
+    proposer: Proposer<SimScanner>,
     started: Option<(Term, Lsn)>,
     written: Vec<u8>,
     retry: bool,
@@ -67,8 +67,15 @@ struct Connection {
 
 impl World {
     pub fn new(options: SimOptions) -> World {
-        let nodes = (1..=options.members)
-            .map(|n| (NodeId(n), Node { disk: Disk::default(), acceptor: Some(Acceptor::new(Default::default())) }));
+        let nodes = (1..=options.members).map(|n| {
+            (
+                NodeId(n),
+                Node {
+                    disk: Disk::default(),
+                    acceptor: Some(Acceptor::new(Default::default()).with_mutation(options.mutation)),
+                },
+            )
+        });
         World {
             options,
             rng: Rng(options.seed),
@@ -144,10 +151,8 @@ impl World {
             window_bytes: 120,
             message_bytes: 40,
             stranded_heartbeats: 1,
-            scanner: SimScanner::boxed,
-            fault: self.options.fault,
         };
-        let proposer = Proposer::new(settings);
+        let proposer = Proposer::new(settings).with_mutation(self.options.mutation);
         self.computes.insert(id, Compute { proposer, started: None, written: Vec::new(), retry: false });
         Ok(())
     }
@@ -312,7 +317,7 @@ impl World {
     fn restart(&mut self, id: NodeId) -> Result<(), String> {
         self.note("restart", id);
         if let Some(node) = self.nodes.get_mut(&id) {
-            node.acceptor = Some(Acceptor::new(node.disk.recover()?));
+            node.acceptor = Some(Acceptor::new(node.disk.recover()?).with_mutation(self.options.mutation));
         }
         self.check_node(id)
     }

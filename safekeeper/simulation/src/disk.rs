@@ -3,15 +3,11 @@
 use bytes::Bytes;
 use types::{Lsn, Term};
 
-use super::Rng;
-use crate::{
-    acceptor::{AcceptorState, ConnectionId, Effect},
-    message::{AcceptorMessage, Fetched},
-    proposer::RecordScanner,
-};
+use crate::Rng;
+use safekeeper_protocol::{AcceptorMessage, AcceptorState, ConnectionId, Effect, RecordScanner, message::Fetched};
 
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Disk {
+pub struct Disk {
     pub control: AcceptorState,
     /// Position of the first byte.
     pub start: Lsn,
@@ -123,7 +119,7 @@ impl Disk {
 }
 
 /// A record: length, term, a number, filling, checksum.
-pub(crate) fn make_record(term: Term, number: u32, length: usize) -> Vec<u8> {
+pub fn make_record(term: Term, number: u32, length: usize) -> Vec<u8> {
     let length = length.clamp(10, 255);
     let mut record = vec![length as u8];
     record.extend_from_slice(&(term.0 as u32).to_le_bytes());
@@ -141,18 +137,16 @@ fn whole_record(bytes: &[u8]) -> Option<usize> {
 
 /// Finds records of [`make_record`]'s.
 #[derive(Debug)]
-pub(crate) struct SimScanner {
+pub struct SimScanner {
     boundary: Lsn,
     rest: Vec<u8>,
 }
 
-impl SimScanner {
-    pub fn boxed(start: Lsn) -> Box<dyn RecordScanner> {
-        Box::new(SimScanner { boundary: start, rest: Vec::new() })
-    }
-}
-
 impl RecordScanner for SimScanner {
+    fn starting_at(start: Lsn) -> SimScanner {
+        SimScanner { boundary: start, rest: Vec::new() }
+    }
+
     fn feed(&mut self, wal: &[u8]) -> Result<Lsn, String> {
         self.rest.extend_from_slice(wal);
         while let Some(length) = self.rest.first().map(|length| usize::from(*length)) {
