@@ -114,7 +114,14 @@ impl Storage {
         let import = async |before: &Path| Ok(import_template(&config, &template, before, |_, _| ()).await?);
         let start = recorded.before_load(import).await?;
         let pages = PageCache::new(CACHE_BYTES);
-        let shared = Shared { remote: remote.clone(), pages, generation: Generation(1), tuning, wal: None };
+        let shared = Shared {
+            remote: remote.clone(),
+            pages,
+            generation: Generation(1),
+            elsewhere: Default::default(),
+            tuning,
+            wal: None,
+        };
         let branches = Branches::new(Arc::new(shared));
         let name = project()?;
         branches.create(&name, &template, BranchPoint::Head).await?;

@@ -2,6 +2,7 @@
 
 mod bare;
 mod branch;
+mod density;
 mod ingest;
 mod oltp;
 mod pages;
@@ -37,6 +38,9 @@ struct Arguments {
     /// Size of the table of `scan`, MiB.
     #[arg(long, default_value_t = 2048)]
     scan_mib: u32,
+    /// Projects of `density`.
+    #[arg(long, default_value_t = 1000)]
+    projects: usize,
     /// pgbench scale of the load of `redo`; the bulk load grows with it.
     #[arg(long, default_value_t = 20)]
     redo_scale: u32,
@@ -71,6 +75,8 @@ enum Name {
     Space,
     /// The proxy's pool, beside PgBouncer in front of the same compute.
     Pool,
+    /// A thousand projects: what they cost while nobody uses them.
+    Density,
 }
 
 #[tokio::main]
@@ -90,6 +96,7 @@ async fn main() -> ExitCode {
             Name::Ingest => ingest::run(arguments.load_rounds, arguments.pages_scale).await,
             Name::Space => space::run(arguments.pages_scale).await,
             Name::Pool => pool::run(arguments.load_rounds, arguments.seconds, arguments.idle_clients).await,
+            Name::Density => density::run(arguments.projects).await,
         };
         if let Err(error) = outcome {
             eprintln!("bench failed: {error:#}");

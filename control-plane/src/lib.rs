@@ -16,6 +16,7 @@ pub mod host;
 pub mod http;
 pub mod keys;
 mod names;
+mod placement;
 mod problem;
 mod projects;
 mod restoring;

@@ -21,7 +21,6 @@ use crate::{
 };
 
 const DEFAULT_BRANCH: &str = "main";
-const DEFAULT_DATABASE: &str = "dormouse";
 /// Seven days.
 const DEFAULT_HISTORY_SECONDS: u64 = 7 * 86_400;
 const MAX_HISTORY_SECONDS: u64 = 30 * 86_400;
@@ -39,6 +38,7 @@ struct Wanted {
     database: String,
     suspend_timeout_seconds: i64,
     history_retention_seconds: u64,
+    start_compute: bool,
 }
 
 impl Wanted {
@@ -47,7 +47,7 @@ impl Wanted {
             return Err(Problem::Invalid(format!("pg_version {version} is not offered; {PG_VERSION} is")));
         }
         let first = fields.branch.unwrap_or_default();
-        let database = first.database_name.unwrap_or_else(|| DEFAULT_DATABASE.into());
+        let database = first.database_name.unwrap_or_else(|| storage::DEFAULT_DATABASE.into());
         names::check_database(&database)?;
         let role = first.role_name.unwrap_or_else(|| format!("{database}_owner"));
         names::check_role(&role)?;
@@ -68,6 +68,7 @@ impl Wanted {
                 .unwrap_or(0),
             history_retention_seconds: check_history(fields.history_retention_seconds)?
                 .unwrap_or(DEFAULT_HISTORY_SECONDS),
+            start_compute: fields.start_compute.unwrap_or(true),
         })
     }
 }
@@ -81,8 +82,8 @@ fn check_history(seconds: Option<u64>) -> Result<Option<u64>, Problem> {
     }
 }
 
-/// Makes a project with its first branch, role, database and endpoint, and begins to wake it: its role and database are made
-/// inside Postgres then.
+/// Makes a project with its first branch, role, database and endpoint, and begins to wake it unless that is not wanted: its
+/// role and database are made inside Postgres at the first wake.
 pub async fn create(app: &Arc<App>, fields: ProjectFields) -> Result<ProjectCreated, Problem> {
     let wanted = Wanted::new(fields)?;
     let new = wanted.clone();
@@ -118,7 +119,10 @@ pub async fn create(app: &Arc<App>, fields: ProjectFields) -> Result<ProjectCrea
     });
     let (project, branch, endpoint, roles, databases, operation) = rows.await?;
     tracing::info!(project = %project.id, branch = %wanted.branch.branch, lsn = %start, "project was made");
-    let starting = app.computes.wake_in_background(&wanted.branch, &endpoint.id).await?;
+    let mut operations = vec![operation];
+    if wanted.start_compute {
+        operations.push(app.computes.wake_in_background(&wanted.branch, &endpoint.id).await?);
+    }
     let login =
         Login { endpoint: &endpoint.id, role: &wanted.role, password: &wanted.password, database: &wanted.database };
     Ok(ProjectCreated {
@@ -126,7 +130,7 @@ pub async fn create(app: &Arc<App>, fields: ProjectFields) -> Result<ProjectCrea
         project: app.project(project),
         roles: roles.into_iter().map(|row| app::role(row, true)).collect(),
         databases: databases.into_iter().map(app::database).collect(),
-        operations: vec![operation, starting],
+        operations,
         branch: app.branch(branch),
         endpoints: vec![app.endpoint(endpoint)],
     })
@@ -147,6 +151,9 @@ fn insert(db: &rusqlite::Connection, new: &Wanted) -> Result<String, Problem> {
     let id: &BranchId = &new.branch.branch;
     catalog::insert_role(db, id, &new.role, &new.password, &names::scram_verifier(&new.password))?;
     catalog::insert_database(db, id, &new.database, &new.role)?;
+    if new.database != storage::DEFAULT_DATABASE {
+        catalog::drop_unwanted_database(db, id, storage::DEFAULT_DATABASE)?;
+    }
     endpoints::insert(db, &new.endpoint, &new.branch, None, new.suspend_timeout_seconds, &Default::default())?;
     Ok(operations::begin(db, &new.branch, None, Action::CreateTimeline)?.id)
 }

@@ -25,8 +25,8 @@ use crate::{
     config::{Config, api_url_path},
     garbage, host, http,
     keys::{self, InstallationKeys},
-    storage::Services,
-    store::{Store, operations},
+    storage::{Services, Storage},
+    store::{Store, generations, operations},
 };
 
 /// The control plane's own token for pageserver and safekeepers.
@@ -70,7 +70,8 @@ impl Server {
         store.call(operations::fail_interrupted).await?;
         let token = keys.signer.sign(Scope::Service, SERVICE_TOKEN_LIFETIME)?;
         let settings = compute_settings(&config, shim)?;
-        let services = Services::new(settings.pageserver.clone(), settings.safekeepers.clone(), token);
+        let services = Services::new(config.pageserver.clone(), settings.safekeepers.clone(), token);
+        services.set_placements(store.call(generations::placements).await?);
         let storage = Arc::new(services);
         let program = std::env::current_exe().context("finding this program")?;
         let launcher = Arc::new(ProcessLauncher::new(program, config.log_dir()));
@@ -180,7 +181,6 @@ fn compute_settings(config: &Config, shim: &Path) -> anyhow::Result<ComputeSetti
         runtime_dir: host::runtime_dir(config.runtime_dir.as_deref())?,
         page_cache_dir: host::disk_dir(&absolute(&config.data_dir)?, "page-cache")?,
         safekeepers: config.safekeepers.iter().map(|arg| arg.0.clone()).collect(),
-        pageserver: config.pageserver.clone(),
         postgres_bin_dir: host::postgres_bin_dir(config.postgres_bin_dir.as_deref())?,
         shim_path: config.shim_path.clone().unwrap_or_else(|| shim.to_owned()),
         postgres_user: host::postgres_user(config.postgres_user.as_deref())?,

@@ -1,13 +1,14 @@
 //! What the control plane asks of pageserver and safekeepers.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use async_trait::async_trait;
 use control_plane_api::compute::SafekeeperAddress;
 use futures::future::join_all;
 use pageserver_client::{ClientError, PageserverClient};
+use parking_lot::RwLock;
 use safekeeper_client::ProposerConfig;
-use types::{BranchId, BranchRef, ForkNumber, Lsn, ProjectId, RelTag, oids};
+use types::{BranchId, BranchRef, ForkNumber, Generation, Lsn, ProjectId, RelTag, oids};
 use wire::pageserver::{BranchPoint, BranchSizes, ErrorKind, GarbageReport, ReadLsn};
 
 use crate::problem::Problem;
@@ -26,6 +27,15 @@ const PG_DATABASE: RelTag = RelTag { spc: oids::GLOBAL_TABLESPACE, db: 0, rel: 1
 pub trait Storage: Send + Sync + 'static {
     /// Makes `branch` from `ancestor`; answers where exactly. Repeating it is harmless.
     async fn create_branch(&self, branch: &BranchRef, ancestor: &BranchRef, at: BranchPoint) -> Result<Lsn, Problem>;
+
+    /// Has the project's pageserver claim all its branches under a generation higher than any before.
+    async fn take_over(&self, any_of_project: &BranchRef, generation: Generation) -> Result<(), Problem>;
+
+    /// Which projects are served where (`host:port`); all others by the pageserver of the settings.
+    fn set_placements(&self, placements: Vec<(ProjectId, String)>);
+
+    /// Where the project's pageserver is reached.
+    fn pageserver_of(&self, project: &ProjectId) -> String;
 
     /// Gives a branch all its data to itself, so that what it comes from can be deleted. Repeating it is harmless.
     async fn detach_branch(&self, branch: &BranchRef) -> Result<(), Problem>;
@@ -62,6 +72,9 @@ pub trait Storage: Send + Sync + 'static {
     ) -> Result<Vec<Option<BranchSizes>>, Problem>;
 }
 
+/// The database that the template has: a project that is called after another one drops it at its first wake.
+pub const DEFAULT_DATABASE: &str = "dormouse";
+
 /// The branch that every project's first branch is made from.
 pub fn template() -> BranchRef {
     BranchRef {
@@ -72,7 +85,9 @@ pub fn template() -> BranchRef {
 
 /// A pageserver and safekeepers over the network.
 pub struct Services {
-    pageserver: PageserverClient,
+    default_pageserver: PageserverClient,
+    /// Projects that were given to other pageservers.
+    placed: RwLock<HashMap<ProjectId, PageserverClient>>,
     safekeepers: Vec<SafekeeperAddress>,
     token: String,
 }
@@ -80,7 +95,16 @@ pub struct Services {
 impl Services {
     /// `token` has scope `Service`.
     pub fn new(pageserver: String, safekeepers: Vec<SafekeeperAddress>, token: String) -> Services {
-        Services { pageserver: PageserverClient::new(pageserver, token.clone()), safekeepers, token }
+        let default_pageserver = PageserverClient::new(pageserver, token.clone());
+        Services { default_pageserver, placed: RwLock::default(), safekeepers, token }
+    }
+
+    fn client(&self, project: &ProjectId) -> PageserverClient {
+        self.placed.read().get(project).unwrap_or(&self.default_pageserver).clone()
+    }
+
+    fn pageserver(&self, branch: &BranchRef) -> PageserverClient {
+        self.client(&branch.project)
     }
 }
 
@@ -104,15 +128,33 @@ fn problem(error: ClientError) -> Problem {
 #[async_trait]
 impl Storage for Services {
     async fn create_branch(&self, branch: &BranchRef, ancestor: &BranchRef, at: BranchPoint) -> Result<Lsn, Problem> {
-        self.pageserver.create_branch(branch, ancestor, at).await.map_err(problem)
+        self.pageserver(branch).create_branch(branch, ancestor, at).await.map_err(problem)
+    }
+
+    async fn take_over(&self, any_of_project: &BranchRef, generation: Generation) -> Result<(), Problem> {
+        self.pageserver(any_of_project).take_over(any_of_project, generation).await.map_err(problem)
+    }
+
+    fn set_placements(&self, placements: Vec<(ProjectId, String)>) {
+        let mut placed = self.placed.write();
+        let known = std::mem::take(&mut *placed);
+        for (project, address) in placements {
+            let open = known.get(&project).filter(|client| client.address() == address).cloned();
+            let client = open.unwrap_or_else(|| PageserverClient::new(address, self.token.clone()));
+            placed.insert(project, client);
+        }
+    }
+
+    fn pageserver_of(&self, project: &ProjectId) -> String {
+        self.client(project).address().to_owned()
     }
 
     async fn detach_branch(&self, branch: &BranchRef) -> Result<(), Problem> {
-        self.pageserver.detach_branch(branch).await.map_err(problem)
+        self.pageserver(branch).detach_branch(branch).await.map_err(problem)
     }
 
     async fn checkpoint(&self, branch: &BranchRef, lsn: Lsn) -> Result<(), Problem> {
-        self.pageserver.checkpoint(branch, lsn).await.map(|_| ()).map_err(problem)
+        self.pageserver(branch).checkpoint(branch, lsn).await.map(|_| ()).map_err(problem)
     }
 
     async fn collect_garbage(
@@ -121,11 +163,11 @@ impl Storage for Services {
         since_us: i64,
         leases: Vec<Lsn>,
     ) -> Result<GarbageReport, Problem> {
-        self.pageserver.collect_garbage(branch, since_us, leases).await.map_err(problem)
+        self.pageserver(branch).collect_garbage(branch, since_us, leases).await.map_err(problem)
     }
 
     async fn delete_branch(&self, branch: &BranchRef) -> Result<(), Problem> {
-        match self.pageserver.delete_branch(branch).await {
+        match self.pageserver(branch).delete_branch(branch).await {
             Ok(()) => {}
             Err(ClientError::Pageserver(error)) if error.kind == ErrorKind::NotFound => {}
             Err(error) => return Err(problem(error)),
@@ -148,12 +190,12 @@ impl Storage for Services {
     async fn lsn_by_timestamp(&self, branch: &BranchRef, timestamp_us: i64, head: Lsn) -> Result<Lsn, Problem> {
         // A pageserver that lags behind would find an older position: have it catch up first.
         let caught_up = ReadLsn { request: head, not_modified_since: head };
-        self.pageserver.rel_size(branch, PG_DATABASE, caught_up).await.map_err(problem)?;
-        self.pageserver.lsn_by_timestamp(branch, timestamp_us).await.map_err(problem)
+        self.pageserver(branch).rel_size(branch, PG_DATABASE, caught_up).await.map_err(problem)?;
+        self.pageserver(branch).lsn_by_timestamp(branch, timestamp_us).await.map_err(problem)
     }
 
     async fn timestamp_by_lsn(&self, branch: &BranchRef, lsn: Lsn) -> Result<Option<i64>, Problem> {
-        self.pageserver.timestamp_by_lsn(branch, lsn).await.map_err(problem)
+        self.pageserver(branch).timestamp_by_lsn(branch, lsn).await.map_err(problem)
     }
 
     async fn settle(&self, branch: &BranchRef, start_lsn: Lsn) -> Result<Lsn, Problem> {
@@ -176,7 +218,7 @@ impl Storage for Services {
         project: &ProjectId,
         branches: Vec<(BranchId, Lsn)>,
     ) -> Result<Vec<Option<BranchSizes>>, Problem> {
-        match tokio::time::timeout(SIZES_TIMEOUT, self.pageserver.sizes(project, branches)).await {
+        match tokio::time::timeout(SIZES_TIMEOUT, self.client(project).sizes(project, branches)).await {
             Ok(answer) => answer.map_err(problem),
             Err(_) => Err(Problem::Unavailable("the pageserver did not answer in time".into())),
         }

@@ -1,6 +1,7 @@
 //! The template: one `initdb`, once, in the object store. Every project's first branch is a child of it.
 
 use std::{
+    io::Write,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
@@ -39,6 +40,22 @@ pub struct CreateArguments {
     postgres_user: Option<String>,
 }
 
+/// The database that a new project has unless it asks for another.
+fn make_default_database(bin_dir: &Path, pgdata: &Path, user: Option<&str>) -> anyhow::Result<()> {
+    let program = bin_dir.join("postgres");
+    let mut command = Command::new(&program);
+    command.args(["--single", "-F", "-j", "-D"]).arg(pgdata).arg("postgres");
+    run_as(&mut command, user)?;
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    let sql = format!("CREATE DATABASE {} STRATEGY file_copy\n", storage::DEFAULT_DATABASE);
+    child.stdin.take().context("standard input")?.write_all(sql.as_bytes())?;
+    let output = child.wait_with_output().with_context(|| format!("running {}", program.display()))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    // In single-user mode an error of a statement is printed and does not end the program badly.
+    anyhow::ensure!(output.status.success() && !said.contains("ERROR"), "making the default database: {}", said.trim());
+    Ok(())
+}
+
 /// Runs a template command.
 pub fn main(command: TemplateCommand, format: LogFormat) -> anyhow::Result<ExitCode> {
     logging::start(format, "warn");
@@ -64,6 +81,7 @@ pub async fn ensure(store: &ObjectStoreConfig, bin_dir: &Path, user: Option<&str
     let pgdata = scratch.0.join("pgdata");
     tell("Making the template that new projects start from (once).");
     initdb(bin_dir, &pgdata, user)?;
+    make_default_database(bin_dir, &pgdata, user)?;
     let bar = ProgressBar::new(0);
     let style = ProgressStyle::with_template("  {wide_bar} {bytes}/{total_bytes}")?;
     bar.set_style(style);
@@ -82,6 +100,16 @@ fn initdb(bin_dir: &Path, pgdata: &Path, user: Option<&str>) -> anyhow::Result<(
     let program = bin_dir.join("initdb");
     let mut command = Command::new(&program);
     command.args(["--no-sync", "-U", "dormouse_admin", "--encoding=UTF8", "--locale=C.UTF-8", "-D"]).arg(pgdata);
+    run_as(&mut command, user)?;
+    let output = command.output().with_context(|| format!("running {}", program.display()))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        anyhow::bail!("initdb failed ({}): {}", output.status, said.trim());
+    }
+    Ok(())
+}
+
+fn run_as(command: &mut Command, user: Option<&str>) -> anyhow::Result<()> {
     // Settings of the caller's own Postgres must not reach this one.
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("PG")) {
         command.env_remove(name);
@@ -89,11 +117,6 @@ fn initdb(bin_dir: &Path, pgdata: &Path, user: Option<&str>) -> anyhow::Result<(
     command.env("TZ", "UTC").current_dir("/").stdin(Stdio::null());
     if let Some((uid, gid)) = ids(user)? {
         command.uid(uid.as_raw()).gid(gid.as_raw());
-    }
-    let output = command.output().with_context(|| format!("running {}", program.display()))?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        anyhow::bail!("initdb failed ({}): {}", output.status, said.trim());
     }
     Ok(())
 }

@@ -41,6 +41,10 @@ pub struct Config {
     #[arg(long, env = "DORMOUSE_PAGESERVER_ID", default_value = "1", value_parser = parse_node, value_name = "N")]
     pub id: NodeId,
 
+    /// Where others reach this pageserver, as host:port [default: the address it listens on].
+    #[arg(long, env = "DORMOUSE_PAGESERVER_ADVERTISE", value_name = "ADDRESS")]
+    pub advertise: Option<String>,
+
     /// Write under this generation instead of asking the control plane. Must be higher at each start.
     #[arg(long, value_parser = parse_generation, value_name = "N")]
     pub generation: Option<Generation>,
@@ -52,6 +56,10 @@ pub struct Config {
     /// Write WAL out of memory when a branch has been quiet for so many seconds.
     #[arg(long, default_value_t = 5, value_name = "SECONDS")]
     pub idle_flush: u32,
+
+    /// Drop a branch from memory when nobody has asked about it for so many seconds.
+    #[arg(long, default_value_t = 300, env = "DORMOUSE_IDLE_DETACH_SECONDS", value_name = "SECONDS")]
+    pub idle_detach: u32,
 
     /// Memory for pages as they were last made, in MiB.
     #[arg(long, default_value_t = 128, value_name = "MIB")]
@@ -92,9 +100,11 @@ impl Config {
             token: String::new(),
             control_plane: None,
             id: NodeId(1),
+            advertise: None,
             generation: None,
             checkpoint_distance_mib: 64,
             idle_flush: 5,
+            idle_detach: 300,
             page_cache_mib: 128,
             block_cache_mib: 128,
             disk_cache_mib: 10_240,
@@ -106,6 +116,7 @@ impl Config {
         Tuning {
             checkpoint_distance_bytes: (self.checkpoint_distance_mib.max(1) as usize) << 20,
             idle_flush: Duration::from_secs(u64::from(self.idle_flush)),
+            idle_detach: Duration::from_secs(u64::from(self.idle_detach)),
             ..Tuning::default()
         }
     }

@@ -1,6 +1,6 @@
 //! What can go wrong in storage, and what the asker is told.
 
-use types::{BranchRef, Lsn};
+use types::{BranchRef, Lsn, ProjectId};
 use wire::pageserver::{ErrorKind, PageserverError};
 
 /// Why storage could not do what was asked. Cheap to clone: several askers may wait for one load.
@@ -77,6 +77,9 @@ pub enum StorageError {
         /// The other's.
         newer: u32,
     },
+    /// Another pageserver serves the project.
+    #[error("project {0} is served by another pageserver")]
+    Elsewhere(ProjectId),
     /// The pageserver is stopping.
     #[error("the pageserver is stopping")]
     Stopping,
@@ -89,6 +92,7 @@ impl StorageError {
             StorageError::Store { .. }
             | StorageError::NotArrived { .. }
             | StorageError::Deposed { .. }
+            | StorageError::Elsewhere(_)
             | StorageError::Stopping => ErrorKind::Unavailable,
             StorageError::Damaged { .. } | StorageError::Unmakeable { .. } | StorageError::IngestStopped { .. } => {
                 ErrorKind::Corrupt

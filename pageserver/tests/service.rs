@@ -131,6 +131,72 @@ async fn tokens_bound_what_may_be_asked() {
 }
 
 #[tokio::test]
+async fn a_flood_of_one_project_does_not_starve_another() {
+    let service = Service::start().await;
+    let client = service.client(Scope::Service);
+    let root = branch_ref("t", "root");
+    let (flood, quiet) = (branch_ref("flood", "main"), branch_ref("quiet", "main"));
+    for branch in [&flood, &quiet] {
+        client.create_branch(branch, &root, BranchPoint::Head).await.expect("create");
+    }
+    let flooder = service.client(Scope::Service);
+    let done = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let count = || done.load(std::sync::atomic::Ordering::SeqCst);
+    let pages = vec![PageTag { rel: REL, block: 0 }; 64];
+    let mut flooding = tokio::task::JoinSet::new();
+    for _ in 0..600 {
+        let (flooder, flood, pages, done) = (flooder.clone(), flood.clone(), pages.clone(), done.clone());
+        flooding.spawn(async move {
+            flooder.get_pages(&flood, pages, LATEST).await.expect("pages");
+            done.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        });
+    }
+    while count() == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let mut reads = 0;
+    while count() < 300 {
+        client.get_pages(&quiet, pages[..1].to_vec(), LATEST).await.expect("page");
+        reads += 1;
+    }
+    // Behind a queue that is not fair each read would wait for all 256 requests that a connection may have under way.
+    assert!(reads > 4, "{reads} reads while another project made 300 requests");
+    flooding.abort_all();
+    service.stop.cancel();
+}
+
+#[tokio::test]
+async fn a_copy_of_the_manifest_is_used_only_while_it_is_one() {
+    let remote = memory_remote();
+    let root = branch_ref("t", "root");
+    put_root(&remote, &root, Lsn(800)).await;
+    let (name, all) = (branch_ref("p", "b"), branches(&remote, 1, Tuning::default()));
+    all.create(&name, &root, BranchPoint::Head).await.expect("create");
+    let names = BranchNames::new(&name);
+    let copy = loop {
+        match remote.get(&names.manifest_copy()).await.expect("get") {
+            Some(copy) => break copy,
+            None => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    };
+    // What attaching reads is told by a copy that says something else.
+    let line = copy.iter().position(|byte| *byte == b'\n').expect("a line with the tag");
+    let told = Manifest { last_commit_us: Some(7), ..Manifest::new(None, Lsn(800), Lsn::INVALID) };
+    let other = [&copy[..=line], &told.encode().expect("encode")].concat();
+    remote.put(&names.manifest_copy(), other.into()).await.expect("put");
+    assert_eq!(remote.manifest(&name).await.expect("get"), Some((Generation(1), told)), "one round trip");
+    // The same manifest written again is another object, and so is a newer generation's.
+    let real = remote.get(&names.manifest(Generation(1))).await.expect("get").expect("exists");
+    for generation in [1, 2] {
+        remote.put(&names.manifest(Generation(generation)), real.clone()).await.expect("put");
+        let (found, manifest) = remote.manifest(&name).await.expect("get").expect("exists");
+        assert_eq!((found, manifest.last_commit_us), (Generation(generation), None));
+    }
+    remote.put(&names.manifest_copy(), Default::default()).await.expect("put");
+    assert!(remote.manifest(&name).await.expect("damage to a copy is none").is_some());
+}
+
+#[tokio::test]
 async fn a_taken_address_is_said_clearly() {
     let service = Service::start().await;
     let store = ObjectStoreConfig::Local(service.directory.path().join("store"));

@@ -12,6 +12,8 @@ use nix::{
     unistd::Pid,
 };
 
+use pageserver_client::PageserverClient;
+
 use crate::{api::Api, processes, s3};
 
 /// How to run it.
@@ -127,6 +129,36 @@ impl Cluster {
         Ok(Api::new(self.api_url(), self.admin_key()?))
     }
 
+    /// A token as the installation's own services show one another.
+    pub fn service_token(&self) -> anyhow::Result<String> {
+        let path = self.data_dir().join("keys/token-private.pem");
+        let pem = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        Ok(wire::TokenSigner::from_pem(&pem)?.sign(wire::Scope::Service, Duration::from_secs(3600))?)
+    }
+
+    /// The pageserver that `up` runs.
+    pub fn pageserver(&self) -> anyhow::Result<PageserverClient> {
+        Ok(PageserverClient::new(format!("127.0.0.1:{}", self.base_port), self.service_token()?))
+    }
+
+    /// Another pageserver of this installation, with the number `id`, on an empty disk and the same object store.
+    pub fn another_pageserver(&self, id: u64) -> anyhow::Result<AnotherPageserver> {
+        let disk = tempfile::tempdir()?;
+        let port = free_port()?;
+        let safekeepers: Vec<String> = (1..=3).map(|n| format!("{n}=127.0.0.1:{}", self.base_port + n)).collect();
+        let log = std::fs::File::create(self.data_dir().join(format!("logs/pageserver-{id}.log")))?;
+        let mut command = Command::new(dormouse_binary());
+        command.args(["pageserver", "--id", &id.to_string(), "--listen", &format!("127.0.0.1:{port}")]);
+        command.arg("--data-dir").arg(disk.path()).arg("--object-store").arg(self.data_dir().join("object-store"));
+        command.args(["--safekeepers", &safekeepers.join(","), "--control-plane", &self.api_url()]);
+        command.arg("--token-public-key").arg(self.data_dir().join("keys/token-public.pem"));
+        command.env("DORMOUSE_TOKEN", self.service_token()?);
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let process = command.spawn().context("starting a pageserver")?;
+        let client = PageserverClient::new(format!("127.0.0.1:{port}"), self.service_token()?);
+        Ok(AnotherPageserver { process, client, _disk: disk })
+    }
+
     fn admin_key(&self) -> anyhow::Result<String> {
         let path = self.data_dir().join("admin.key");
         let key = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
@@ -187,6 +219,21 @@ impl Cluster {
         text
     }
 
+    /// How long the slowest process of a service took from its start until it took connections, the last time that
+    /// everything was started; needs `DORMOUSE_LOG=debug` in the environment.
+    pub fn start_ms(&self, service: &str) -> anyhow::Result<u64> {
+        let text = std::fs::read_to_string(self.log_path())?;
+        let mut slowest = std::collections::BTreeMap::new();
+        for line in text.lines().filter(|line| line.contains("service takes connections")) {
+            let field = |name: &str| line.split(name).nth(1).and_then(|rest| rest.split_whitespace().next());
+            let name = field("service=").unwrap_or_default().trim_matches('"').to_owned();
+            if name == service || name.starts_with(&format!("{service}-")) {
+                slowest.insert(name, field("elapsed_ms=").context("elapsed_ms")?.parse::<u64>()?);
+            }
+        }
+        slowest.into_values().max().with_context(|| format!("no start of {service} in the log"))
+    }
+
     fn log_path(&self) -> PathBuf {
         self.home.path().join("up.log")
     }
@@ -224,6 +271,21 @@ impl Drop for Cluster {
         }
         let _ = child.kill();
         let _ = child.wait();
+    }
+}
+
+/// A pageserver beside the one that `up` runs; killed when it is dropped.
+pub struct AnotherPageserver {
+    process: Child,
+    /// Asks it.
+    pub client: PageserverClient,
+    _disk: tempfile::TempDir,
+}
+
+impl Drop for AnotherPageserver {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
     }
 }
 

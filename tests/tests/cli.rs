@@ -31,6 +31,21 @@ async fn daily_work(cluster: &Cluster) -> anyhow::Result<()> {
     let endpoints = dormouse(cluster, &["endpoints", "list"]).await?;
     assert_eq!(endpoints.matches("ep-").count(), 2, "{endpoints}");
 
+    let header = branches.lines().next().unwrap_or_default();
+    assert!(header.contains("DATA") && branches.contains("MiB"), "sizes are shown: {branches}");
+    let history = json(cluster, &["branches", "history", "main"]).await?;
+    let lsn = e2e::api::text(&history, "/history/end_lsn")?;
+    dormouse(cluster, &["psql", "main", "--", "-X", "-c", "drop table t"]).await?;
+    dormouse(cluster, &["branches", "lease", "create", "main", "--at-lsn", &lsn, "--for", "1h"]).await?;
+    dormouse(cluster, &["branches", "restore", "main", "--at-lsn", &lsn, "--keep-as", "dropped"]).await?;
+    let answer = dormouse(cluster, &["psql", "main", "--", "-X", "-A", "-t", "-c", "select a from t"]).await?;
+    assert_eq!(answer.trim(), "7", "restored in place");
+    dormouse(cluster, &["projects", "update", "daily", "--history-retention", "1d"]).await?;
+    let projects = dormouse(cluster, &["projects", "list"]).await?;
+    assert!(projects.contains("1day"), "{projects}");
+    let help = dormouse(cluster, &["branches", "restore", "--help"]).await?;
+    assert!(help.contains("Examples:") && help.contains("--keep-as"), "{help}");
+
     dormouse(cluster, &["branches", "delete", "feature"]).await?;
     let branches = dormouse(cluster, &["branches", "list"]).await?;
     assert!(!branches.contains("feature"), "{branches}");

@@ -64,6 +64,9 @@ pub enum RequestBody {
     /// [`MAX_BRANCHES_PER_REQUEST`]. Answered in the same order with [`ResponseBody::Sizes`]. Attaches only those whose
     /// manifests are not enough. Services only.
     Sizes { branches: Vec<(BranchId, Lsn)> },
+    /// Serve `Request::branch`'s project from now on, writing under this generation, which is higher than any before:
+    /// claims all its branches. Services only.
+    TakeOver { generation: Generation },
 }
 
 /// Most branches in one [`RequestBody::Sizes`].

@@ -9,13 +9,15 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use types::{BranchRef, EndpointId, Generation, NodeId};
+use types::{BranchRef, EndpointId, Generation, NodeId, ProjectId};
 
 /// A pageserver asks for the number under which it will write.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TakeGeneration {
     /// Which pageserver.
     pub pageserver: NodeId,
+    /// Where it is reached, as host:port.
+    pub address: String,
 }
 
 /// Larger than any generation handed out before, durably so.
@@ -23,6 +25,9 @@ pub struct TakeGeneration {
 pub struct GenerationTaken {
     /// The number.
     pub generation: Generation,
+    /// Projects that were given to other pageservers: it must not serve them.
+    #[serde(default)]
+    pub elsewhere: Vec<ProjectId>,
 }
 
 /// What a proxy needs to check a login without waking anything.

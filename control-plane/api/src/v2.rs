@@ -338,6 +338,16 @@ pub struct ProjectFields {
     /// See [`Project::history_retention_seconds`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub history_retention_seconds: Option<u64>,
+    /// False: its compute is started by the first connection, not at once. Only when it is made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_compute: Option<bool>,
+}
+
+/// `POST /projects/{id}/take_over`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TakeOverRequest {
+    /// The number of the pageserver that is to serve the project; it must run.
+    pub pageserver: u64,
 }
 
 /// What may be said about a project's first branch.

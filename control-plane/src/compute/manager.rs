@@ -56,8 +56,6 @@ pub struct ComputeSettings {
     pub page_cache_dir: PathBuf,
     /// All safekeepers.
     pub safekeepers: Vec<SafekeeperAddress>,
-    /// `host:port`.
-    pub pageserver: String,
     /// The directory of `postgres`.
     pub postgres_bin_dir: PathBuf,
     /// The shim's shared object.
@@ -356,7 +354,7 @@ impl Computes {
             compute_dir: self.compute_dir(&row.id),
             page_cache_dir: settings.page_cache_dir.join(row.id.as_str()),
             safekeepers: settings.safekeepers.clone(),
-            pageserver: settings.pageserver.clone(),
+            pageserver: self.inner.storage.pageserver_of(&row.branch.project),
             token: token.map_err(|e| Problem::Internal(e.to_string()))?,
             postgres_bin_dir: settings.postgres_bin_dir.clone(),
             shim_path: settings.shim_path.clone(),

@@ -15,10 +15,16 @@ use crate::{
 
 /// A pageserver starts.
 pub async fn take_generation(State(app): Shared, body: Bytes) -> Result<Json<GenerationTaken>, Problem> {
-    let pageserver = parse::<TakeGeneration>(&body)?.pageserver;
-    let generation = app.store.call(move |db| generations::take(db, pageserver)).await?;
-    tracing::info!(%pageserver, %generation, "generation was handed out");
-    Ok(Json(GenerationTaken { generation }))
+    let TakeGeneration { pageserver, address } = parse(&body)?;
+    let taken = app.store.call(move |db| {
+        let generation = generations::take(db, pageserver, &address)?;
+        Ok((GenerationTaken { generation, elsewhere: generations::elsewhere(db, pageserver)? }, address))
+    });
+    let (taken, address) = taken.await?;
+    tracing::info!(%pageserver, address, generation = %taken.generation, "generation was handed out");
+    // It may have come back under another address.
+    app.storage.set_placements(app.store.call(generations::placements).await?);
+    Ok(Json(taken))
 }
 
 /// A proxy checks a login. Wakes nothing.

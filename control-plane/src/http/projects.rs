@@ -7,7 +7,7 @@ use axum::{
     body::Bytes,
     extract::{Path, Query, State},
     http::StatusCode,
-    routing::get,
+    routing::{get, post},
 };
 use control_plane_api::v2::{
     OperationEnvelope, OperationList, ProjectCreated, ProjectEnvelope, ProjectList, ProjectRequest, UriAnswer,
@@ -19,6 +19,7 @@ use super::{ListQuery, Shared, pagination, parse, project_id};
 use crate::{
     address::Login,
     app::App,
+    placement,
     problem::Problem,
     projects as service,
     store::{branches, catalog, endpoints, operations, projects},
@@ -29,6 +30,7 @@ pub fn routes() -> Router<Arc<App>> {
     Router::new()
         .route("/projects", get(list).post(create))
         .route("/projects/{project}", get(show).patch(update).delete(delete))
+        .route("/projects/{project}/take_over", post(take_over))
         .route("/projects/{project}/connection_uri", get(connection_uri))
         .route("/projects/{project}/operations", get(list_operations))
         .route("/projects/{project}/operations/{operation}", get(show_operation))
@@ -63,6 +65,14 @@ async fn update(
 
 async fn delete(State(app): Shared, Path(project): Path<String>) -> Result<Json<ProjectEnvelope>, Problem> {
     Ok(Json(service::delete(&app, project_id(&project)?).await?))
+}
+
+async fn take_over(
+    State(app): Shared,
+    Path(project): Path<String>,
+    body: Bytes,
+) -> Result<Json<ProjectEnvelope>, Problem> {
+    Ok(Json(placement::take_over(&app, project_id(&project)?, parse(&body)?).await?))
 }
 
 /// Query parameters of `connection_uri`. Neon wants database and role; here they may be left out.

@@ -48,6 +48,8 @@ const HEAD: Lsn = Lsn(0x3000);
 struct FakeStorage {
     branches: Mutex<BTreeMap<BranchRef, (BranchRef, Lsn)>>,
     settled: AtomicU32,
+    taken_over: Mutex<Vec<(ProjectId, Generation)>>,
+    placements: Mutex<Vec<(ProjectId, String)>>,
     /// Branch, start of the window, leases.
     collected: Mutex<Vec<(BranchRef, i64, Vec<Lsn>)>>,
     failing: std::sync::atomic::AtomicBool,
@@ -70,6 +72,20 @@ impl Storage for FakeStorage {
         };
         self.branches.lock().insert(branch.clone(), (ancestor.clone(), lsn));
         Ok(lsn)
+    }
+
+    async fn take_over(&self, any_of_project: &BranchRef, generation: Generation) -> Result<(), Problem> {
+        self.taken_over.lock().push((any_of_project.project.clone(), generation));
+        Ok(())
+    }
+
+    fn set_placements(&self, placements: Vec<(ProjectId, String)>) {
+        *self.placements.lock() = placements;
+    }
+
+    fn pageserver_of(&self, project: &ProjectId) -> String {
+        let placed = self.placements.lock().iter().find(|(id, _)| id == project).map(|(_, address)| address.clone());
+        placed.unwrap_or_else(|| "127.0.0.1:1".into())
     }
 
     async fn detach_branch(&self, branch: &BranchRef) -> Result<(), Problem> {
@@ -236,7 +252,6 @@ impl World {
             runtime_dir: "/nonexistent/run".into(),
             page_cache_dir: "/nonexistent/cache".into(),
             safekeepers: Vec::new(),
-            pageserver: "127.0.0.1:1".into(),
             postgres_bin_dir: "/nonexistent/bin".into(),
             shim_path: "/nonexistent/shim.so".into(),
             postgres_user: None,
@@ -371,7 +386,7 @@ async fn keys_and_tokens_are_checked() {
     }
     let path = "/internal/v1/generations";
     for (token, expected) in [(None, 401), (Some(ADMIN_KEY), 401), (Some(world.branch_token.as_str()), 403)] {
-        let (status, _) = world.request(Method::POST, path, token, json!({"pageserver": 1})).await;
+        let (status, _) = world.request(Method::POST, path, token, taking(1)).await;
         assert_eq!(status, expected);
     }
     let (status, _) = world.request(Method::GET, "/healthz", None, Value::Null).await;
@@ -379,7 +394,7 @@ async fn keys_and_tokens_are_checked() {
     let mut last = Generation(0);
     for _ in 0..3 {
         let token = Some(world.service_token.as_str());
-        let (_, taken) = world.request(Method::POST, path, token, json!({"pageserver": 1})).await;
+        let (_, taken) = world.request(Method::POST, path, token, taking(1)).await;
         let taken: GenerationTaken = serde_json::from_value(taken).expect("generation");
         assert!(taken.generation > last);
         last = taken.generation;
@@ -578,6 +593,33 @@ async fn a_restore_exchanges_timelines_and_a_detached_branch_stands_alone() {
     assert_eq!(world.storage.branches.lock().len(), 2, "the timelines of main and of its source");
     assert_eq!(world.api(Method::DELETE, &project, Value::Null).await.0, 200, "children go before parents");
     assert!(world.storage.branches.lock().is_empty());
+}
+
+fn taking(pageserver: u64) -> Value {
+    json!({"pageserver": pageserver, "address": format!("127.0.0.1:{pageserver}")})
+}
+
+#[tokio::test]
+async fn a_project_is_given_to_another_pageserver() {
+    let world = World::new().await;
+    let made = world.project().await;
+    let (project, endpoint) = (text(&made["project"]["id"]), text(&made["endpoints"][0]["id"]));
+    let path = format!("/projects/{project}/take_over");
+    assert_eq!(world.api(Method::POST, &path, json!({"pageserver": 2})).await.0, 404, "it has never started");
+    let take = async |pageserver| {
+        let path = "/internal/v1/generations";
+        let (_, taken) = world.request(Method::POST, path, Some(&world.service_token), taking(pageserver)).await;
+        serde_json::from_value::<GenerationTaken>(taken).expect("generation")
+    };
+    let (first, second) = (take(1).await, take(2).await);
+    world.post(&path, json!({"pageserver": 2})).await;
+    let (of, generation) = world.storage.taken_over.lock()[0].clone();
+    assert!(of.as_str() == project && generation > first.generation && generation > second.generation);
+    assert!(world.computes.alive.lock().is_empty(), "computes that read from the other one are put to sleep");
+    assert_eq!(world.wake(endpoint).await.0, 200);
+    assert_eq!(world.computes.specs.lock().last().expect("spec").pageserver, "127.0.0.1:2");
+    assert_eq!(take(1).await.elsewhere, [of]);
+    assert!(take(2).await.elsewhere.is_empty());
 }
 
 #[tokio::test]

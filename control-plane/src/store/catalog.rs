@@ -184,6 +184,11 @@ pub fn remove_database(db: &Connection, branch: &BranchId, name: &str) -> Result
     Ok(row)
 }
 
+/// A database that the template has and the branch shall not have.
+pub fn drop_unwanted_database(db: &Connection, branch: &BranchId, name: &str) -> Result<(), Problem> {
+    remember_drop(db, branch, "database", name)
+}
+
 fn remember_drop(db: &Connection, branch: &BranchId, kind: &str, name: &str) -> Result<(), Problem> {
     let version = bump(db, branch)?;
     db.execute(

@@ -137,8 +137,14 @@ CREATE UNIQUE INDEX branches_by_timeline ON branches (timeline);
 ALTER TABLE branches ADD COLUMN collected_lsn INTEGER;  -- everything before it is outside the history window and was collected
 ";
 
+/// Version 4: projects may be placed on one of several pageservers.
+const SCHEMA_4: &str = "
+ALTER TABLE projects ADD COLUMN pageserver INTEGER;     -- NULL: the one of the settings
+ALTER TABLE generations ADD COLUMN address TEXT NOT NULL DEFAULT '';
+";
+
 /// What brings an older database up to date, in order; `user_version` counts those done.
-const MIGRATIONS: [&str; 3] = [SCHEMA_1, SCHEMA_2, SCHEMA_3];
+const MIGRATIONS: [&str; 4] = [SCHEMA_1, SCHEMA_2, SCHEMA_3, SCHEMA_4];
 
 /// The metadata store; cheap to clone.
 #[derive(Clone)]

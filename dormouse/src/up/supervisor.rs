@@ -68,6 +68,7 @@ impl Supervisor {
             stopping: Notify::new(),
             stop_begun: std::cell::Cell::new(false),
         });
+        let began = Instant::now();
         let mut child = supervised.spawn()?;
         self.running.push(Rc::clone(&supervised));
         let ready = tokio::select! {
@@ -82,6 +83,8 @@ impl Supervisor {
             let name = &supervised.service.name;
             anyhow::bail!("{name} did not start: {reason}\n{tail}(whole log: {})", supervised.log.display());
         }
+        let elapsed_ms = began.elapsed().as_millis();
+        tracing::debug!(service = supervised.service.name, elapsed_ms, "service takes connections");
         keep(supervised, child);
         Ok(())
     }

@@ -8,7 +8,7 @@ mod connection;
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use types::{BlockNumber, BranchId, BranchRef, Lsn, Oid, PageTag, ProjectId, RelTag};
+use types::{BlockNumber, BranchId, BranchRef, Generation, Lsn, Oid, PageTag, ProjectId, RelTag};
 use wire::pageserver::{
     BaseFiles, BranchInfo, BranchPoint, BranchSizes, ErrorKind, GarbageReport, PageserverError, ReadLsn, RequestBody,
     ResponseBody,
@@ -251,6 +251,12 @@ impl PageserverClient {
         if sizes.len() == asked { Ok(sizes) } else { Err(ClientError::Unexpected { asked: "Sizes" }) }
     }
 
+    /// Has the pageserver serve a project from now on, under a generation higher than any before.
+    pub async fn take_over(&self, any_of_project: &BranchRef, generation: Generation) -> Result<(), ClientError> {
+        let answer = self.call(any_of_project, RequestBody::TakeOver { generation }).await?;
+        expect_answer!(answer, "TakeOver", ResponseBody::Done => ())
+    }
+
     /// Gives the branch all its data to itself.
     pub async fn detach_branch(&self, branch: &BranchRef) -> Result<(), ClientError> {
         let answer = self.call(branch, RequestBody::DetachBranch).await?;
@@ -278,6 +284,7 @@ fn timeout_of(body: &RequestBody) -> Duration {
         | RequestBody::DeleteBranch
         | RequestBody::CollectGarbage { .. }
         | RequestBody::DetachBranch
+        | RequestBody::TakeOver { .. }
         | RequestBody::Checkpoint { .. } => CHANGE_TIMEOUT,
     }
 }

@@ -7,7 +7,7 @@ use types::{Generation, Lsn};
 
 use super::{Branch, flush::FlushState};
 use crate::{
-    compaction::{GcInput, garbage},
+    compaction::{GcInput, cells, garbage, images_pay},
     error::StorageError,
     layer::{Layer, LayerMeta},
     remote::layer_generation,
@@ -60,9 +60,36 @@ impl Branch {
                 state.held_lsns = held_lsns;
             }
             self.replace_layers(&mut flush, &gone, Vec::new()).await?;
+            self.remove_older_generations(&mut flush).await;
         }
         self.remove_doomed(&mut flush).await?;
         Ok(Collected { layers: gone.len(), bytes: gone.iter().map(|meta| meta.size_bytes).sum() })
+    }
+
+    /// Makes images as of the cutoff where they would let [`Branch::collect_garbage`] take out more than they are
+    /// likely to take themselves: what changes little does not get images otherwise, and could never let go of anything.
+    pub async fn make_images_for_collection(
+        self: &Arc<Self>,
+        cutoff_lsn: Lsn,
+        child_lsns: &[Lsn],
+        leases: &[Lsn],
+    ) -> Result<(), StorageError> {
+        let _alone = self.compacting.lock().await;
+        let (layers, cuts, consistent) = {
+            let state = self.state.read();
+            (state.layers.clone(), state.cuts.clone(), state.remote_consistent_lsn)
+        };
+        let cutoff_lsn = cutoff_lsn.min(consistent);
+        let metas = layers.metas();
+        let input = GcInput { layers: &metas, cutoff_lsn, child_lsns, leases };
+        if !images_pay(&input, &cuts) {
+            return Ok(());
+        }
+        self.claim(&mut *self.flush.lock().await).await?;
+        for cell in cells(&cuts) {
+            self.make_images(&layers, cell, cutoff_lsn).await?;
+        }
+        Ok(())
     }
 
     /// Every position from here on is readable; before it, only those that children and leases keep.
@@ -109,7 +136,7 @@ impl Branch {
         self.check_not_deposed().await?;
         while let Some(at) = flush.doomed.iter().position(due) {
             let name = &flush.doomed[at].name;
-            if removable(name, self.shared.generation) {
+            if removable(name, self.generation) {
                 self.shared.remote.delete(&self.names.layer(name)).await?;
             }
             flush.doomed.swap_remove(at);

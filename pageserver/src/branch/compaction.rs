@@ -121,7 +121,12 @@ impl Branch {
         Ok(values)
     }
 
-    async fn make_images(self: &Arc<Self>, layers: &LayerSet, cell: Cell, lsn: Lsn) -> Result<(), StorageError> {
+    pub(super) async fn make_images(
+        self: &Arc<Self>,
+        layers: &LayerSet,
+        cell: Cell,
+        lsn: Lsn,
+    ) -> Result<(), StorageError> {
         let mut files = ImageFiles::new(self, cell, lsn);
         let mut sizes = RelSizes::default();
         for segment in layers.segments(cell.first, cell.last, Lsn(0), lsn) {

@@ -79,20 +79,20 @@ impl Branch {
         flush.last_flush = Instant::now();
         self.report_consistent(tip.last_record_lsn).await?;
         self.remove_doomed(&mut flush).await?;
-        if !flush.older_removed {
-            self.remove_older_generations().await;
-            flush.older_removed = true;
-        }
+        self.remove_older_generations(&mut flush).await;
         Ok(())
     }
 
     /// Once the own manifest is there, those of older generations are of no use. Failing to is only logged.
-    async fn remove_older_generations(&self) {
+    pub(super) async fn remove_older_generations(&self, flush: &mut FlushState) {
+        if std::mem::replace(&mut flush.older_removed, true) {
+            return;
+        }
         let remote = &self.shared.remote;
         let found = remote.list(self.names.root()).await.unwrap_or_default();
         let numbered =
             |object| BranchNames::generation_of_manifest(object).or(BranchNames::generation_of_claim(object));
-        for object in found.iter().filter(|object| numbered(object).is_some_and(|old| old < self.shared.generation)) {
+        for object in found.iter().filter(|object| numbered(object).is_some_and(|old| old < self.generation)) {
             if let Err(error) = remote.delete(object).await {
                 tracing::debug!(branch = %self.name, %error, "an older generation's object stays");
             }
@@ -140,6 +140,12 @@ impl Branch {
         self.state.read().frozen.front().cloned()
     }
 
+    /// Makes the branch this generation's before there is anything to write.
+    pub(super) async fn claim_now(&self) -> Result<(), StorageError> {
+        let mut flush = self.flush.lock().await;
+        self.claim(&mut flush).await
+    }
+
     /// Once per attachment, before the first write: puts the claim, then makes sure that no newer generation has one
     /// and that the manifest is still the one that was attached. An older generation that finishes a write after that
     /// sees the claim and does not tell the safekeepers, so the WAL it wrote out stays for us.
@@ -150,7 +156,7 @@ impl Branch {
         if flush.claimed {
             return Ok(());
         }
-        let own = self.shared.generation;
+        let own = self.generation;
         self.shared.remote.put(&self.names.claim(own), Bytes::new()).await?;
         self.check_not_deposed().await?;
         match self.shared.remote.manifest(&self.name).await? {
@@ -166,7 +172,7 @@ impl Branch {
     }
 
     pub(super) async fn check_not_deposed(&self) -> Result<(), StorageError> {
-        let own = self.shared.generation;
+        let own = self.generation;
         let found = self.shared.remote.list(self.names.root()).await?;
         let claims = found.iter().filter_map(BranchNames::generation_of_claim);
         let manifests = found.iter().filter_map(BranchNames::generation_of_manifest);
@@ -208,7 +214,7 @@ impl Branch {
         keys: (Key, Key),
     ) -> Result<Arc<Layer>, StorageError> {
         let number = self.shared.remote.next_layer_number();
-        let (layer, bytes) = prepare_layer(&self.names, built, sort, lsns, keys, (self.shared.generation, number));
+        let (layer, bytes) = prepare_layer(&self.names, built, sort, lsns, keys, (self.generation, number));
         self.shared.remote.put(layer.object(), bytes.clone()).await?;
         self.shared.remote.disk.insert(layer.object(), bytes).await;
         tracing::debug!(branch = %self.name, layer = layer.meta.name, bytes = layer.meta.size_bytes, "layer uploaded");
@@ -234,10 +240,11 @@ impl Branch {
             layers,
             ..flush.attached.clone()
         };
-        let object = self.names.manifest(self.shared.generation);
+        let object = self.names.manifest(self.generation);
         let bytes = manifest
             .encode()
             .map_err(|error| StorageError::Store { object: object.to_string(), reason: error.to_string() })?;
+        self.copy_is_old.store(true, Ordering::Release);
         self.shared.remote.put(&object, bytes.into()).await?;
         let now = Instant::now();
         flush.doomed.iter_mut().for_each(|doomed| _ = doomed.since.get_or_insert(now));

@@ -20,7 +20,7 @@ pub use registry::Branches;
 pub use wal_feed::WalSource;
 
 use std::{
-    collections::VecDeque,
+    collections::{HashSet, VecDeque},
     sync::{
         Arc, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -33,7 +33,7 @@ use tokio::{
     sync::{OnceCell, watch},
     time::Instant,
 };
-use types::{BranchRef, Generation, Lsn};
+use types::{BranchRef, Generation, Lsn, ProjectId};
 use wire::pageserver::BaseFiles;
 
 use crate::{
@@ -52,8 +52,10 @@ pub struct Shared {
     pub remote: Arc<Remote>,
     /// Pages as they were last made.
     pub pages: PageCache,
-    /// Under which generation is written.
+    /// Under which generation this pageserver started; see [`Branches::generation`] for that of now.
     pub generation: Generation,
+    /// Projects that other pageservers serve.
+    pub elsewhere: HashSet<ProjectId>,
     /// Sizes and times.
     pub tuning: Tuning,
     /// Where WAL comes from; `None`: nowhere (tests feed bytes themselves).
@@ -106,6 +108,8 @@ pub struct Branch {
     /// Unique in this process: names the branch in caches.
     id: u64,
     shared: Arc<Shared>,
+    /// Under which generation it is written.
+    generation: Generation,
     registry: Weak<Branches>,
     names: BranchNames,
     /// `None` from the start (a template) or since it was detached.
@@ -125,6 +129,8 @@ pub struct Branch {
     logical_bytes: AtomicU64,
     logical_bytes_known: AtomicBool,
     deleted: AtomicBool,
+    /// The manifest was written since it was copied to where attaching looks first.
+    copy_is_old: AtomicBool,
 }
 
 /// What changes as WAL is ingested. Held locked only for moments.
@@ -190,7 +196,13 @@ impl std::fmt::Debug for Branch {
 
 impl Branch {
     /// From its manifest.
-    fn attach(name: BranchRef, manifest: Manifest, shared: Arc<Shared>, registry: Weak<Branches>) -> Arc<Branch> {
+    fn attach(
+        name: BranchRef,
+        manifest: Manifest,
+        shared: Arc<Shared>,
+        generation: Generation,
+        registry: Weak<Branches>,
+    ) -> Arc<Branch> {
         static NEXT_ID: AtomicU64 = AtomicU64::new(0);
         let names = BranchNames::new(&name);
         let layers = manifest.layers.iter().map(|meta| Layer::new(meta.clone(), names.layer(&meta.name)));
@@ -216,6 +228,7 @@ impl Branch {
         Arc::new(Branch {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             shared,
+            generation,
             registry,
             names,
             ancestor: RwLock::new(manifest.ancestor.clone()),
@@ -232,6 +245,7 @@ impl Branch {
             logical_bytes: AtomicU64::new(logical_bytes.unwrap_or(0)),
             logical_bytes_known: AtomicBool::new(logical_bytes.is_some()),
             deleted: AtomicBool::new(false),
+            copy_is_old: AtomicBool::new(false),
             name,
         })
     }
@@ -249,6 +263,11 @@ impl Branch {
     /// What all branches share.
     pub fn shared(&self) -> &Arc<Shared> {
         &self.shared
+    }
+
+    /// Under which generation it is written.
+    pub fn generation(&self) -> Generation {
+        self.generation
     }
 
     /// Where its own history starts.

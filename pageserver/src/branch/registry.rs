@@ -2,7 +2,10 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -14,7 +17,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
-use types::{BranchRef, Lsn};
+use types::{BranchId, BranchRef, Generation, Lsn, ProjectId};
 use wire::pageserver::{BranchPoint, GarbageReport};
 
 use super::{Branch, Shared, branch_point};
@@ -38,6 +41,10 @@ type Slot = Arc<OnceCell<Arc<Branch>>>;
 /// All branches that this pageserver has attached.
 pub struct Branches {
     shared: Arc<Shared>,
+    /// Grows when a project is taken over.
+    generation: AtomicU32,
+    /// Projects that were elsewhere when this pageserver started.
+    taken_over: Mutex<HashSet<ProjectId>>,
     slots: Mutex<HashMap<BranchRef, Slot>>,
     /// Branches whose children or existence are being changed.
     changing: Mutex<HashSet<BranchRef>>,
@@ -45,10 +52,52 @@ pub struct Branches {
 }
 
 impl Branches {
+    /// Under which generation branches that are attached now are written.
+    pub fn generation(&self) -> Generation {
+        Generation(self.generation.load(Ordering::Acquire))
+    }
+
+    /// Serves a project from now on that another pageserver may still believe to be its own: claims each of its branches
+    /// under a generation higher than any before. When this returns, nothing that the other one writes counts any more.
+    /// Errors leave the branches claimed that were; repeating it is harmless.
+    pub async fn take_over(self: &Arc<Self>, project: &ProjectId, generation: Generation) -> Result<(), StorageError> {
+        self.generation.fetch_max(generation.0, Ordering::AcqRel);
+        self.taken_over.lock().insert(project.clone());
+        // Branches of this project that were attached under an older generation would be deposed by our own claims.
+        for branch in self.attached().into_iter().filter(|branch| branch.name().project == *project) {
+            branch.retire();
+        }
+        let names = self.shared.remote.list_below(&BranchNames::all_of(project)).await?;
+        let branches = names.iter().filter_map(|name| name.parse::<BranchId>().ok());
+        let claims: Vec<_> =
+            branches.map(|branch| self.clone().claim_branch(BranchRef { project: project.clone(), branch })).collect();
+        let claimed: Vec<()> = futures::stream::iter(claims).buffer_unordered(CONCURRENT_CHECKS).try_collect().await?;
+        tracing::info!(%project, %generation, branches = claimed.len(), "project taken over");
+        Ok(())
+    }
+
+    async fn claim_branch(self: Arc<Self>, name: BranchRef) -> Result<(), StorageError> {
+        match self.get(&name).await {
+            Ok(branch) => branch.claim_now().await,
+            // What a deletion left over.
+            Err(StorageError::NoBranch(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// None is attached yet.
     pub fn new(shared: Arc<Shared>) -> Arc<Branches> {
         let slots = Mutex::new(HashMap::new());
-        Arc::new(Branches { shared, slots, changing: Default::default(), changed: Default::default() })
+        let generation = AtomicU32::new(shared.generation.0);
+        let taken_over = Mutex::default();
+        Arc::new(Branches {
+            shared,
+            generation,
+            taken_over,
+            slots,
+            changing: Default::default(),
+            changed: Default::default(),
+        })
     }
 
     /// What all branches share.
@@ -76,14 +125,17 @@ impl Branches {
     }
 
     async fn attach(self: &Arc<Self>, name: &BranchRef) -> Result<Arc<Branch>, StorageError> {
+        if self.shared.elsewhere.contains(&name.project) && !self.taken_over.lock().contains(&name.project) {
+            return Err(StorageError::Elsewhere(name.project.clone()));
+        }
         let (generation, manifest) =
             self.shared.remote.manifest(name).await?.ok_or_else(|| StorageError::NoBranch(name.clone()))?;
-        if generation > self.shared.generation {
-            let (own, newer) = (self.shared.generation.0, generation.0);
-            return Err(StorageError::Deposed { branch: name.clone(), own, newer });
+        let own = self.generation();
+        if generation > own {
+            return Err(StorageError::Deposed { branch: name.clone(), own: own.0, newer: generation.0 });
         }
         tracing::debug!(branch = %name, lsn = %manifest.remote_consistent_lsn, "branch attached");
-        Ok(Branch::attach(name.clone(), manifest, self.shared.clone(), Arc::downgrade(self)))
+        Ok(Branch::attach(name.clone(), manifest, self.shared.clone(), own, Arc::downgrade(self)))
     }
 
     /// The branch if it is attached. Does not count as using it.
@@ -135,7 +187,7 @@ impl Branches {
             ..Manifest::new(Some(child_ancestor), lsn, prev_record_lsn)
         };
         let names = BranchNames::new(name);
-        let object = names.manifest(self.shared.generation);
+        let object = names.manifest(self.generation());
         let encoded = manifest
             .encode()
             .map_err(|error| StorageError::Store { object: object.to_string(), reason: error.to_string() })?;
@@ -143,6 +195,7 @@ impl Branches {
         self.shared.remote.put(&BranchNames::new(ancestor).child(name, lsn), Bytes::new()).await?;
         self.shared.remote.put(&object, encoded.into()).await?;
         tracing::info!(branch = %name, %ancestor, %lsn, "branch created");
+        tokio::spawn(self.clone().copy_manifest(name.clone(), self.generation()));
         Ok(lsn)
     }
 
@@ -214,6 +267,7 @@ impl Branches {
         let cutoff = cutoff.min(branch.remote_consistent_lsn()).max(branch.gc_cutoff());
         let children: Vec<Lsn> =
             self.children(&names, name, cutoff).await?.into_iter().map(|(_, left_at)| left_at).collect();
+        branch.make_images_for_collection(cutoff, &children, leases).await?;
         let collected = branch.collect_garbage(cutoff, &children, leases).await?;
         Ok(GarbageReport {
             start_lsn: branch.gc_cutoff(),
@@ -273,7 +327,16 @@ impl Branches {
         }
     }
 
-    fn detach_idle(&self) {
+    /// So that the next one who attaches the branch needs one round trip. Failing to costs no more than that.
+    async fn copy_manifest(self: Arc<Self>, name: BranchRef, generation: Generation) {
+        // Nobody deletes it meanwhile: nothing must be left of a deleted branch.
+        let _changing = self.lock_for_change([&name, &name]).await;
+        if let Err(error) = self.shared.remote.copy_manifest(&name, generation).await {
+            tracing::debug!(branch = %name, %error, "the manifest was not copied");
+        }
+    }
+
+    fn detach_idle(self: &Arc<Self>) {
         let limit = self.shared.tuning.idle_detach;
         self.slots.lock().retain(|name, slot| {
             let Some(branch) = slot.get() else { return true };
@@ -283,6 +346,9 @@ impl Branches {
             let detach = unused && alone && branch.is_clean() && !branch.has_feed();
             if detach {
                 tracing::debug!(branch = %name, "branch detached, nobody asks");
+                if branch.copy_is_old.load(Ordering::Acquire) {
+                    tokio::spawn(self.clone().copy_manifest(name.clone(), branch.generation()));
+                }
             }
             !detach
         });

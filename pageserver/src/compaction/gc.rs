@@ -6,6 +6,7 @@
 
 use types::Lsn;
 
+use super::plan::cells;
 use crate::{
     layer::{LayerKind, LayerMeta},
     storage::Key,
@@ -40,6 +41,40 @@ pub fn garbage(input: &GcInput<'_>) -> Vec<usize> {
         cover(standing_in.copied(), layer.first_key, layer.last_key)
     };
     (0..input.layers.len()).filter(|index| dispensable(&input.layers[*index])).collect()
+}
+
+/// Images for the sake of garbage collection must let go of at least so much.
+const LEAST_FREED_BYTES: u64 = 1 << 20;
+
+/// True when images of all cells as of the cutoff would let go of at least as much as the newest images take: a measure of
+/// what the new ones will take.
+pub fn images_pay(input: &GcInput<'_>, cuts: &[Key]) -> bool {
+    let bytes_of = |layers: &[LayerMeta], indexes: Vec<usize>| -> u64 {
+        indexes.into_iter().map(|index| layers[index].size_bytes).sum()
+    };
+    let images = cells(cuts).map(|cell| LayerMeta {
+        name: String::new(),
+        kind: LayerKind::Image,
+        level: 0,
+        first_key: cell.first,
+        last_key: cell.last,
+        start_lsn: input.cutoff_lsn,
+        end_lsn: input.cutoff_lsn,
+        size_bytes: 0,
+        index_offset: 0,
+        entries: 0,
+    });
+    let with_images: Vec<LayerMeta> = input.layers.iter().cloned().chain(images).collect();
+    let then = bytes_of(&with_images, garbage(&GcInput { layers: &with_images, ..*input }));
+    let freed = then.saturating_sub(bytes_of(input.layers, garbage(input)));
+    let newest = input.layers.iter().filter(|layer| layer.kind == LayerKind::Image).map(|image| image.end_lsn).max();
+    let taken: u64 = input
+        .layers
+        .iter()
+        .filter(|layer| Some(layer.end_lsn) == newest && layer.kind == LayerKind::Image)
+        .map(|image| image.size_bytes)
+        .sum();
+    freed >= LEAST_FREED_BYTES.max(taken)
 }
 
 /// The first allowed position as of which a read would look at the layer, if nothing newer stood in for it. `None` when
@@ -128,6 +163,24 @@ mod tests {
         assert_eq!(collect(&layers, 12, &[], &[4]), vec![1]);
         assert_eq!(collect(&layers, 12, &[3], &[]), vec![0, 1], "nothing was there before the first image");
         assert_eq!(collect(&layers, 12, &[8], &[9]), vec![0, 1]);
+    }
+
+    #[test]
+    fn images_are_made_for_garbage_that_is_worth_it() {
+        let sized = |layer: LayerMeta, size_bytes| LayerMeta { size_bytes, ..layer };
+        let pays = |layers: &[LayerMeta], cutoff, children: &[Lsn]| {
+            let input = GcInput { layers, cutoff_lsn: Lsn(cutoff), child_lsns: children, leases: &[] };
+            images_pay(&input, &[key(4)])
+        };
+        let all = (0, 7);
+        let deltas = [(0, 8), (8, 16)].map(|lsns| sized(delta(all, lsns), 700_000));
+        assert!(pays(&deltas, 16, &[]), "both go");
+        assert!(!pays(&deltas, 15, &[]), "only one would");
+        assert!(!pays(&deltas, 16, &[Lsn(8)]), "a child keeps it");
+        let with_image = [&deltas[..], &[sized(image(all, 4), 2_000_000)]].concat();
+        assert!(pays(&with_image, 16, &[]), "the old image goes too");
+        let beyond = [&deltas[..], &[sized(image(all, 20), 2_000_000)]].concat();
+        assert!(!pays(&beyond, 16, &[]), "new images would take more than they let go");
     }
 
     #[test]

@@ -3,5 +3,7 @@
 pub mod gc;
 pub mod plan;
 
-pub use gc::{GcInput, garbage};
-pub use plan::{Cell, Job, MAX_LAYERS_VISITED, MergePart, PlanInput, PlanLimits, cuts_after_image, is_full, next_job};
+pub use gc::{GcInput, garbage, images_pay};
+pub use plan::{
+    Cell, Job, MAX_LAYERS_VISITED, MergePart, PlanInput, PlanLimits, cells, cuts_after_image, is_full, next_job,
+};

@@ -2,6 +2,7 @@
 //!
 //! One object per generation, overwritten at each upload: JSON, then a line with its CRC32C in hexadecimal.
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use types::{BranchRef, Lsn};
 
@@ -56,6 +57,9 @@ pub enum ManifestError {
     /// The JSON is not a manifest's.
     #[error("malformed manifest: {0}")]
     Malformed(#[from] serde_json::Error),
+    /// A copy of another object than the newest manifest.
+    #[error("a copy of another manifest")]
+    OtherObject,
     /// Written by a later program.
     #[error("manifest format {0}, this program reads {FORMAT_VERSION}")]
     Version(u32),
@@ -100,6 +104,17 @@ impl Manifest {
         }
         Ok(serde_json::from_slice(json)?)
     }
+}
+
+/// A copy of an encoded manifest: the entity tag of the object that it is a copy of, then its content.
+pub(super) fn copy(tag: &str, manifest: &[u8]) -> Bytes {
+    [tag.as_bytes(), b"\n", manifest].concat().into()
+}
+
+/// The manifest in a copy, if it is one of the object with this tag.
+pub(super) fn copy_of(tag: &str, copy: &[u8]) -> Result<Manifest, ManifestError> {
+    let content = copy.strip_prefix(tag.as_bytes()).and_then(|rest| rest.strip_prefix(b"\n"));
+    Manifest::decode(content.ok_or(ManifestError::OtherObject)?)
 }
 
 #[derive(Deserialize)]

@@ -143,6 +143,12 @@ impl Remote {
         Ok(listed.objects.into_iter().map(|object| object.location).collect())
     }
 
+    /// Names of the directories directly below a prefix.
+    pub async fn list_below(&self, prefix: &Path) -> Result<Vec<String>, StorageError> {
+        let listed = self.store.list_with_delimiter(Some(prefix)).await.map_err(|e| failed(prefix, &e))?;
+        Ok(listed.common_prefixes.iter().filter_map(|path| path.filename().map(str::to_owned)).collect())
+    }
+
     /// Removes everything below a prefix. Harmless when there is nothing.
     pub async fn delete_all(&self, prefix: &Path) -> Result<(), StorageError> {
         let objects: Vec<_> = self.store.list(Some(prefix)).try_collect().await.map_err(|e| failed(prefix, &e))?;
@@ -161,17 +167,42 @@ impl Remote {
         }
     }
 
-    /// The branch's newest manifest: the one of the highest generation.
+    /// The branch's newest manifest: the one of the highest generation. One round trip when there is a copy that is not old:
+    /// the listing, which tells the newest generation, and the copy are asked for at once; a copy counts only if it says
+    /// that it was made of the very object (by its entity tag) that the listing shows.
     pub async fn manifest(&self, branch: &BranchRef) -> Result<Option<(Generation, Manifest)>, StorageError> {
         let names = BranchNames::new(branch);
-        let found = self.list(names.root()).await?;
-        let newest = found.iter().filter_map(BranchNames::generation_of_manifest).max();
-        let Some(generation) = newest else { return Ok(None) };
+        let copy = names.manifest_copy();
+        let (listed, copy) = tokio::join!(self.store.list_with_delimiter(Some(names.root())), self.get(&copy));
+        let listed = listed.map_err(|e| failed(names.root(), &e))?;
+        let manifests = listed.objects.iter().filter_map(|object| {
+            let generation = BranchNames::generation_of_manifest(&object.location)?;
+            Some((generation, object.e_tag.as_deref()))
+        });
+        let Some((generation, tag)) = manifests.max_by_key(|(generation, _)| *generation) else { return Ok(None) };
+        let copy = copy.ok().flatten().zip(tag).and_then(|(copy, tag)| manifest::copy_of(tag, &copy).ok());
+        if let Some(manifest) = copy {
+            return Ok(Some((generation, manifest)));
+        }
         let object = names.manifest(generation);
         let Some(bytes) = self.get(&object).await? else { return Ok(None) };
         let manifest = Manifest::decode(&bytes)
             .map_err(|error| StorageError::Damaged { object: object.to_string(), reason: error.to_string() })?;
         Ok(Some((generation, manifest)))
+    }
+
+    /// Copies a generation's manifest to where [`Remote::manifest`] looks first. Harmless when there is none.
+    pub async fn copy_manifest(&self, branch: &BranchRef, generation: Generation) -> Result<(), StorageError> {
+        let names = BranchNames::new(branch);
+        let object = names.manifest(generation);
+        let got = match self.store.get(&object).await {
+            Ok(got) => got,
+            Err(object_store::Error::NotFound { .. }) => return Ok(()),
+            Err(error) => return Err(failed(&object, &error)),
+        };
+        let Some(tag) = got.meta.e_tag.clone() else { return Ok(()) };
+        let bytes = got.bytes().await.map_err(|e| failed(&object, &e))?;
+        self.put(&names.manifest_copy(), manifest::copy(&tag, &bytes)).await
     }
 
     /// Brings a whole layer to the local disk, if there is a disk cache and nobody does it already.

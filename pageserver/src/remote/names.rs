@@ -1,12 +1,13 @@
 //! Names of a branch's objects, `projects/<project>/branches/<branch>/...`:
 //!
 //! - `manifest-<generation>`: see [`super::Manifest`]; a pageserver writes only that of its own generation.
+//! - `manifest-copy`: a copy of the newest manifest, if it is not old: see [`super::Remote::manifest`]. Only saves a round trip.
 //! - `claim-<generation>`: empty; put before a generation's first write, so that an older one learns that it is deposed.
 //! - `layers/<name>`: layers; each name begins with the generation that wrote it.
 //! - `children/<project>.<branch>.<lsn>`: empty; a branch that left this one, and where.
 
 use object_store::path::Path;
-use types::{BranchRef, Generation, Lsn};
+use types::{BranchRef, Generation, Lsn, ProjectId};
 
 use crate::layer::LayerKind;
 
@@ -22,6 +23,11 @@ impl BranchNames {
         BranchNames { root: Path::from_iter(parts) }
     }
 
+    /// Where a project's branches are.
+    pub fn all_of(project: &ProjectId) -> Path {
+        Path::from_iter(["projects", project.as_str(), "branches"])
+    }
+
     /// Everything of the branch is below it.
     pub fn root(&self) -> &Path {
         &self.root
@@ -30,6 +36,11 @@ impl BranchNames {
     /// The generation's manifest.
     pub fn manifest(&self, generation: Generation) -> Path {
         self.root.clone().join(format!("manifest-{:08x}", generation.0))
+    }
+
+    /// A copy of the newest manifest, or of an older one.
+    pub fn manifest_copy(&self) -> Path {
+        self.root.clone().join("manifest-copy")
     }
 
     /// The generation of a manifest's name; `None` for other objects.
@@ -94,7 +105,7 @@ fn numbered(object: &Path, prefix: &str) -> Option<Generation> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use types::{BranchId, ProjectId};
+    use types::BranchId;
 
     #[test]
     fn names_are_read_back() {

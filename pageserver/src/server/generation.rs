@@ -1,11 +1,10 @@
 //! Asking the control plane for the generation to write under.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 use anyhow::Context as _;
 use control_plane_api::internal::{GenerationTaken, TakeGeneration};
 use tokio::time::sleep;
-use types::Generation;
 
 use crate::config::Config;
 
@@ -13,22 +12,23 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// The generation, from the settings or from the control plane. Repeated while the control plane can't be reached;
+/// The generation, from the settings or from the control plane, and which projects are served by others. Repeated while the control plane can't be reached;
 /// errors when it refuses.
-pub(super) async fn take(config: &Config) -> anyhow::Result<Generation> {
+pub(super) async fn take(config: &Config, address: SocketAddr) -> anyhow::Result<GenerationTaken> {
     if let Some(generation) = config.generation {
-        return Ok(generation);
+        return Ok(GenerationTaken { generation, elsewhere: Vec::new() });
     }
     let base = config.control_plane.as_deref().context("neither --control-plane nor --generation is given")?;
     let url = format!("{}/internal/v1/generations", base.trim_end_matches('/'));
     let client = reqwest::Client::builder().timeout(REQUEST_TIMEOUT).no_proxy().build()?;
+    let address = config.advertise.clone().unwrap_or_else(|| address.to_string());
+    let asked = TakeGeneration { pageserver: config.id, address };
     let mut pause = FIRST_PAUSE;
     loop {
-        let request = client.post(&url).bearer_auth(&config.token).json(&TakeGeneration { pageserver: config.id });
+        let request = client.post(&url).bearer_auth(&config.token).json(&asked);
         match request.send().await {
             Ok(response) if response.status().is_success() => {
-                let taken: GenerationTaken = response.json().await.context("the control plane's answer")?;
-                return Ok(taken.generation);
+                return response.json().await.context("the control plane's answer");
             }
             Ok(response) if response.status().is_client_error() => {
                 anyhow::bail!("the control plane refuses a generation: {}", response.status());

@@ -16,21 +16,28 @@ use crate::{
     base_files::base_files,
     branch::{Branch, Branches},
     error::StorageError,
+    server::fair::FairTurns,
     storage::{Key, Kind, Value, decode_rel_size},
 };
 
 /// Branches of one request whose sizes are looked up at a time.
 const CONCURRENT_SIZES: usize = 16;
 
+/// Requests that make pages at a time, of all projects together.
+const PAGE_TURNS: usize = 32;
+/// Pages made in one turn; a larger request takes several.
+const PAGES_PER_TURN: usize = 64;
+
 /// Answers requests.
 pub struct Handler {
     branches: Arc<Branches>,
+    turns: Arc<FairTurns>,
 }
 
 impl Handler {
     /// For these branches.
     pub fn new(branches: Arc<Branches>) -> Handler {
-        Handler { branches }
+        Handler { branches, turns: FairTurns::new(PAGE_TURNS) }
     }
 
     /// One request of a connection with these claims.
@@ -48,6 +55,7 @@ impl Handler {
             | RequestBody::CollectGarbage { .. }
             | RequestBody::DetachBranch
             | RequestBody::Sizes { .. }
+            | RequestBody::TakeOver { .. }
             | RequestBody::Checkpoint { .. } => false,
         };
         let allowed = claims.is_service() || (for_compute && claims.allows_branch(&request.branch));
@@ -69,7 +77,7 @@ impl Handler {
         match body {
             RequestBody::GetPages { pages, at } => {
                 let branch = self.branches.get(name).await?;
-                get_pages(&branch, &pages, at).await
+                self.get_pages(&branch, &pages, at).await
             }
             RequestBody::RelSize { rel, at } => {
                 let branch = self.branches.get(name).await?;
@@ -112,12 +120,36 @@ impl Handler {
                 Ok(ResponseBody::Done)
             }
             RequestBody::Sizes { branches } => self.sizes(name, branches).await,
+            RequestBody::TakeOver { generation } => {
+                self.branches.take_over(&name.project, generation).await?;
+                Ok(ResponseBody::Done)
+            }
             RequestBody::Checkpoint { up_to } => {
                 let branch = self.branches.get(name).await?;
                 branch.wait_for(up_to).await?;
                 Ok(ResponseBody::Lsn(branch.flush().await?))
             }
         }
+    }
+
+    async fn get_pages(
+        &self,
+        branch: &Arc<Branch>,
+        tags: &[PageTag],
+        at: ReadLsn,
+    ) -> Result<ResponseBody, StorageError> {
+        if tags.len() > MAX_PAGES_PER_REQUEST {
+            let message = format!("{} pages in one request, at most {MAX_PAGES_PER_REQUEST} are allowed", tags.len());
+            return Err(StorageError::Invalid(message));
+        }
+        // No turn is held while WAL is waited for.
+        let lsn = branch.resolve(at).await?;
+        let mut pages = Vec::with_capacity(tags.len());
+        for some in tags.chunks(PAGES_PER_TURN) {
+            let _turn = self.turns.take(&branch.name().project).await.ok_or(StorageError::Stopping)?;
+            pages.extend(branch.get_pages(some, lsn).await?);
+        }
+        Ok(ResponseBody::Pages(pages))
     }
 
     async fn sizes(&self, any: &BranchRef, asked: Vec<(BranchId, Lsn)>) -> Result<ResponseBody, StorageError> {
@@ -144,15 +176,6 @@ async fn sizes_of(branches: &Arc<Branches>, name: BranchRef, up_to: Lsn) -> Opti
     }
 }
 
-async fn get_pages(branch: &Arc<Branch>, pages: &[PageTag], at: ReadLsn) -> Result<ResponseBody, StorageError> {
-    if pages.len() > MAX_PAGES_PER_REQUEST {
-        let message = format!("{} pages in one request, at most {MAX_PAGES_PER_REQUEST} are allowed", pages.len());
-        return Err(StorageError::Invalid(message));
-    }
-    let lsn = branch.resolve(at).await?;
-    Ok(ResponseBody::Pages(branch.get_pages(pages, lsn).await?))
-}
-
 async fn list_rels(branch: &Arc<Branch>, spc: Oid, db: Oid, at: ReadLsn) -> Result<ResponseBody, StorageError> {
     let lsn = branch.resolve(at).await?;
     let first = Key { spc, db, ..Key::of(Kind::RelSize) };
@@ -170,7 +193,7 @@ async fn branch_info(branch: &Arc<Branch>) -> Result<ResponseBody, StorageError>
         last_record_lsn: branch.tip().last_record_lsn,
         remote_consistent_lsn: branch.remote_consistent_lsn(),
         ancestor: branch.ancestor().map(|ancestor| (ancestor.branch, ancestor.lsn)),
-        generation: branch.shared().generation,
+        generation: branch.generation(),
         logical_size_bytes: branch.logical_bytes().await?,
         ingest_error: branch.ingest_error(),
     }))

@@ -1,6 +1,7 @@
 //! The service: start, connections, stop.
 
 mod connection;
+mod fair;
 mod generation;
 mod handler;
 
@@ -9,6 +10,7 @@ pub use handler::Handler;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
+use control_plane_api::internal::GenerationTaken;
 use tokio::{
     net::TcpListener,
     time::{Instant, timeout},
@@ -69,8 +71,8 @@ impl Server {
 
     /// Serves until `shutdown`, then writes everything out.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
-        let generation = tokio::select! {
-            generation = generation::take(&self.config) => generation?,
+        let GenerationTaken { generation, elsewhere } = tokio::select! {
+            taken = generation::take(&self.config, self.address) => taken?,
             () = shutdown.cancelled() => return Ok(()),
         };
         let safekeepers: Vec<_> =
@@ -80,6 +82,7 @@ impl Server {
             remote: self.remote,
             pages: PageCache::new(u64::from(self.config.page_cache_mib) << 20),
             generation,
+            elsewhere: elsewhere.into_iter().collect(),
             tuning: self.config.tuning(),
             wal,
         };

@@ -170,6 +170,7 @@ pub fn branches(remote: &Arc<Remote>, generation: u32, tuning: Tuning) -> Arc<Br
         remote: remote.clone(),
         pages: PageCache::new(16 << 20),
         generation: Generation(generation),
+        elsewhere: Default::default(),
         tuning,
         wal: None,
     };

@@ -5,6 +5,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use control_plane_api::v2::{
     EndpointDefaults, FirstBranchFields, Project, ProjectCreated, ProjectEnvelope, ProjectFields, ProjectRequest,
+    TakeOverRequest,
 };
 
 use super::super::{Api, Connection, ProjectChoice, output::Output, select};
@@ -27,6 +28,17 @@ pub enum ProjectCommand {
         after_help = "Examples:\n  dormouse projects update shop --history-retention 14d\n  dormouse projects update shop --history-retention 0s    no history: only the newest state is kept\n\nA longer window keeps more from now on; what a shorter one has let go does not come back."
     )]
     Update(UpdateArguments),
+    /// Give a project to another pageserver, though the one before may still run
+    #[command(
+        after_help = "For when a pageserver is lost or must be emptied. Start another one with a number of its own, an empty --data-dir and\nthe same --object-store, then:\n\n  dormouse projects take-over shop --pageserver 2\n\nWhat the pageserver before still writes does not count from then on. The project's computes are put to sleep and wake\nwith the new one."
+    )]
+    TakeOver {
+        #[command(flatten)]
+        one: OneArguments,
+        /// The number (--id) of the pageserver that is to serve the project
+        #[arg(long, value_name = "N")]
+        pageserver: u64,
+    },
     /// Delete a project with all its branches and data
     Delete(OneArguments),
 }
@@ -92,6 +104,13 @@ pub async fn run(command: ProjectCommand) -> anyhow::Result<()> {
             let api = Api::new(&arguments.connection)?;
             let project = select::project(&api, &ProjectChoice { project: Some(arguments.project) }).await?;
             print(arguments.connection.output, &project, std::slice::from_ref(&project))
+        }
+        ProjectCommand::TakeOver { one, pageserver } => {
+            let api = Api::new(&one.connection)?;
+            let project = select::project(&api, &ProjectChoice { project: Some(one.project) }).await?;
+            let path = format!("/projects/{}/take_over", project.id);
+            let placed: ProjectEnvelope = api.post(&path, &TakeOverRequest { pageserver }).await?;
+            print(one.connection.output, &placed, std::slice::from_ref(&placed.project))
         }
         ProjectCommand::Update(arguments) => update(arguments).await,
         ProjectCommand::Delete(arguments) => {
