@@ -5,6 +5,7 @@
 #   make test                    units, simulation, end-to-end against real PostgreSQL and a real S3-compatible server
 #   make regress                 PostgreSQL's core, isolation and contrib tests, beside a stock server (15 minutes)
 #   make redo-check              WAL redo against PostgreSQL's own pages: its tests, a standby, broken versions of redo (30 minutes)
+#   make sim [SEEDS=n]           the consensus on faulty disks and networks, by seeds; `make sim SEED=n` tells one step by step
 #   make model [ARGS=...]        the safekeeper protocol in a model checker, larger than in `make test` (minutes)
 #   make bench [NAME=wake]       every benchmark, or one
 #   make lint                    formatting and lints
@@ -12,10 +13,12 @@
 OBJECT_STORE ?= local
 NAME ?=
 ARGS ?=
+SEED ?=
+SEEDS ?= 3000
 SETUP := $(if $(filter s3,$(OBJECT_STORE)),s3,)
 bench: SETUP := $(if $(filter-out pool,$(NAME)),,pgbouncer)
 
-.PHONY: demo test regress redo-check model bench lint build release
+.PHONY: demo test regress redo-check sim model bench lint build release
 
 build:
 	@scripts/setup.sh
@@ -40,6 +43,10 @@ redo-check:
 	@scripts/setup.sh
 	cargo build --release --locked -p dormouse-tests --bin redo-check
 	target/release/redo-check --source "$$(scripts/postgres-source.sh)"
+
+sim:
+	@cargo build --release --locked -p dormouse-safekeeper-simulation
+	@target/release/quorum-sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
 
 model:
 	cargo run --release --locked -p dormouse-safekeeper-model -- $(ARGS)

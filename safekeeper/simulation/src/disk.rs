@@ -1,28 +1,41 @@
 //! A safekeeper's disk: what was flushed stays, of the rest a crash keeps some first part.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use types::{Lsn, Term};
 
-use crate::Rng;
+use crate::{Rng, SimError};
+
+const SECTOR_BYTES: usize = 16;
+const CHECKSUM_BYTES: usize = 4;
+const SHORTEST_RECORD: usize = 14;
 use safekeeper_protocol::{AcceptorMessage, AcceptorState, ConnectionId, Effect, RecordScanner, message::Fetched};
 
+/// See the module's documentation.
 #[derive(Debug, Clone, Default)]
 pub struct Disk {
+    /// Stored state.
     pub control: AcceptorState,
     /// Position of the first byte.
     pub start: Lsn,
+    /// WAL from there on.
     pub bytes: Vec<u8>,
     /// Bytes before this position are flushed.
     pub flushed: Lsn,
     /// Where WAL was written, in order.
     writes: Vec<Lsn>,
+    /// Bytes that have rotted.
+    rotten: BTreeSet<Lsn>,
 }
 
 impl Disk {
+    /// End of the bytes, durable or not.
     pub fn end(&self) -> Lsn {
         self.start + self.bytes.len() as u64
     }
 
+    /// Bytes that are there.
     pub fn slice(&self, begin: Lsn, end: Lsn) -> &[u8] {
         &self.bytes[(begin.0 - self.start.0) as usize..(end.0 - self.start.0) as usize]
     }
@@ -37,7 +50,7 @@ impl Disk {
         &mut self,
         effects: Vec<Effect>,
         crash_at: Option<usize>,
-    ) -> Result<Vec<(ConnectionId, AcceptorMessage)>, String> {
+    ) -> Result<Vec<(ConnectionId, AcceptorMessage)>, SimError> {
         let mut replies = Vec::new();
         for (index, effect) in effects.into_iter().enumerate() {
             if crash_at == Some(index) {
@@ -46,8 +59,7 @@ impl Disk {
             match effect {
                 Effect::Persist(state) => self.control = *state,
                 Effect::TruncateWal { at } => {
-                    self.bytes.truncate(at.0.saturating_sub(self.start.0) as usize);
-                    self.flushed = self.end();
+                    self.cut(at);
                 }
                 Effect::DropWalBelow { lsn } => self.drop_below(lsn),
                 Effect::WriteWal { at, wal } => {
@@ -55,7 +67,7 @@ impl Disk {
                         (self.start, self.flushed) = (at, at);
                     }
                     if at != self.end() {
-                        return Err(format!("written at {at}, the log ends at {}", self.end()));
+                        return Err(SimError::Wrong(format!("written at {at}, the log ends at {}", self.end())));
                     }
                     self.bytes.extend_from_slice(&wal);
                     self.writes.push(at);
@@ -63,10 +75,8 @@ impl Disk {
                 Effect::FlushWal => self.flushed = self.end(),
                 Effect::SendWal { to, fetch } => {
                     if fetch.begin < self.start || fetch.end > self.flushed {
-                        return Err(format!(
-                            "reads {}..{}, has {}..{}",
-                            fetch.begin, fetch.end, self.start, self.flushed
-                        ));
+                        let has = format!("{}..{}", self.start, self.flushed);
+                        return Err(SimError::Wrong(format!("reads {}..{}, has {has}", fetch.begin, fetch.end)));
                     }
                     let wal = Bytes::copy_from_slice(self.slice(fetch.begin, fetch.end));
                     let fetched = Fetched { on_behalf_of: fetch.on_behalf_of, begin: fetch.begin, wal };
@@ -78,6 +88,38 @@ impl Disk {
         Ok(replies)
     }
 
+    /// Removes everything from here on, durably.
+    pub fn cut(&mut self, at: Lsn) {
+        self.bytes.truncate(at.0.saturating_sub(self.start.0) as usize);
+        self.flushed = self.end();
+        drop(self.rotten.split_off(&at));
+    }
+
+    /// Flips a bit of WAL that was stored as committed, and so is on a majority, below what restarts look at; where.
+    pub fn rot(&mut self, place: u64) -> Option<Lsn> {
+        let settled = self
+            .control
+            .commit_lsn
+            .min(self.control.flush_lsn)
+            .min(self.flushed)
+            .checked_sub(self.start)
+            .filter(|bytes| *bytes > 0)?;
+        let at = place % settled;
+        self.bytes[at as usize] ^= 1 << (place % 7);
+        self.rotten.insert(self.start + at);
+        Some(self.start + at)
+    }
+
+    /// Whether this byte is not what was written.
+    pub fn has_rotted(&self, at: Lsn) -> bool {
+        self.rotten.contains(&at)
+    }
+
+    /// Whether any byte from `begin` to `end` is not.
+    pub fn has_rotted_in(&self, begin: Lsn, end: Lsn) -> bool {
+        self.rotten.range(begin..end).next().is_some()
+    }
+
     fn drop_below(&mut self, lsn: Lsn) {
         let below = lsn.0.saturating_sub(self.start.0).min(self.bytes.len() as u64);
         self.bytes.drain(..below as usize);
@@ -85,15 +127,22 @@ impl Disk {
         self.flushed = self.flushed.max(self.start);
     }
 
-    /// Loses unflushed bytes from a random place on.
+    /// Loses unflushed bytes from a random place on, and tears what is left of them.
     pub fn crash(&mut self, rng: &mut Rng) {
         let unflushed = (self.end().0 - self.flushed.0.min(self.end().0)) as usize;
         let lost = rng.below(unflushed + 1);
         self.bytes.truncate(self.bytes.len() - lost);
+        // Of what is left some sectors never came to the disk.
+        let torn_from = self.bytes.len() - (unflushed - lost);
+        for sector in self.bytes[torn_from..].chunks_mut(SECTOR_BYTES) {
+            if rng.chance(30) {
+                sector.fill(0);
+            }
+        }
     }
 
     /// What a restarted safekeeper starts with: whole records from the last stored position.
-    pub fn recover(&mut self) -> Result<AcceptorState, String> {
+    pub fn recover(&mut self) -> Result<AcceptorState, SimError> {
         let mut state = self.control.clone();
         if self.start < state.log_start_lsn {
             self.drop_below(state.log_start_lsn);
@@ -104,7 +153,8 @@ impl Disk {
         }
         if state.log_start_lsn < state.flush_lsn && (self.start > state.log_start_lsn || self.flushed < state.flush_lsn)
         {
-            return Err(format!("stored state says {}, disk has {}..{}", state.flush_lsn, self.start, self.flushed));
+            let (says, start) = (state.flush_lsn, self.start);
+            return Err(SimError::Wrong(format!("stored state says {says}, disk has {start}..{}", self.flushed)));
         }
         if self.bytes.is_empty() {
             self.start = state.flush_lsn;
@@ -112,27 +162,27 @@ impl Disk {
         while let Some(length) = whole_record(&self.bytes[(state.flush_lsn.0 - self.start.0) as usize..]) {
             state.flush_lsn += length as u64;
         }
-        self.bytes.truncate((state.flush_lsn.0 - self.start.0) as usize);
-        self.flushed = self.end();
+        self.cut(state.flush_lsn);
         Ok(state)
     }
 }
 
 /// A record: length, term, a number, filling, checksum.
 pub fn make_record(term: Term, number: u32, length: usize) -> Vec<u8> {
-    let length = length.clamp(10, 255);
+    let length = length.clamp(SHORTEST_RECORD, 255);
     let mut record = vec![length as u8];
     record.extend_from_slice(&(term.0 as u32).to_le_bytes());
     record.extend_from_slice(&number.to_le_bytes());
-    record.extend((record.len()..length - 1).map(|i| (i as u32 * 7 + number) as u8));
-    record.push(checksum(&record));
+    record.extend((record.len()..length - CHECKSUM_BYTES).map(|i| (i as u32 * 7 + number) as u8));
+    record.extend_from_slice(&crc32c::crc32c(&record).to_le_bytes());
     record
 }
 
 fn whole_record(bytes: &[u8]) -> Option<usize> {
     let length = usize::from(*bytes.first()?);
-    let record = bytes.get(..length).filter(|record| record.len() >= 10)?;
-    (record[length - 1] == checksum(&record[..length - 1])).then_some(length)
+    let record = bytes.get(..length).filter(|record| record.len() >= SHORTEST_RECORD)?;
+    let (body, checksum) = record.split_at(length - CHECKSUM_BYTES);
+    (checksum == crc32c::crc32c(body).to_le_bytes()).then_some(length)
 }
 
 /// Finds records of [`make_record`]'s.
@@ -160,8 +210,4 @@ impl RecordScanner for SimScanner {
         }
         Ok(self.boundary)
     }
-}
-
-fn checksum(bytes: &[u8]) -> u8 {
-    bytes.iter().fold(0xA5u8, |sum, byte| sum.rotate_left(3) ^ byte)
 }

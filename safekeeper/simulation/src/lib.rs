@@ -1,11 +1,17 @@
-//! A simulated installation: acceptors with disks that lose what was not flushed, proposers that compete, connections that
-//! break and deliver late. One seed gives one run, step for step.
+//! A simulated installation: acceptors with disks that lose or tear what was not flushed, rot and fill up; proposers that
+//! compete; connections that break, stall, and deliver late, twice and out of order. One seed gives one run, step for step.
 
+mod computes;
 mod disk;
+mod error;
+mod heal;
+mod network;
+mod nodes;
 mod observer;
 mod world;
 
 pub use disk::{Disk, SimScanner, make_record};
+pub use error::SimError;
 pub use world::{SimOptions, World};
 
 /// Random numbers from a seed (splitmix64).

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 
 use types::{Lsn, Term};
 
-use crate::Disk;
+use crate::{Disk, SimError};
 use safekeeper_protocol::ProposerId;
 
-/// The truth as an observer of everything knows it.
+/// The truth as an observer of everything knows it. A majority's holding something includes a copy that has rotted since.
 #[derive(Debug, Clone)]
-pub struct Observer {
+pub(crate) struct Observer {
     start: Lsn,
     /// All WAL that was ever reported committed.
     committed: Vec<u8>,
@@ -33,67 +33,77 @@ impl Observer {
     }
 
     /// A proposer leads a term from a position.
-    pub fn started(&mut self, term: Term, leader: ProposerId, start_lsn: Lsn) -> Result<(), String> {
+    pub fn started(&mut self, term: Term, leader: ProposerId, start_lsn: Lsn) -> Result<(), SimError> {
         let first = *self.leaders.entry(term).or_insert(leader);
         if first != leader {
-            return Err(format!("term {term} has two leaders: {first:?} and {leader:?}"));
+            return Err(SimError::Diverged(format!("term {term} has two leaders: {first:?} and {leader:?}")));
         }
         if start_lsn < self.start {
-            return Err(format!("term {term} starts at {start_lsn}, before the branch"));
+            return Err(SimError::Lost(format!("term {term} starts at {start_lsn}, before the branch")));
         }
         Ok(())
     }
 
     /// A proposer, which started at `own_start` and wrote `own` since, says that WAL is committed up to `lsn`.
-    pub fn committed(&mut self, lsn: Lsn, own_start: Lsn, own: &[u8], disks: &[&Disk]) -> Result<(), String> {
+    pub fn committed(&mut self, lsn: Lsn, own_start: Lsn, own: &[u8], disks: &[&Disk]) -> Result<(), SimError> {
         if lsn > self.committed_end() {
+            let sound = |disk: &&&Disk| !disk.has_rotted_in(self.committed_end(), lsn);
             let holders = disks.iter().filter(|disk| disk.flushed >= lsn && disk.start <= self.committed_end());
+            let holders = holders.filter(sound);
             let held: Vec<&[u8]> = holders.map(|disk| disk.slice(self.committed_end(), lsn)).collect();
             // Others may have a tail that was never committed.
             let most = held.iter().max_by_key(|bytes| held.iter().filter(|other| other == bytes).count());
-            let Some(more) = most else { return Err(format!("{lsn} committed, but nobody holds it")) };
+            let Some(more) = most else {
+                return Err(SimError::Lost(format!("{lsn} committed, but nobody holds it")));
+            };
             let more = more.to_vec();
             self.append(&more)?;
         }
         for (position, byte) in (own_start.0..lsn.0).zip(own) {
             if self.committed[(position - self.start.0) as usize] != *byte {
-                return Err(format!("committed WAL at {} is not its writer's", Lsn(position)));
+                return Err(SimError::Diverged(format!("committed WAL at {} is not its writer's", Lsn(position))));
             }
         }
         self.held(disks)
     }
 
-    fn append(&mut self, bytes: &[u8]) -> Result<(), String> {
+    fn append(&mut self, bytes: &[u8]) -> Result<(), SimError> {
         let mut rest = bytes;
         self.committed.extend_from_slice(bytes);
         let mut at = self.boundaries.last().copied().unwrap_or(self.start);
         while let Some(length) = rest.first() {
             at += u64::from(*length);
-            rest = rest.get(usize::from(*length)..).ok_or("a record was committed in part")?;
+            rest = rest.get(usize::from(*length)..).ok_or_else(|| "a record was committed in part".to_owned())?;
             self.boundaries.push(at);
         }
         Ok(())
     }
 
     /// A majority holds everything committed, unchanged.
-    pub fn held(&self, disks: &[&Disk]) -> Result<(), String> {
+    pub fn held(&self, disks: &[&Disk]) -> Result<(), SimError> {
         let end = self.committed_end();
         if self.committed.is_empty() {
             return Ok(());
         }
         let holders = disks.iter().filter(|disk| disk.flushed >= end && self.agrees(disk, end)).count();
         if holders < disks.len() / 2 + 1 {
-            return Err(format!("WAL was committed up to {end}, but only {holders} safekeepers hold it"));
+            return Err(SimError::Lost(format!(
+                "WAL was committed up to {end}, but only {holders} safekeepers hold it"
+            )));
         }
         Ok(())
     }
 
     /// A safekeeper has the right bytes up to a position that it says is committed.
-    pub fn knows_committed(&self, disk: &Disk, commit_lsn: Lsn) -> Result<(), String> {
+    pub fn knows_committed(&self, disk: &Disk, commit_lsn: Lsn) -> Result<(), SimError> {
         if commit_lsn > self.committed_end().max(self.start) {
-            return Err(format!("a safekeeper takes {commit_lsn} for committed, it is {}", self.committed_end()));
+            let end = self.committed_end();
+            return Err(SimError::Diverged(format!("a safekeeper takes {commit_lsn} for committed, it is {end}")));
         }
-        if self.agrees(disk, commit_lsn) { Ok(()) } else { Err("a safekeeper has other committed WAL".to_owned()) }
+        if self.agrees(disk, commit_lsn) {
+            return Ok(());
+        }
+        Err(SimError::Diverged("a safekeeper has other committed WAL".to_owned()))
     }
 
     fn agrees(&self, disk: &Disk, end: Lsn) -> bool {
@@ -103,6 +113,7 @@ impl Observer {
             return true;
         }
         let known = &self.committed[(begin.0 - self.start.0) as usize..(end.0 - self.start.0) as usize];
-        known == disk.slice(begin, end)
+        let same = |(at, (known, held)): (u64, (&u8, &u8))| known == held || disk.has_rotted(Lsn(at));
+        (begin.0..end.0).zip(known.iter().zip(disk.slice(begin, end))).all(same)
     }
 }

@@ -252,6 +252,20 @@ fn damaged_wal_is_not_passed_on() {
 }
 
 #[test]
+fn a_last_record_with_a_damaged_length_is_not_passed_on() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2]);
+    story.write(1, 9);
+    // It seems to go on where the second compute's own WAL begins.
+    for node in [1, 2] {
+        story.safekeepers.get_mut(&NodeId(node)).expect("safekeeper").disk.bytes[400] = 60;
+    }
+    story.compute(2, &[1, 2, 3]);
+    let damaged = story.computes[&2].events.iter().filter(|event| matches!(event, Action::Damaged { .. })).count();
+    assert_eq!((damaged, story.flushed()), (2, [1450, 1450, 1400]));
+}
+
+#[test]
 fn a_safekeeper_left_behind_in_a_higher_term_is_brought_back() {
     let mut story = Story::new();
     story.compute(1, &[1, 2]);

@@ -34,6 +34,8 @@ pub(super) struct Follower<S> {
     scanner: Option<S>,
     /// Who sent damaged WAL.
     bad_donors: BTreeSet<NodeId>,
+    /// Who sent what was fetched since the last end of a record.
+    part_from: BTreeSet<NodeId>,
 }
 
 impl<S: RecordScanner> Follower<S> {
@@ -52,6 +54,7 @@ impl<S: RecordScanner> Follower<S> {
             fetching_from: None,
             scanner: None,
             bad_donors: BTreeSet::new(),
+            part_from: BTreeSet::new(),
         }
     }
 
@@ -75,6 +78,15 @@ impl<S: RecordScanner> Follower<S> {
         let boundary = self.scanner.get_or_insert_with(|| S::starting_at(self.sent_lsn)).feed(wal)?;
         self.sent_lsn += wal.len() as u64;
         self.sent_boundary = self.sent_boundary.max(boundary.min(self.sent_lsn));
+        Ok(())
+    }
+
+    /// What was fetched must end with a whole record where the proposer's own WAL begins: a record that seems to go on there
+    /// has a damaged length.
+    fn check_whole_at(&self, own_start: Lsn) -> Result<(), String> {
+        if self.sent_lsn == own_start && self.sent_boundary < self.sent_lsn {
+            return Err(format!("the record at {} does not end at {own_start}", self.sent_boundary));
+        }
         Ok(())
     }
 }
@@ -239,26 +251,40 @@ impl<S: RecordScanner> Proposer<S> {
         let room = leader.wal.start().checked_sub(fetched.begin).unwrap_or_default() as usize;
         let wal = fetched.wal.slice(..fetched.wal.len().min(room));
         let begin = follower.sent_lsn;
-        if let Err(reason) = follower.scan(&wal) {
-            actions.push(Action::Damaged { donor: from, on_behalf_of: node, reason });
-            return self.refill(node, from, actions);
+        follower.part_from.insert(from);
+        let boundary = follower.sent_boundary;
+        let scanned = follower.scan(&wal).and_then(|()| follower.check_whole_at(leader.wal.start()));
+        if let Err(reason) = scanned {
+            let bad_donor = (follower.part_from.len() == 1).then_some(from);
+            if let Some(donor) = bad_donor {
+                actions.push(Action::Damaged { donor, on_behalf_of: node, reason });
+            }
+            return self.refill(node, bad_donor, actions);
+        }
+        if follower.sent_boundary > boundary {
+            follower.part_from = BTreeSet::from([from]);
         }
         if follower.sent_lsn == leader.wal.start() {
-            // The buffer starts at the end of a whole record.
-            follower.sent_boundary = follower.sent_lsn;
             follower.scanner = None;
         }
         actions.push(append(node, leader, follower, begin, wal, self.commit_lsn, self.horizon));
         self.pump(node, actions);
     }
 
-    /// Has a safekeeper drop the record that it has in part, perhaps in damaged part, and asks somebody else for it.
-    fn refill(&mut self, node: NodeId, bad_donor: NodeId, actions: &mut Vec<Action>) {
+    /// Has a safekeeper drop the record that it has in part, perhaps in damaged part, and asks somebody else for it; when there
+    /// is nobody, its log starts anew at what the object store has. Nobody is blamed (`bad_donor`) for a record that came from
+    /// several.
+    fn refill(&mut self, node: NodeId, bad_donor: Option<NodeId>, actions: &mut Vec<Action>) {
         let Some(Peer::Following(follower)) = self.peers.get(&node) else { return };
         let (boundary, log_start_lsn) = (follower.sent_boundary, follower.log_start_lsn);
-        let bad_donors = follower.bad_donors.iter().copied().chain([bad_donor]).collect();
+        let bad_donors = follower.bad_donors.iter().copied().chain(bad_donor).collect();
         let follower = Follower { bad_donors, ..Follower::new(boundary, log_start_lsn) };
         self.peers.insert(node, Peer::Following(follower));
+        let restart = self.restart_lsn();
+        if self.donor_for(node).is_none() && restart > boundary {
+            // Nobody here has it undamaged, but the object store does.
+            return self.follow(node, StreamStart::Restart(restart), restart, actions);
+        }
         self.send_elected(node, StreamStart::Continue(boundary), actions);
         self.pump(node, actions);
     }
