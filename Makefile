@@ -7,6 +7,7 @@
 #   make redo-check              WAL redo against PostgreSQL's own pages: its tests, a standby, broken versions of redo (30 minutes)
 #   make sim [SEEDS=n]           the consensus on faulty disks and networks, by seeds; `make sim SEED=n` tells one step by step
 #   make model [ARGS=...]        the safekeeper protocol in a model checker, larger than in `make test` (minutes)
+#   make clients                 psql, JDBC, node, Python and other clients, direct and pooled, with and without TLS: docs/clients.md
 #   make bench [NAME=wake]       every benchmark, or one
 #   make lint                    formatting and lints
 
@@ -18,7 +19,7 @@ SEEDS ?= 3000
 SETUP := $(if $(filter s3,$(OBJECT_STORE)),s3,)
 bench: SETUP := $(if $(filter-out pool,$(NAME)),,pgbouncer)
 
-.PHONY: demo test regress redo-check sim model bench lint build release
+.PHONY: demo test clients regress redo-check sim model bench lint build release
 
 build:
 	@scripts/setup.sh
@@ -50,6 +51,10 @@ sim:
 
 model:
 	cargo run --release --locked -p dormouse-safekeeper-model -- $(ARGS)
+
+clients: release
+	@scripts/setup.sh clients
+	target/release/clients --write docs/clients.md
 
 bench: release
 	target/release/bench $(if $(NAME),--name $(NAME),)

@@ -2,6 +2,7 @@
 # Installs what building and testing Dormouse needs and is not there yet (Debian 12, Rust already installed):
 #   scripts/setup.sh            PostgreSQL 15 and a C compiler
 #   scripts/setup.sh pgbouncer  also PgBouncer for the benchmark of pooling, into target/tools/pgbouncer: as a package it would be started
+#   scripts/setup.sh clients    also the clients of `make clients`, into target/tools/clients
 #   scripts/setup.sh s3         also an S3-compatible server for the tests (moto, in a virtual environment of its own)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,6 +19,12 @@ command -v cc >/dev/null || missing+=(gcc libc6-dev)
 if [ "${1:-}" = s3 ]; then
     command -v python3 >/dev/null || missing+=(python3)
     python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
+fi
+if [ "${1:-}" = clients ]; then
+    command -v python3 >/dev/null || missing+=(python3)
+    python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
+    command -v npm >/dev/null || missing+=(nodejs npm)
+    command -v javac >/dev/null || missing+=(openjdk-17-jdk-headless)
 fi
 if [ "${1:-}" = pgbouncer ]; then
     for library in libevent-2.1-7 libc-ares2; do
@@ -50,8 +57,27 @@ if [ "${1:-}" = s3 ] && [ ! -x target/tools/moto/bin/moto_server ]; then
     target/tools/moto/bin/pip install --quiet --disable-pip-version-check 'moto[server]==5.2.5'
 fi
 
+# Debian packages unpacked into a directory: installed, some would start servers or take the place of others.
+unpack() {
+    local directory=$1
+    shift
+    mkdir -p "$directory"
+    as_root apt-get update -qq
+    (cd "$directory" && for package in "$@"; do apt-get download -qq "$package" 2>/dev/null; done && for file in *.deb; do dpkg -x "$file" .; done)
+}
+
 if [ "${1:-}" = pgbouncer ] && [ ! -x target/tools/pgbouncer/usr/sbin/pgbouncer ]; then
     say "unpacking PgBouncer into target/tools/pgbouncer"
-    mkdir -p target/tools/pgbouncer
-    (cd target/tools/pgbouncer && as_root apt-get update -qq && apt-get download -qq pgbouncer 2>/dev/null && dpkg -x pgbouncer_*.deb .)
+    unpack target/tools/pgbouncer pgbouncer
+fi
+
+if [ "${1:-}" = clients ] && [ ! -e target/tools/clients/ready ]; then
+    say "installing clients into target/tools/clients"
+    mkdir -p target/tools/clients
+    python3 -m venv target/tools/clients/venv
+    target/tools/clients/venv/bin/pip install --quiet --disable-pip-version-check \
+        'psycopg[binary]==3.3.*' 'asyncpg==0.31.*' 'SQLAlchemy==2.1.*'
+    (cd target/tools/clients && npm install --silent --no-fund --no-audit pg@8 postgres@3 drizzle-orm@0.45)
+    unpack target/tools/clients/jdbc libpostgresql-jdbc-java libscram-java libstringprep-java
+    touch target/tools/clients/ready
 fi

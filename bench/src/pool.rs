@@ -29,6 +29,8 @@ const SINGLE_QUERIES: usize = 4000;
 struct Load {
     name: &'static str,
     clients: &'static str,
+    /// Of each client, for each second that a round is to last: of the order of what the two do on two cores.
+    transactions: u32,
     tls: bool,
     dormouse_protocol: &'static str,
     /// PgBouncer 1.18 has no named statements in transaction mode: there the nearest that works is compared with.
@@ -36,18 +38,18 @@ struct Load {
 }
 
 const LOADS: &[Load] = &[
-    Load::simple("pool1", "1", false),
-    Load::simple("pool50", "50", false),
-    Load::simple("pool1000", "1000", false),
-    Load::simple("tls", "50", true),
+    Load::simple("pool1", "1", 4000, false),
+    Load::simple("pool50", "50", 300, false),
+    Load::simple("pool1000", "1000", 12, false),
+    Load::simple("tls", "50", 300, true),
     Load { name: "prepared50", dormouse_protocol: "prepared", pgbouncer_protocol: "extended", ..LOAD50 },
 ];
 
-const LOAD50: Load = Load::simple("", "50", false);
+const LOAD50: Load = Load::simple("", "50", 300, false);
 
 impl Load {
-    const fn simple(name: &'static str, clients: &'static str, tls: bool) -> Load {
-        Load { name, clients, tls, dormouse_protocol: "simple", pgbouncer_protocol: "simple" }
+    const fn simple(name: &'static str, clients: &'static str, transactions: u32, tls: bool) -> Load {
+        Load { name, clients, transactions, tls, dormouse_protocol: "simple", pgbouncer_protocol: "simple" }
     }
 }
 
@@ -84,6 +86,10 @@ pub async fn run(rounds: usize, seconds: u32, idle_clients: usize) -> anyhow::Re
     let pools = [pgbouncer, dormouse(&cluster, &project, &config)?];
 
     let mut figures = Vec::new();
+    // First: after a load, memory that it left behind would serve the idle clients.
+    for (pool, name) in pools.iter().zip(["pgbouncer_client_kb", "client_kb"]) {
+        figures.push(format!("{name}={:.1}", pool.memory_of_idle(idle_clients).await?));
+    }
     for load in LOADS {
         let mut ratios = Vec::new();
         for round in 0..=rounds {
@@ -96,9 +102,6 @@ pub async fn run(rounds: usize, seconds: u32, idle_clients: usize) -> anyhow::Re
             }
         }
         figures.push(format!("{}_ratio={:.2}", load.name, median(ratios)));
-    }
-    for (pool, name) in pools.iter().zip(["pgbouncer_client_kb", "client_kb"]) {
-        figures.push(format!("{name}={:.1}", pool.memory_of_idle(idle_clients).await?));
     }
     figures.push(format!("proxy_added_us={:.1}", added_us(&cluster, &project, &config, rounds).await?));
     cluster.down().await?;
@@ -205,12 +208,8 @@ impl Pool {
         let protocol = if self.name == "dormouse" { load.dormouse_protocol } else { load.pgbouncer_protocol };
         let mut pgbench = self.client("pgbench");
         pgbench.args(["-S", "-n", "-M", protocol, "-c", load.clients]);
-        if load.clients == "1000" {
-            // Time would run while they connect, so there it is the transactions of each that are fixed.
-            pgbench.args(["-t", &(10 * seconds).to_string()]);
-        } else {
-            pgbench.args(["-T", &seconds.to_string()]);
-        }
+        // Time would run while they connect, so it is the transactions of each that are fixed.
+        pgbench.args(["-t", &(load.transactions * seconds).to_string()]);
         pgbench.env("PGSSLMODE", if load.tls { "require" } else { "disable" });
         let said = run_program(&mut pgbench).with_context(|| format!("{} through {}", load.name, self.name))?;
         let line = said

@@ -231,7 +231,9 @@ impl Scheduler {
         let Some(entry) = self.connections.get_mut(&connection) else { return };
         entry.settings = settings;
         let key = entry.key;
-        let too_many = self.count(key.pool) > self.limits.pool_size || self.connections.len() > self.limits.total;
+        let open = self.connections.len();
+        let too_many =
+            open > self.limits.total || open > self.limits.pool_size && self.count(key.pool) > self.limits.pool_size;
         if too_many || self.must_make_room(now, key) {
             self.connections.remove(&connection);
             commands.push(Command::Close { connection });
@@ -340,7 +342,7 @@ impl Scheduler {
     /// True when a connection for `key` should be closed in favour of somebody who needs another kind and has waited so
     /// much longer that it is his turn.
     fn must_make_room(&self, now: Duration, key: Key) -> bool {
-        if self.waiters.is_empty() || now < self.full_until {
+        if self.waiters.keys().all(|waiting| *waiting == key) || now < self.full_until {
             return false;
         }
         let full = |pool: PoolId| self.count(pool) >= self.limits.pool_size;

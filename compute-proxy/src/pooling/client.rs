@@ -9,7 +9,10 @@ use std::{
 };
 
 use connection_pool::{Conversation, Unattached, Violation, frame};
-use tokio::{io::AsyncWriteExt, time::timeout};
+use tokio::{
+    io::AsyncWriteExt,
+    time::{Instant, timeout, timeout_at},
+};
 
 use super::{
     PooledClient,
@@ -29,6 +32,10 @@ const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Bytes that are read from a client while it waits for a connection.
 const WAITING_MAX_BYTES: usize = 64 * 1024;
+
+/// How long an idle client may take to send the rest of a message that it has begun. Until then the proxy keeps what came
+/// of it, so that time must end.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// What a pooled client's session is made of, apart from its socket.
 pub struct Session {
@@ -64,6 +71,7 @@ pub async fn serve(client: PooledClient, mut stopping: Stopping) -> EndReason {
 
 /// Returns when the client has sent something for which it needs a connection.
 async fn wait_for_work(session: &mut Session, end: &mut ClientEnd, stopping: &mut Stopping) -> Result<(), Stop> {
+    let mut deadline = None;
     loop {
         let (taken, wants) = session.conversation.unattached(&end.input, &mut end.output).map_err(violation)?;
         end.take(taken);
@@ -73,11 +81,18 @@ async fn wait_for_work(session: &mut Session, end: &mut ClientEnd, stopping: &mu
             Unattached::Terminate => return Err(Stop::silent(EndReason::ClientClosed)),
             Unattached::More => {
                 end.shrink();
+                let whole = end.input.is_empty();
                 let read = poll_fn(|context| match end.poll_read_more(context) {
                     Poll::Pending => stopping.poll(false, context).map(|()| Err(shutdown())),
                     read => read,
                 });
-                read.await?;
+                if whole {
+                    deadline = None;
+                    read.await?;
+                } else {
+                    let deadline = *deadline.get_or_insert_with(|| Instant::now() + MESSAGE_TIMEOUT);
+                    timeout_at(deadline, read).await.map_err(|_| too_slow())??;
+                }
             }
         }
     }
@@ -149,6 +164,11 @@ async fn work(
             Stop::refuse(EndReason::Internal, FatalError::new("XX000", message))
         }
     })
+}
+
+fn too_slow() -> Stop {
+    let error = FatalError::new("08P01", "a message took too long to arrive");
+    Stop::refuse(EndReason::ProtocolViolation, error)
 }
 
 fn shutdown() -> Stop {

@@ -313,9 +313,13 @@ impl Conversation {
             return Ok(());
         }
         self.open_batch = true;
+        if self.status == Status::Failed {
+            // Postgres must say that the transaction has failed, unless what is on its way has ended it by then.
+            server.unsure(id);
+        }
         let need = server.need(&statement, id);
         self.make_room(need.evict, need.close.then_some(id), to_server);
-        if need.parse || self.status == Status::Failed {
+        if need.parse {
             write_parse(to_server, Some(id), definition);
             self.expected.push_back(Expected::Parse { statement: statement.clone(), name: name.into() });
         } else if self.expected.is_empty() {

@@ -206,6 +206,22 @@ fn errors_name_statements_as_the_client_does() {
     assert_eq!(heard, "E:SERROR|C42P05|Mprepared statement \"one\" already exists|| Z:I");
 }
 
+#[test]
+fn a_statement_prepared_behind_a_rollback_is_no_duplicate() {
+    let mut talk = Talk::new();
+    talk.client(&[PARSE, SYNC]);
+    talk.server(&[(b'1', b""), READY]);
+    talk.client(&[(b'Q', b"begin; select 1/0\0")]);
+    talk.server(&[ERROR, (b'Z', b"E")]);
+    let two: (u8, &[u8]) = (b'P', b"two\0select 1\0\0\0");
+    let (sent, heard) = talk.client(&[(b'Q', b"rollback\0"), two, SYNC]);
+    assert_eq!(sent, "Q:rollback| C:Sdormouse_1| P:dormouse_1|select 1||| S:");
+    assert_eq!(heard, "", "whether the transaction has failed is for Postgres to say");
+    talk.server(&[(b'C', b"ROLLBACK\0"), READY]);
+    assert_eq!(talk.server(&[(b'3', b""), (b'1', b""), READY]).1, "1: Z:I");
+    assert_eq!(talk.settled(), Settled::Free);
+}
+
 mod garbage {
     use proptest::prelude::*;
 
