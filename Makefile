@@ -6,6 +6,7 @@
 #   make regress                 PostgreSQL's core, isolation and contrib tests, beside a stock server (15 minutes)
 #   make redo-check              WAL redo against PostgreSQL's own pages: its tests, a standby, broken versions of redo (30 minutes)
 #   make sim [SEEDS=n]           the consensus on faulty disks and networks, by seeds; `make sim SEED=n` tells one step by step
+#   make chaos NAME=quorum [SECONDS=1800]   safekeepers and computes killed and stopped at random; nothing acknowledged is lost
 #   make model [ARGS=...]        the safekeeper protocol in a model checker, larger than in `make test` (minutes)
 #   make clients                 psql, JDBC, node, Python and other clients, direct and pooled, with and without TLS: docs/clients.md
 #   make bench [NAME=wake]       every benchmark, or one
@@ -16,10 +17,11 @@ NAME ?=
 ARGS ?=
 SEED ?=
 SEEDS ?= 3000
+SECONDS ?= 1800
 SETUP := $(if $(filter s3,$(OBJECT_STORE)),s3,)
 bench: SETUP := $(if $(filter-out pool,$(NAME)),,pgbouncer)
 
-.PHONY: demo test clients regress redo-check sim model bench lint build release
+.PHONY: demo test clients regress redo-check sim model chaos bench lint build release
 
 build:
 	@scripts/setup.sh
@@ -55,6 +57,9 @@ model:
 clients: release
 	@scripts/setup.sh clients
 	target/release/clients --write docs/clients.md
+
+chaos: release
+	@target/release/chaos $(if $(NAME),--name $(NAME),) --seconds $(SECONDS)
 
 bench: release
 	target/release/bench $(if $(NAME),--name $(NAME),)

@@ -1,0 +1,197 @@
+//! Clients that write whatever happens, and remember outside the database what they were told.
+
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use super::history::{Outcome, Step, Transaction};
+use crate::sql;
+
+/// Lists that transactions append to at a time.
+const LISTS: u32 = 8;
+/// After so long new lists are begun: they stay short.
+const LISTS_FOR: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What one installation's clients share.
+#[derive(Debug)]
+pub struct Ledger {
+    began: Instant,
+    stop: AtomicBool,
+    /// Numbers by how their insertion ended.
+    numbers: Mutex<Numbers>,
+    history: Mutex<Vec<Transaction>>,
+}
+
+/// Numbers that were inserted.
+#[derive(Debug, Clone, Default)]
+pub struct Numbers {
+    /// Acknowledged.
+    pub acknowledged: BTreeSet<i64>,
+    /// The connection broke before an answer came.
+    pub unknown: BTreeSet<i64>,
+}
+
+impl Ledger {
+    /// An empty one.
+    pub fn new() -> Arc<Ledger> {
+        let (stop, numbers, history) = (AtomicBool::new(false), Mutex::default(), Mutex::default());
+        Arc::new(Ledger { began: Instant::now(), stop, numbers, history })
+    }
+
+    /// Has clients end after what they are doing.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+    }
+
+    /// How many commits were acknowledged.
+    pub fn commits(&self) -> usize {
+        let transactions = self.history().iter().filter(|t| t.outcome == Outcome::Committed).count();
+        self.numbers().acknowledged.len() + transactions
+    }
+
+    /// What was inserted.
+    pub fn numbers(&self) -> Numbers {
+        self.numbers.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// All transactions on lists.
+    pub fn history(&self) -> Vec<Transaction> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn now(&self) -> u64 {
+        self.began.elapsed().as_micros() as u64
+    }
+
+    /// The first of the lists of this moment.
+    fn first_list(&self) -> u32 {
+        (self.began.elapsed().as_secs() / LISTS_FOR.as_secs()) as u32 * LISTS
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+
+    /// Notes a transaction.
+    pub fn note(&self, transaction: Transaction) {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner).push(transaction);
+    }
+
+    /// Reads all lists, once nobody writes any more, and notes it as one transaction.
+    pub async fn read_all(&self, uri: &str) -> anyhow::Result<()> {
+        let client = sql::connect(uri).await?;
+        let began = self.now();
+        let mut steps = Vec::new();
+        for list in 0..self.first_list() + LISTS {
+            steps.push(Step::Read { list, values: read(&client, list).await? });
+        }
+        self.note(Transaction { steps, outcome: Outcome::Committed, began, ended: self.now() });
+        Ok(())
+    }
+}
+
+async fn connect(uri: &str) -> Option<tokio_postgres::Client> {
+    let connected = tokio::time::timeout(PATIENCE, sql::connect(uri)).await;
+    if let Ok(Ok(client)) = connected {
+        return Some(client);
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    None
+}
+
+/// Inserts numbers of its own, one per transaction.
+pub async fn insert_numbers(ledger: Arc<Ledger>, uri: String, writer: i64) {
+    let mut number = writer << 32;
+    while !ledger.stopped() {
+        let Some(client) = connect(&uri).await else { continue };
+        while !ledger.stopped() {
+            number += 1;
+            let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 1] = [&number];
+            let insert = client.execute("insert into numbers values ($1)", &parameters);
+            let ended = tokio::time::timeout(PATIENCE, insert).await;
+            let mut numbers = ledger.numbers.lock().unwrap_or_else(PoisonError::into_inner);
+            match ended {
+                Ok(Ok(_)) => drop(numbers.acknowledged.insert(number)),
+                // Refused by the server, which says so with a code: not there, and it must not be.
+                Ok(Err(error)) if was_refused(&error) => {}
+                Ok(Err(_)) | Err(_) => {
+                    numbers.unknown.insert(number);
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// Transactions that read and append to lists, at repeatable read.
+pub async fn append_to_lists(ledger: Arc<Ledger>, uri: String, writer: u64) {
+    let mut next = writer << 32;
+    while !ledger.stopped() {
+        let Some(client) = connect(&uri).await else { continue };
+        while !ledger.stopped() {
+            next += 1;
+            let began = ledger.now();
+            let mut steps = Vec::new();
+            let ended =
+                tokio::time::timeout(PATIENCE, transaction(&client, ledger.first_list(), next, &mut steps)).await;
+            let outcome = match ended {
+                Ok(Ok(())) => Outcome::Committed,
+                Ok(Err(error)) if was_refused(&error) => Outcome::Aborted,
+                Ok(Err(_)) | Err(_) => Outcome::Unknown,
+            };
+            ledger.note(Transaction { steps, outcome, began, ended: ledger.now() });
+            match outcome {
+                Outcome::Committed => {}
+                Outcome::Aborted if client.batch_execute("rollback").await.is_ok() => {}
+                Outcome::Aborted | Outcome::Unknown => break,
+            }
+            // Few enough for the checker.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+async fn transaction(
+    client: &tokio_postgres::Client,
+    first_list: u32,
+    value: u64,
+    steps: &mut Vec<Step>,
+) -> Result<(), tokio_postgres::Error> {
+    let list = |chosen: u64| first_list + (chosen % u64::from(LISTS)) as u32;
+    let (first, second) = (list(value), list(value / 3));
+    client.batch_execute("begin isolation level repeatable read").await?;
+    steps.push(Step::Read { list: first, values: read(client, first).await? });
+    steps.push(Step::Append { list: second, value });
+    let append = "insert into lists values ($2, array[$1::int8]) \
+                  on conflict (list) do update set items = lists.items || excluded.items";
+    client.execute(append, &[&(value as i64), &(second as i32)]).await?;
+    steps.push(Step::Read { list: second, values: read(client, second).await? });
+    client.batch_execute("commit").await
+}
+
+async fn read(client: &tokio_postgres::Client, list: u32) -> Result<Vec<u64>, tokio_postgres::Error> {
+    let row = client.query_opt("select items from lists where list = $1", &[&(list as i32)]).await?;
+    let items = row.map(|row| row.get::<_, Vec<i64>>(0)).unwrap_or_default();
+    Ok(items.into_iter().map(|value| value as u64).collect())
+}
+
+/// True when the server answered that the statement failed: the transaction is rolled back. A server that is going down (class
+/// 57) may have committed before it said so.
+fn was_refused(error: &tokio_postgres::Error) -> bool {
+    error
+        .as_db_error()
+        .is_some_and(|error| !error.code().code().starts_with("57") && !error.code().code().starts_with("08"))
+}
+
+/// Makes the tables.
+pub async fn prepare(uri: &str) -> anyhow::Result<()> {
+    let tables = "create table numbers (n int8 primary key); \
+                  create table lists (list int primary key, items int8[] not null)";
+    Ok(sql::connect(uri).await?.batch_execute(tables).await?)
+}

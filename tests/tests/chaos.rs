@@ -1,0 +1,12 @@
+//! A short run of `make chaos NAME=quorum`.
+
+use std::time::Duration;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_acknowledged_is_lost_and_nothing_refused_appears() -> anyhow::Result<()> {
+    let figures = e2e::chaos::run(Duration::from_secs(40), 1).await?;
+    println!("{figures:?}");
+    assert_eq!((figures.lost, figures.phantom), (0, 0));
+    assert!(figures.commits > 50 && figures.kills > 5, "hardly anything happened: {figures:?}");
+    Ok(())
+}
