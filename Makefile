@@ -5,7 +5,7 @@
 #   make test                    units, simulation, end-to-end against real PostgreSQL and a real S3-compatible server
 #   make regress                 PostgreSQL's core, isolation and contrib tests, beside a stock server (15 minutes)
 #   make redo-check              WAL redo against PostgreSQL's own pages: its tests, a standby, broken versions of redo (30 minutes)
-#   make sim [SEEDS=n]           the consensus on faulty disks and networks, by seeds; `make sim SEED=n` tells one step by step
+#   make sim [SEEDS=n]           the consensus and the pageserver on faulty disks, networks and stores, by seeds; `make sim SEED=n` tells one step by step
 #   make chaos NAME=quorum [SECONDS=1800]   safekeepers and computes killed and stopped at random; nothing acknowledged is lost
 #   make model [ARGS=...]        the safekeeper protocol in a model checker, larger than in `make test` (minutes)
 #   make clients                 psql, JDBC, node, Python and other clients, direct and pooled, with and without TLS: docs/clients.md
@@ -50,6 +50,7 @@ redo-check:
 sim:
 	@cargo build --release --locked -p dormouse-safekeeper-simulation
 	@target/release/quorum-sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
+	@DORMOUSE_SIM_SEED=$(SEED) DORMOUSE_SIM_SEEDS=300 cargo test --locked -p dormouse-pageserver --test sim -- --nocapture
 
 model:
 	cargo run --release --locked -p dormouse-safekeeper-model -- $(ARGS)

@@ -6,6 +6,7 @@ mod paths;
 mod services;
 mod shim;
 mod signals;
+mod storage;
 mod template;
 mod up;
 
@@ -45,6 +46,9 @@ enum Command {
     /// The data that new projects start from
     #[command(subcommand)]
     Template(template::TemplateCommand),
+    /// Whether what the object store has is whole
+    #[command(subcommand)]
+    Storage(storage::StorageCommand),
     #[command(flatten)]
     Client(cli::ClientCommand),
 }
@@ -55,6 +59,7 @@ fn main() -> ExitCode {
         Command::Up(arguments) => up::main(arguments, log_format),
         Command::Service(service) => services::main(service, log_format),
         Command::Template(command) => template::main(command, log_format),
+        Command::Storage(command) => storage::main(command, log_format),
         Command::Client(command) => cli::main(command, log_format),
     };
     outcome.unwrap_or_else(|error| {

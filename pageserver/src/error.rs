@@ -80,6 +80,9 @@ pub enum StorageError {
     /// Another pageserver serves the project.
     #[error("project {0} is served by another pageserver")]
     Elsewhere(ProjectId),
+    /// What was known of the branch is out of date; asking again finds the newest.
+    #[error("{0} was changed by another pageserver meanwhile; ask again")]
+    Stale(BranchRef),
     /// The pageserver is stopping.
     #[error("the pageserver is stopping")]
     Stopping,
@@ -93,6 +96,7 @@ impl StorageError {
             | StorageError::NotArrived { .. }
             | StorageError::Deposed { .. }
             | StorageError::Elsewhere(_)
+            | StorageError::Stale(_)
             | StorageError::Stopping => ErrorKind::Unavailable,
             StorageError::Damaged { .. } | StorageError::Unmakeable { .. } | StorageError::IngestStopped { .. } => {
                 ErrorKind::Corrupt

@@ -5,11 +5,13 @@
 //! - [`layer`], [`remote`]: files of values, and the object store that holds them.
 //! - [`compaction`]: which layers to merge, of which to make images, which may go. Pure.
 //! - [`branch`]: one branch's memory, layers and history; making and removing branches.
+//! - [`check`]: whether all that is stored is whole.
 //! - [`ingest`]: WAL in. [`read`], [`base_files`]: pages and files out.
 //! - [`import_template`]: a stopped cluster as a branch to start from.
 
 pub mod base_files;
 pub mod branch;
+pub mod check;
 pub mod compaction;
 pub mod config;
 pub mod error;

@@ -133,7 +133,7 @@ impl Branch {
         if !flush.doomed.iter().any(due) {
             return Ok(());
         }
-        self.check_not_deposed().await?;
+        self.check_not_deposed(flush).await?;
         while let Some(at) = flush.doomed.iter().position(due) {
             let name = &flush.doomed[at].name;
             if removable(name, self.generation) {

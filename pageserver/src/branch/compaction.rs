@@ -248,7 +248,7 @@ impl Branch {
             state.cuts = all.into();
         }
         self.replace_layers(&mut flush, gone, new).await?;
-        self.check_not_deposed().await?;
+        self.check_not_deposed(&flush).await?;
         self.remove_doomed(&mut flush).await
     }
 }

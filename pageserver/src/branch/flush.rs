@@ -3,6 +3,7 @@
 use std::sync::{Arc, atomic::Ordering};
 
 use bytes::Bytes;
+use object_store::path::Path;
 use tokio::time::Instant;
 use types::{Generation, Lsn};
 
@@ -24,6 +25,8 @@ pub(super) struct FlushState {
     attached: Manifest,
     last_flush: Instant,
     pub(super) doomed: Vec<Doomed>,
+    /// The claim or manifest that was put last, and the store's tag of it.
+    last_put: Option<(Path, Option<String>)>,
     /// The layers hold all that the ancestor had: the manifest names none.
     pub(super) detached: bool,
 }
@@ -35,6 +38,7 @@ impl FlushState {
         let doomed = manifest.doomed_layers.iter().map(|name| Doomed { name: name.clone(), since: now }).collect();
         FlushState {
             doomed,
+            last_put: None,
             detached: false,
             claimed: false,
             older_removed: false,
@@ -77,7 +81,7 @@ impl Branch {
         let tip = self.state.read().frozen_tip;
         self.write_manifest(&mut flush, tip).await?;
         flush.last_flush = Instant::now();
-        self.report_consistent(tip.last_record_lsn).await?;
+        self.report_consistent(&flush, tip.last_record_lsn).await?;
         self.remove_doomed(&mut flush).await?;
         self.remove_older_generations(&mut flush).await;
         Ok(())
@@ -157,9 +161,11 @@ impl Branch {
             return Ok(());
         }
         let own = self.generation;
-        self.shared.remote.put(&self.names.claim(own), Bytes::new()).await?;
-        self.check_not_deposed().await?;
-        match self.shared.remote.manifest(&self.name).await? {
+        let claim = self.names.claim(own);
+        let tag = self.shared.remote.put(&claim, Bytes::new()).await?;
+        flush.last_put = Some((claim, tag));
+        let found = self.check_not_deposed(flush).await?;
+        match self.shared.remote.manifest_among(&self.name, &found).await? {
             None => return Err(StorageError::NoBranch(self.name.clone())),
             Some((_, manifest)) if manifest == flush.attached => flush.claimed = true,
             Some((generation, _)) => {
@@ -171,9 +177,38 @@ impl Branch {
         Ok(())
     }
 
-    pub(super) async fn check_not_deposed(&self) -> Result<(), StorageError> {
+    /// True when somebody else has written to the branch or one it comes from since they were attached: what was read then
+    /// may be gone. The next asker attaches them again.
+    pub async fn forget_if_changed(&self) -> Result<bool, StorageError> {
+        let mut changed = self.is_changed().await?;
+        if let Some(ancestor) = self.attached_ancestor.get() {
+            changed |= Box::pin(ancestor.forget_if_changed()).await?;
+        }
+        if changed {
+            self.forget();
+        }
+        Ok(changed)
+    }
+
+    async fn is_changed(&self) -> Result<bool, StorageError> {
+        let flush = self.flush.lock().await;
+        if flush.claimed {
+            self.check_not_deposed(&flush).await?;
+            return Ok(false);
+        }
+        let stored = self.shared.remote.manifest(&self.name).await?;
+        Ok(stored.is_none_or(|(_, manifest)| manifest != flush.attached))
+    }
+
+    /// Errors when a newer generation has claimed the branch, or might have: the listing must be at least as new as what
+    /// was put last. Whoever claims after that reads what was put. Answers what was listed.
+    pub(super) async fn check_not_deposed(&self, flush: &FlushState) -> Result<Vec<Path>, StorageError> {
         let own = self.generation;
-        let found = self.shared.remote.list(self.names.root()).await?;
+        let remote = &self.shared.remote;
+        let found = match &flush.last_put {
+            Some((object, tag)) => remote.list_since(self.names.root(), object, tag.as_deref()).await?,
+            None => remote.list(self.names.root()).await?,
+        };
         let claims = found.iter().filter_map(BranchNames::generation_of_claim);
         let manifests = found.iter().filter_map(BranchNames::generation_of_manifest);
         match claims.chain(manifests).max() {
@@ -182,7 +217,7 @@ impl Branch {
                 self.forget();
                 Err(StorageError::Deposed { branch: self.name.clone(), own: own.0, newer: newer.0 })
             }
-            _ => Ok(()),
+            _ => Ok(found),
         }
     }
 
@@ -245,16 +280,17 @@ impl Branch {
             .encode()
             .map_err(|error| StorageError::Store { object: object.to_string(), reason: error.to_string() })?;
         self.copy_is_old.store(true, Ordering::Release);
-        self.shared.remote.put(&object, bytes.into()).await?;
+        let tag = self.shared.remote.put(&object, bytes.into()).await?;
+        flush.last_put = Some((object, tag));
         let now = Instant::now();
         flush.doomed.iter_mut().for_each(|doomed| _ = doomed.since.get_or_insert(now));
         Ok(())
     }
 
     /// The manifest is written: publishes that, and lets safekeepers drop the WAL if we are still the owner.
-    async fn report_consistent(&self, lsn: Lsn) -> Result<(), StorageError> {
+    async fn report_consistent(&self, flush: &FlushState, lsn: Lsn) -> Result<(), StorageError> {
         self.state.write().remote_consistent_lsn = lsn;
-        self.check_not_deposed().await?;
+        self.check_not_deposed(flush).await?;
         if let Some(feed) = self.feed.lock().as_ref() {
             feed.report(lsn);
         }

@@ -14,14 +14,14 @@ use std::{
     collections::HashSet,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::{ObjectStore, ObjectStoreExt, PutPayload, path::Path};
+use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, path::Path};
 use parking_lot::Mutex;
 use types::{BranchRef, Generation};
 
@@ -29,6 +29,9 @@ use crate::{error::StorageError, layer::Block};
 
 /// Longest wait for the probe at the start.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pauses before a listing that lags is asked for again.
+const FIRST_LIST_PAUSE: Duration = Duration::from_millis(50);
+const LAST_LIST_PAUSE: Duration = Duration::from_secs(6);
 /// Whole layers that are downloaded at a time.
 const DOWNLOADS: usize = 4;
 
@@ -43,6 +46,8 @@ pub struct Remote {
     downloading: Arc<Mutex<HashSet<Path>>>,
     layer_numbers: AtomicU64,
     put_bytes: AtomicU64,
+    /// Tags of listings say nothing.
+    tags_differ: AtomicBool,
 }
 
 impl Remote {
@@ -70,6 +75,7 @@ impl Remote {
             downloading: Arc::default(),
             layer_numbers: AtomicU64::new(0),
             put_bytes: AtomicU64::new(0),
+            tags_differ: AtomicBool::new(false),
         }
     }
 
@@ -100,11 +106,11 @@ impl Remote {
         })
     }
 
-    /// Writes a whole object, over the one before. Durable when it returns.
-    pub async fn put(&self, object: &Path, bytes: Bytes) -> Result<(), StorageError> {
+    /// Writes a whole object, over the one before. Durable when it returns. Answers the store's tag of it, if it has such.
+    pub async fn put(&self, object: &Path, bytes: Bytes) -> Result<Option<String>, StorageError> {
         self.put_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        self.store.put(object, PutPayload::from_bytes(bytes)).await.map_err(|e| failed(object, &e))?;
-        Ok(())
+        let put = self.store.put(object, PutPayload::from_bytes(bytes)).await.map_err(|e| failed(object, &e))?;
+        Ok(put.e_tag)
     }
 
     /// Bytes that were to be written since the start.
@@ -139,8 +145,56 @@ impl Remote {
 
     /// Names of the objects directly below a prefix.
     pub async fn list(&self, prefix: &Path) -> Result<Vec<Path>, StorageError> {
+        Ok(self.list_meta(prefix).await?.into_iter().map(|object| object.location).collect())
+    }
+
+    async fn list_meta(&self, prefix: &Path) -> Result<Vec<ObjectMeta>, StorageError> {
         let listed = self.store.list_with_delimiter(Some(prefix)).await.map_err(|e| failed(prefix, &e))?;
-        Ok(listed.objects.into_iter().map(|object| object.location).collect())
+        Ok(listed.objects)
+    }
+
+    /// [`Remote::list`] as of `written` or later, an object below the prefix that was put with this tag: a listing that does
+    /// not show it yet lags, and is asked for again with growing pauses. Errors when it still lags after about 15 s.
+    pub async fn list_since(
+        &self,
+        prefix: &Path,
+        written: &Path,
+        tag: Option<&str>,
+    ) -> Result<Vec<Path>, StorageError> {
+        let mut pause = FIRST_LIST_PAUSE;
+        loop {
+            let objects = self.list_meta(prefix).await?;
+            let shown = objects.iter().find(|object| object.location == *written);
+            let is_same = shown.is_some_and(|object| self.is_same_tag(object.e_tag.as_deref(), tag));
+            let last_try = pause > LAST_LIST_PAUSE;
+            if last_try && shown.is_some() && !is_same {
+                tracing::warn!(object = %written, "the store lists other tags than it gives at a put; not compared any more");
+                self.tags_differ.store(true, Ordering::Relaxed);
+            }
+            if is_same || (last_try && shown.is_some()) {
+                return Ok(objects.into_iter().map(|object| object.location).collect());
+            }
+            if last_try {
+                let reason = "the listing does not show it, although it was written".to_owned();
+                return Err(StorageError::Store { object: written.to_string(), reason });
+            }
+            tokio::time::sleep(with_jitter(pause)).await;
+            pause *= 2;
+        }
+    }
+
+    /// Stores without tags, or with other ones in listings, are known by the name alone.
+    fn is_same_tag(&self, listed: Option<&str>, put: Option<&str>) -> bool {
+        let plain = |tag: &str| tag.trim_start_matches("W/").trim_matches('"').to_owned();
+        match (listed, put) {
+            (Some(listed), Some(put)) => self.tags_differ.load(Ordering::Relaxed) || plain(listed) == plain(put),
+            _untagged => true,
+        }
+    }
+
+    /// All objects below a prefix, at any depth.
+    pub async fn list_all(&self, prefix: &Path) -> Result<Vec<ObjectMeta>, StorageError> {
+        self.store.list(Some(prefix)).try_collect().await.map_err(|e| failed(prefix, &e))
     }
 
     /// Names of the directories directly below a prefix.
@@ -151,8 +205,7 @@ impl Remote {
 
     /// Removes everything below a prefix. Harmless when there is nothing.
     pub async fn delete_all(&self, prefix: &Path) -> Result<(), StorageError> {
-        let objects: Vec<_> = self.store.list(Some(prefix)).try_collect().await.map_err(|e| failed(prefix, &e))?;
-        for object in objects {
+        for object in self.list_all(prefix).await? {
             self.delete(&object.location).await?;
         }
         Ok(())
@@ -173,9 +226,9 @@ impl Remote {
     pub async fn manifest(&self, branch: &BranchRef) -> Result<Option<(Generation, Manifest)>, StorageError> {
         let names = BranchNames::new(branch);
         let copy = names.manifest_copy();
-        let (listed, copy) = tokio::join!(self.store.list_with_delimiter(Some(names.root())), self.get(&copy));
-        let listed = listed.map_err(|e| failed(names.root(), &e))?;
-        let manifests = listed.objects.iter().filter_map(|object| {
+        let (listed, copy) = tokio::join!(self.list_meta(names.root()), self.get(&copy));
+        let listed = listed?;
+        let manifests = listed.iter().filter_map(|object| {
             let generation = BranchNames::generation_of_manifest(&object.location)?;
             Some((generation, object.e_tag.as_deref()))
         });
@@ -184,6 +237,19 @@ impl Remote {
         if let Some(manifest) = copy {
             return Ok(Some((generation, manifest)));
         }
+        let found: Vec<Path> = listed.into_iter().map(|object| object.location).collect();
+        self.manifest_among(branch, &found).await
+    }
+
+    /// [`Remote::manifest`] of what was listed.
+    pub async fn manifest_among(
+        &self,
+        branch: &BranchRef,
+        found: &[Path],
+    ) -> Result<Option<(Generation, Manifest)>, StorageError> {
+        let names = BranchNames::new(branch);
+        let newest = found.iter().filter_map(BranchNames::generation_of_manifest).max();
+        let Some(generation) = newest else { return Ok(None) };
         let object = names.manifest(generation);
         let Some(bytes) = self.get(&object).await? else { return Ok(None) };
         let manifest = Manifest::decode(&bytes)
@@ -202,7 +268,8 @@ impl Remote {
         };
         let Some(tag) = got.meta.e_tag.clone() else { return Ok(()) };
         let bytes = got.bytes().await.map_err(|e| failed(&object, &e))?;
-        self.put(&names.manifest_copy(), manifest::copy(&tag, &bytes)).await
+        self.put(&names.manifest_copy(), manifest::copy(&tag, &bytes)).await?;
+        Ok(())
     }
 
     /// Brings a whole layer to the local disk, if there is a disk cache and nobody does it already.
@@ -223,6 +290,12 @@ impl Remote {
             downloading.lock().remove(&object);
         });
     }
+}
+
+/// Up to half as long again, so that not all ask at the same moment.
+fn with_jitter(pause: Duration) -> Duration {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    pause + pause * (now.subsec_micros() % 8) / 16
 }
 
 fn failed(object: &Path, error: &object_store::Error) -> StorageError {

@@ -63,7 +63,13 @@ impl Handler {
             let message = format!("the token does not allow this on branch {}", request.branch);
             return Err(PageserverError { kind: ErrorKind::Denied, message });
         }
-        let answer = Box::pin(self.answer(&request.branch, request.body)).await;
+        let mut answer = Box::pin(self.answer(&request.branch, request.body)).await;
+        if let Err(StorageError::Damaged { .. }) = answer
+            && self.branches.get(&request.branch).await?.forget_if_changed().await?
+        {
+            // Another pageserver had the branch until lately, and has put other layers in place of those we knew.
+            answer = Err(StorageError::Stale(request.branch.clone()));
+        }
         answer.map_err(|error| {
             let error = PageserverError::from(error);
             if error.kind == ErrorKind::Corrupt {
