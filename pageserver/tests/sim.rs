@@ -50,6 +50,8 @@ struct World {
     reported: Vec<Lsn>,
     /// Children that may be there: of which branch, and where they left it.
     half_made: Vec<(usize, Lsn)>,
+    /// Layers that garbage collection took out.
+    collected: usize,
     wrong: Vec<String>,
 }
 
@@ -84,6 +86,7 @@ impl World {
             model,
             reported: vec![START],
             half_made: Vec::new(),
+            collected: 0,
             wrong,
         }
     }
@@ -157,7 +160,9 @@ impl World {
         let Ok(branch) = self.fed(index, of_zombie).await else { return };
         // It may have been done although it failed.
         self.model.branches[index].cutoff = cutoff;
-        let _ = branch.collect_garbage(cutoff, &children, &[]).await;
+        if let Ok(collected) = branch.collect_garbage(cutoff, &children, &[]).await {
+            self.collected += collected.layers;
+        }
     }
 
     async fn branch(&mut self, parent: usize) {
@@ -301,6 +306,7 @@ fn a_crash_anywhere_loses_and_invents_nothing() {
         None => (1..=number("DORMOUSE_SIM_SEEDS").unwrap_or(SEEDS)).collect(),
     };
     let mut wrong = Vec::new();
+    let mut collected = 0;
     for seed in &seeds {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
         runtime.block_on(async {
@@ -309,10 +315,20 @@ fn a_crash_anywhere_loses_and_invents_nothing() {
                 world.step().await;
             }
             world.finish().await;
+            collected += world.collected;
             wrong.extend(world.wrong.into_iter().map(|wrong| format!("seed {seed}: {wrong}")));
         });
     }
     wrong.iter().take(20).for_each(|wrong| println!("{wrong}"));
-    println!("seeds={} steps={} wrong={}", seeds.len(), seeds.len() * STEPS_PER_SEED, wrong.len());
+    println!(
+        "seeds={} steps={} collected={collected} wrong={}",
+        seeds.len(),
+        seeds.len() * STEPS_PER_SEED,
+        wrong.len()
+    );
     assert!(wrong.is_empty(), "{}", wrong[0]);
+    assert!(
+        seeds.len() < 10 || collected >= seeds.len(),
+        "hardly anything was garbage: the runs show nothing of its rules"
+    );
 }

@@ -121,8 +121,8 @@ impl Model {
 /// Small, so that little work makes many layers, cells and images; removed objects go at once.
 pub fn tuning() -> Tuning {
     Tuning {
-        plan: PlanLimits { deltas_per_merge: 2, image_min_bytes: 3_000, cell_bytes: 1_500 },
-        layer_bytes: 1_000,
+        plan: PlanLimits { deltas_per_merge: 2, image_min_bytes: 300, cell_bytes: 600 },
+        layer_bytes: 300,
         wal_wait: Duration::from_millis(10),
         removal_delay: Duration::ZERO,
         ..Tuning::default()
