@@ -37,60 +37,61 @@ pub(crate) const CUT_SHORT: &str = "shorter than its kind should be";
 /// Errors on a kind of record that is not known (extensions' own resource managers among them) and on a malformed one.
 pub fn changes(record: &DecodedRecord<'_>) -> Result<ChangeList, UnknownRecord> {
     let mut list = ChangeList::new();
-    append_changes(record, &mut list)?;
+    each_change(record, |change| list.push(change))?;
     Ok(list)
 }
 
-/// As [`changes`], behind what is in the list already: a list that is used again and again saves moving it about. After an error the
-/// list may hold some of the record's changes.
-pub fn append_changes(record: &DecodedRecord<'_>, list: &mut ChangeList) -> Result<(), UnknownRecord> {
-    rmgr_changes(record, list).map_err(|problem| UnknownRecord {
-        lsn: record.start_lsn,
-        rmgr: record.rmgr,
-        info: record.info,
-        problem,
-    })
+/// Hands out one by one what [`changes`] lists. Before an error it may have handed out some of the record's changes.
+#[inline]
+pub fn each_change(record: &DecodedRecord<'_>, mut f: impl FnMut(Change)) -> Result<(), UnknownRecord> {
+    rmgr_changes(record, &mut f).map_err(|problem| unknown(record, problem))
 }
 
-fn rmgr_changes(record: &DecodedRecord<'_>, list: &mut ChangeList) -> Result<(), &'static str> {
+#[cold]
+fn unknown(record: &DecodedRecord<'_>, problem: &'static str) -> UnknownRecord {
+    UnknownRecord { lsn: record.start_lsn, rmgr: record.rmgr, info: record.info, problem }
+}
+
+fn rmgr_changes(record: &DecodedRecord<'_>, f: &mut impl FnMut(Change)) -> Result<(), &'static str> {
     let info = record.rmgr_info();
     match record.rmgr {
-        rmgr::XLOG => xlog_changes(record, list),
-        rmgr::XACT => state_changes::xact(record).map(|changes| list.extend(changes)),
-        rmgr::SMGR => state_changes::smgr(record).map(|changes| list.extend(changes)),
-        rmgr::CLOG => state_changes::clog(record).map(|changes| list.extend(changes)),
-        rmgr::DBASE => state_changes::dbase(record).map(|changes| list.extend(changes)),
-        rmgr::TBLSPC => state_changes::tblspc(record).map(|changes| list.extend(changes)),
-        rmgr::MULTIXACT => state_changes::multixact(record).map(|changes| list.extend(changes)),
-        rmgr::RELMAP => state_changes::relmap(record).map(|changes| list.extend(changes)),
+        rmgr::XLOG => xlog_changes(record, f),
+        rmgr::XACT => state_changes::xact(record).map(|changes| changes.into_iter().for_each(f)),
+        rmgr::SMGR => state_changes::smgr(record).map(|changes| changes.into_iter().for_each(f)),
+        rmgr::CLOG => state_changes::clog(record).map(|changes| changes.into_iter().for_each(f)),
+        rmgr::DBASE => state_changes::dbase(record).map(|changes| changes.into_iter().for_each(f)),
+        rmgr::TBLSPC => state_changes::tblspc(record).map(|changes| changes.into_iter().for_each(f)),
+        rmgr::MULTIXACT => state_changes::multixact(record).map(|changes| changes.into_iter().for_each(f)),
+        rmgr::RELMAP => state_changes::relmap(record).map(|changes| changes.into_iter().for_each(f)),
         rmgr::STANDBY => if_known([0x00, 0x10, 0x20].contains(&info)),
-        rmgr::HEAP2 => heap2_changes(record, list),
-        rmgr::HEAP => heap_changes(record, list),
-        rmgr::BTREE => pages_if(record, info <= btree::META_CLEANUP, list),
-        rmgr::HASH => pages_if(record, info <= 0xC0, list),
-        rmgr::GIN => pages_if(record, (0x10..=0x90).contains(&info), list),
-        rmgr::GIST => pages_if(record, [0x00, 0x10, 0x20, 0x30, 0x60, 0x70].contains(&info), list),
-        rmgr::SEQ => pages_if(record, info == state::seq::LOG, list),
-        rmgr::SPGIST => pages_if(record, (0x10..=0x80).contains(&info), list),
+        rmgr::HEAP2 => heap2_changes(record, f),
+        rmgr::HEAP => heap_changes(record, f),
+        rmgr::BTREE => pages_if(record, info <= btree::META_CLEANUP, f),
+        rmgr::HASH => pages_if(record, info <= 0xC0, f),
+        rmgr::GIN => pages_if(record, (0x10..=0x90).contains(&info), f),
+        rmgr::GIST => pages_if(record, [0x00, 0x10, 0x20, 0x30, 0x60, 0x70].contains(&info), f),
+        rmgr::SEQ => pages_if(record, info == state::seq::LOG, f),
+        rmgr::SPGIST => pages_if(record, (0x10..=0x80).contains(&info), f),
         // The highest bit tells that a page is initialised.
-        rmgr::BRIN => pages_if(record, info & 0x70 <= 0x50, list),
-        rmgr::COMMIT_TS => state_changes::commit_ts(record).map(|changes| list.extend(changes)),
+        rmgr::BRIN => pages_if(record, info & 0x70 <= 0x50, f),
+        rmgr::COMMIT_TS => state_changes::commit_ts(record).map(|changes| changes.into_iter().for_each(f)),
         // Progress of logical replication: it lives in files that this compute's successor doesn't get.
         rmgr::REPLORIGIN => if_known([state::replorigin::SET, state::replorigin::DROP].contains(&info)),
-        rmgr::GENERIC => pages_if(record, info == 0x00, list),
+        rmgr::GENERIC => pages_if(record, info == 0x00, f),
         rmgr::LOGICALMSG => {
             if_known(info == state::logicalmsg::MESSAGE)?;
-            crate::aux_file::changes(record).map(|changes| list.extend(changes))
+            crate::aux_file::changes(record).map(|changes| changes.into_iter().for_each(f))
         }
         RmgrId(rmgr::MIN_CUSTOM..) => Err("an extension's own resource manager, which cannot be replayed"),
         RmgrId(_) => Err("no resource manager of PostgreSQL 15"),
     }
 }
 
-/// Appends a change for every page the record refers to.
-fn pages(record: &DecodedRecord<'_>, list: &mut ChangeList) {
+/// A change for every page the record refers to.
+#[inline]
+fn pages(record: &DecodedRecord<'_>, f: &mut impl FnMut(Change)) {
     for block in &record.blocks {
-        list.push(page(block));
+        f(page(block));
     }
 }
 
@@ -98,9 +99,9 @@ fn page(block: &wal::BlockRef<'_>) -> Change {
     Change::Page { tag: block.tag(), will_init: block.will_init || block.applies_image() }
 }
 
-fn pages_if(record: &DecodedRecord<'_>, known: bool, list: &mut ChangeList) -> Result<(), &'static str> {
+fn pages_if(record: &DecodedRecord<'_>, known: bool, f: &mut impl FnMut(Change)) -> Result<(), &'static str> {
     if_known(known)?;
-    pages(record, list);
+    pages(record, f);
     Ok(())
 }
 
@@ -108,12 +109,12 @@ fn if_known(known: bool) -> Result<(), &'static str> {
     if known { Ok(()) } else { Err(UNKNOWN_INFO) }
 }
 
-fn xlog_changes(record: &DecodedRecord<'_>, list: &mut ChangeList) -> Result<(), &'static str> {
+fn xlog_changes(record: &DecodedRecord<'_>, f: &mut impl FnMut(Change)) -> Result<(), &'static str> {
     match record.rmgr_info() {
-        xlog::FPI if record.blocks.iter().all(|block| block.image.is_some()) => pages(record, list),
+        xlog::FPI if record.blocks.iter().all(|block| block.image.is_some()) => pages(record, f),
         xlog::FPI => return Err("a full-page image record without its image"),
         // Without full_page_writes a hint is logged without an image: nothing to replay.
-        xlog::FPI_FOR_HINT => list.extend(record.blocks.iter().filter(|block| block.image.is_some()).map(page)),
+        xlog::FPI_FOR_HINT => record.blocks.iter().filter(|block| block.image.is_some()).map(page).for_each(f),
         // Counters and settings: see `checkpoint`.
         xlog::CHECKPOINT_SHUTDOWN
         | xlog::CHECKPOINT_ONLINE
@@ -127,7 +128,7 @@ fn xlog_changes(record: &DecodedRecord<'_>, list: &mut ChangeList) -> Result<(),
     Ok(())
 }
 
-fn heap_changes(record: &DecodedRecord<'_>, list: &mut ChangeList) -> Result<(), &'static str> {
+fn heap_changes(record: &DecodedRecord<'_>, f: &mut impl FnMut(Change)) -> Result<(), &'static str> {
     let data = record.main_data;
     let cleared = match record.info & heap::OPMASK {
         heap::INSERT => {
@@ -152,14 +153,14 @@ fn heap_changes(record: &DecodedRecord<'_>, list: &mut ChangeList) -> Result<(),
         }
         // The mask leaves only TRUNCATE (for logical decoding), CONFIRM and INPLACE.
         _ => {
-            pages(record, list);
+            pages(record, f);
             return Ok(());
         }
     };
-    pages_and_map(record, cleared, list)
+    pages_and_map(record, cleared, f)
 }
 
-fn heap2_changes(record: &DecodedRecord<'_>, list: &mut ChangeList) -> Result<(), &'static str> {
+fn heap2_changes(record: &DecodedRecord<'_>, f: &mut impl FnMut(Change)) -> Result<(), &'static str> {
     let cleared = match record.info & heap::OPMASK {
         heap::heap2::MULTI_INSERT => {
             let flags = heap::HeapMultiInsert::from_prefix(record.main_data).ok_or(CUT_SHORT)?.flags;
@@ -172,18 +173,18 @@ fn heap2_changes(record: &DecodedRecord<'_>, list: &mut ChangeList) -> Result<()
         // The mask leaves PRUNE, VACUUM, FREEZE_PAGE, VISIBLE (which names its map page), REWRITE and NEW_CID (for logical
         // decoding, without pages).
         _ => {
-            pages(record, list);
+            pages(record, f);
             return Ok(());
         }
     };
-    pages_and_map(record, [(0, cleared), (0, 0)], list)
+    pages_and_map(record, [(0, cleared), (0, 0)], f)
 }
 
 /// The record's pages, and the visibility map's pages that the flagged (non-zero) heap pages have bits on.
 fn pages_and_map(
     record: &DecodedRecord<'_>,
     cleared: [(u8, u8); 2],
-    list: &mut ChangeList,
+    f: &mut impl FnMut(Change),
 ) -> Result<(), &'static str> {
     let mut last = None;
     for (block_id, flag) in cleared {
@@ -191,11 +192,11 @@ fn pages_and_map(
             let heap_page = record.block(block_id).ok_or("a heap record without its page")?;
             let tag = map_page(heap_page.rel, heap_page.block);
             if last.replace(tag) != Some(tag) {
-                list.push(Change::Page { tag, will_init: false });
+                f(Change::Page { tag, will_init: false });
             }
         }
     }
-    pages(record, list);
+    pages(record, f);
     Ok(())
 }
 

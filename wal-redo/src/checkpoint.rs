@@ -20,9 +20,22 @@ const FIRST_NORMAL_XID: u32 = 3;
 
 /// Brings the counters past a record. True when any of them changed. `redo` and the timelines are left alone: they belong to
 /// whoever writes the next checkpoint. Malformed records change nothing here: [`crate::changes`] refuses them.
+#[inline]
 pub fn advance(checkpoint: &mut CheckPoint, record: &DecodedRecord<'_>) -> bool {
-    let before = *checkpoint;
+    let next_xid = checkpoint.next_xid;
     pass_xid(checkpoint, record.xid);
+    let passed = checkpoint.next_xid != next_xid;
+    match record.rmgr {
+        rmgr::XLOG | rmgr::XACT | rmgr::MULTIXACT | rmgr::CLOG | rmgr::COMMIT_TS | rmgr::STANDBY => {
+            advance_others(checkpoint, record) || passed
+        }
+        _no_counters => passed,
+    }
+}
+
+/// The counters that are in the record's data.
+fn advance_others(checkpoint: &mut CheckPoint, record: &DecodedRecord<'_>) -> bool {
+    let before = *checkpoint;
     match record.rmgr {
         rmgr::XLOG => advance_xlog(checkpoint, record),
         rmgr::XACT => advance_xact(checkpoint, record),
@@ -151,6 +164,7 @@ fn advance_multixact(checkpoint: &mut CheckPoint, record: &DecodedRecord<'_>) {
 
 /// Makes `next_xid` come after this xid (`AdvanceNextFullTransactionIdPastXid`). Ids in WAL have 32 bits; none is half the range away
 /// from the next one, so a lower number than the next one's that follows it belongs to the next epoch.
+#[inline]
 fn pass_xid(checkpoint: &mut CheckPoint, xid: u32) {
     let next = checkpoint.next_xid as u32;
     if xid < FIRST_NORMAL_XID || xid_precedes(xid, next) {

@@ -18,7 +18,7 @@ mod test_record;
 
 pub use aux_file::{AuxPathError, aux_file_main_data, aux_file_record};
 pub use change::{Change, SlruKind};
-pub use changes::{ChangeList, UnknownRecord, append_changes, changes};
+pub use changes::{ChangeList, UnknownRecord, changes, each_change};
 pub use page::{RecordName, RedoError, redo_page, restore_image};
 pub use slru::{
     SLRU_PAGES_PER_SEGMENT, SlruRedoError, commit_ts_changes, redo_slru_page, tracks_commit_ts, truncation_removes,

@@ -18,9 +18,10 @@ pub fn decode_record(start_lsn: Lsn, end_lsn: Lsn, raw: &[u8]) -> Result<Decoded
     Ok(record)
 }
 
-/// As [`decode_record`], in the place of another record. After an error `record` is of no use.
+/// As [`decode_record`], in the place of another record: of many records in a row, none is moved about. After an error `record` is
+/// of no use.
 #[inline]
-pub(crate) fn decode_into<'a>(
+pub fn decode_into<'a>(
     record: &mut DecodedRecord<'a>,
     start_lsn: Lsn,
     end_lsn: Lsn,
@@ -103,22 +104,38 @@ fn out_of_order(id: u8) -> String {
     format!("out-of-order block id {id}")
 }
 
+#[cold]
+fn same_relation_as_none(id: u8) -> String {
+    format!("block {id}: same relation as none")
+}
+
+#[cold]
+fn no_fork(id: u8, flags: u8) -> String {
+    format!("block {id}: no fork has the number {}", flags & bkpblock::FORK_MASK)
+}
+
+#[cold]
+fn wrong_data_length(id: u8, data_length: usize) -> String {
+    format!("block {id}: data flag and data length {data_length} disagree")
+}
+
 #[inline]
 fn read_block_header<'a>(id: u8, cursor: &mut Cursor<'a>, previous: Option<RelTag>) -> Result<BlockRef<'a>, String> {
-    let [flags, data_low, data_high] = cursor.take()?;
-    let fork = ForkNumber::try_from(flags & bkpblock::FORK_MASK).map_err(|error| error.to_string())?;
+    let [flags, data_low, data_high] = *cursor.take()?;
+    let Ok(fork) = ForkNumber::try_from(flags & bkpblock::FORK_MASK) else { return Err(no_fork(id, flags)) };
     let data_length = usize::from(u16::from_le_bytes([data_low, data_high]));
     let has_data = flags & bkpblock::HAS_DATA != 0;
     if has_data != (data_length > 0) {
-        return Err(format!("block {id}: data flag and data length {data_length} disagree"));
+        return Err(wrong_data_length(id, data_length));
     }
     let image = if flags & bkpblock::HAS_IMAGE != 0 { Some(read_image_header(id, cursor)?) } else { None };
-    let rel = if flags & bkpblock::SAME_REL != 0 {
-        previous.ok_or_else(|| format!("block {id}: same relation as none"))?.with_fork(fork)
+    let (rel, block) = if flags & bkpblock::SAME_REL != 0 {
+        let rel = previous.ok_or_else(|| same_relation_as_none(id))?.with_fork(fork);
+        (rel, cursor.u32()?)
     } else {
-        RelTag { spc: cursor.u32()?, db: cursor.u32()?, rel: cursor.u32()?, fork }
+        let [spc, db, rel, block] = cursor.u32s()?;
+        (RelTag { spc, db, rel, fork }, block)
     };
-    let block = cursor.u32()?;
     let will_init = flags & bkpblock::WILL_INIT != 0;
     let data = cursor.somewhere(data_length)?;
     Ok(BlockRef { id, rel, block, will_init, image, data, has_data })
@@ -171,10 +188,10 @@ impl<'a> Cursor<'a> {
     }
 
     #[inline]
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], String> {
+    fn take<const N: usize>(&mut self) -> Result<&'a [u8; N], String> {
         let Some((taken, rest)) = self.rest.split_first_chunk::<N>() else { return Err(past_the_end()) };
         self.rest = rest;
-        Ok(*taken)
+        Ok(taken)
     }
 
     #[inline]
@@ -186,17 +203,24 @@ impl<'a> Cursor<'a> {
 
     #[inline]
     fn u8(&mut self) -> Result<u8, String> {
-        self.take::<1>().map(|[byte]| byte)
+        self.take::<1>().map(|[byte]| *byte)
     }
 
     #[inline]
     fn u16(&mut self) -> Result<u16, String> {
-        self.take().map(u16::from_le_bytes)
+        self.take().map(|bytes| u16::from_le_bytes(*bytes))
     }
 
     #[inline]
     fn u32(&mut self) -> Result<u32, String> {
-        self.take().map(u32::from_le_bytes)
+        self.take().map(|bytes| u32::from_le_bytes(*bytes))
+    }
+
+    #[inline]
+    fn u32s(&mut self) -> Result<[u32; 4], String> {
+        let bytes = self.take::<16>()?;
+        let all = u128::from_le_bytes(*bytes);
+        Ok([all as u32, (all >> 32) as u32, (all >> 64) as u32, (all >> 96) as u32])
     }
 }
 

@@ -19,6 +19,6 @@ pub mod v15;
 
 pub use checkpoint::CheckPoint;
 pub use control_file::ControlFile;
-pub use decode::decode_record;
+pub use decode::{decode_into, decode_record};
 pub use record::{BlockRef, Blocks, DecodedRecord, OwnedRecord, RmgrId};
 pub use stream::{ForEachError, WalDecodeError, WalStreamDecoder};

@@ -40,8 +40,8 @@ pub struct DecodedRecord<'a> {
 pub type Blocks<'a> = SmallVec<[BlockRef<'a>; 2]>;
 
 impl<'a> DecodedRecord<'a> {
-    /// No record: a place for one.
-    pub(crate) fn blank() -> DecodedRecord<'a> {
+    /// No record: a place for one, for [`crate::decode_into`].
+    pub fn blank() -> DecodedRecord<'a> {
         DecodedRecord {
             start_lsn: Lsn(0),
             end_lsn: Lsn(0),
@@ -92,6 +92,11 @@ impl OwnedRecord {
     /// Takes it apart again. Errors only if it was not made by [`DecodedRecord::to_owned`].
     pub fn decode(&self) -> Result<DecodedRecord<'_>, String> {
         crate::decode_record(self.start_lsn, self.end_lsn, &self.raw)
+    }
+
+    /// As [`decode`](Self::decode), in the place of another record.
+    pub fn decode_into<'a>(&'a self, record: &mut DecodedRecord<'a>) -> Result<(), String> {
+        crate::decode_into(record, self.start_lsn, self.end_lsn, &self.raw)
     }
 }
 

@@ -65,7 +65,7 @@ pub enum WalDecodeError {
     },
 }
 
-/// Why [`WalStreamDecoder::for_each_record`] ended early.
+/// Why [`WalStreamDecoder::feed_each`] ended early.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ForEachError<E> {
     /// No more records can be had.
@@ -177,34 +177,70 @@ impl WalStreamDecoder {
         }
     }
 
-    /// Hands all records that are whole to `f`, until it fails: what [`poll_record`](Self::poll_record) gives one by one, in
-    /// about half the time for short records, which are not moved about. A record on which `f` fails counts as taken.
-    pub fn for_each_record<E>(
+    /// [`feed`](Self::feed) and [`poll_record`](Self::poll_record) until there are no more, in less than half the time for short
+    /// records: those that lie whole in `bytes` are not copied. After an error, the bytes from [`fed_until`](Self::fed_until) on
+    /// have not been looked at. A record on which `f` fails counts as taken.
+    pub fn feed_each<E>(
         &mut self,
+        at: Lsn,
+        bytes: &[u8],
         mut f: impl FnMut(&DecodedRecord<'_>) -> Result<(), E>,
     ) -> Result<(), ForEachError<E>> {
+        let (mut rest_at, mut rest) = (at, bytes);
         loop {
-            self.records_on_page(&mut f).map_err(ForEachError::Stopped)?;
-            match self.poll_record()? {
-                Some(record) => f(&record).map_err(ForEachError::Stopped)?,
-                None => return Ok(()),
+            if rest_at == self.fed_until() {
+                self.take_ordinary(rest, &mut f).map_err(ForEachError::Stopped)?;
+                rest = &rest[(self.fed_until().0 - rest_at.0) as usize..];
+                rest_at = self.fed_until();
+            }
+            let (piece, others) = rest.split_at(self.until_ordinary(rest_at, rest));
+            self.feed(rest_at, piece);
+            rest = others;
+            rest_at += piece.len() as u64;
+            while let Some(record) = self.poll_record()? {
+                f(&record).map_err(ForEachError::Stopped)?;
+            }
+            if rest.is_empty() {
+                return Ok(());
             }
         }
     }
 
-    /// The ordinary records that lie whole on the page at the cursor. What is not ordinary is left for `poll_record`.
-    fn records_on_page<E>(&mut self, f: &mut impl FnMut(&DecodedRecord<'_>) -> Result<(), E>) -> Result<(), E> {
+    /// How many of these bytes [`take_ordinary`](Self::take_ordinary) can't have: those of a record that is being collected, of
+    /// a page's header and the record that it continues, or the page's rest.
+    fn until_ordinary(&self, at: Lsn, bytes: &[u8]) -> usize {
+        let header = PageHeader::from_prefix(bytes).filter(|_| at.page_offset() == 0);
+        let on_page = (XLOG_PAGE_BYTES - at.page_offset()) as usize;
+        let wanted = header.map_or(on_page, |header| {
+            let continued = Lsn(header.xlp_rem_len.into()).align_up().0 as usize;
+            (page_header_bytes(at) + continued).min(on_page)
+        });
+        wanted.min(bytes.len())
+    }
+
+    /// Takes the ordinary records that lie whole in these bytes, which continue at [`fed_until`](Self::fed_until), on the page at
+    /// the cursor; bytes that were taken count as fed. What is not ordinary is left for `poll_record`.
+    fn take_ordinary<E>(
+        &mut self,
+        bytes: &[u8],
+        f: &mut impl FnMut(&DecodedRecord<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
         if self.partial.is_some() || self.failed.is_some() || self.cursor.page_offset() == 0 {
             return Ok(());
         }
         self.skip_to_cursor();
-        let on_page = (XLOG_PAGE_BYTES - self.cursor.page_offset()) as usize;
-        let page = &self.buffer[..on_page.min(self.buffer.len())];
-        let page_at = self.cursor;
+        if !self.buffer.is_empty() {
+            return Ok(());
+        }
+        let bytes_at = self.buffer_at;
+        let bytes_end = bytes_at + bytes.len() as u64;
+        let page_end = self.cursor.0 - self.cursor.page_offset() + XLOG_PAGE_BYTES;
+        let page = &bytes[..bytes.len().min((page_end - bytes_at.0) as usize)];
         let mut record = DecodedRecord::blank();
         loop {
+            self.buffer_at = self.cursor.min(bytes_end);
             let start = self.cursor;
-            let rest = page.get((start.0 - page_at.0) as usize..).unwrap_or_default();
+            let rest = page.get((start.0 - bytes_at.0) as usize..).unwrap_or_default();
             let Some(header) = RecordHeader::from_prefix(rest) else { return Ok(()) };
             let Some(raw) = rest.get(..header.xl_tot_len as usize) else { return Ok(()) };
             let end = (start + raw.len() as u64).align_up();
@@ -218,7 +254,10 @@ impl WalStreamDecoder {
             self.cursor = end;
             self.position = end;
             self.last_record = Some(start);
-            f(&record)?;
+            if let Err(error) = f(&record) {
+                self.buffer_at = end.min(bytes_end);
+                return Err(error);
+            }
         }
     }
 

@@ -34,10 +34,11 @@ fn wal() -> (Vec<u8>, Vec<Lsn>) {
     (bytes, ends)
 }
 
-/// All records that there are, by both ways of asking, which must agree.
-fn drain(decoder: &mut WalStreamDecoder) -> (Vec<OwnedRecord>, Option<WalDecodeError>) {
+/// Feeds these bytes and takes all records that there are, by both ways of asking, which must agree.
+fn drain(decoder: &mut WalStreamDecoder, bytes: &[u8]) -> (Vec<OwnedRecord>, Option<WalDecodeError>) {
     let mut other = decoder.clone();
     let (mut records, mut other_records) = (Vec::new(), Vec::new());
+    decoder.feed(decoder.fed_until(), bytes);
     let error = loop {
         match decoder.poll_record() {
             Ok(Some(record)) => records.push(record.to_owned()),
@@ -45,13 +46,16 @@ fn drain(decoder: &mut WalStreamDecoder) -> (Vec<OwnedRecord>, Option<WalDecodeE
             Err(error) => break Some(error),
         }
     };
-    let other_end = other.for_each_record(|record| {
+    let other_end = other.feed_each(other.fed_until(), bytes, |record| {
         other_records.push(record.to_owned());
         Ok::<(), Infallible>(())
     });
     assert_eq!(other_end, error.clone().map_or(Ok(()), |error| Err(ForEachError::Decode(error))));
     assert_eq!(other_records, records);
-    assert_eq!((other.position(), other.fed_until()), (decoder.position(), decoder.fed_until()));
+    assert_eq!(other.position(), decoder.position());
+    if error.is_none() {
+        assert_eq!(other.fed_until(), decoder.fed_until());
+    }
     (records, error)
 }
 
@@ -66,9 +70,8 @@ proptest! {
         let (mut rest, mut sizes) = (bytes.as_slice(), sizes.iter().cycle());
         while !rest.is_empty() {
             let (piece, left) = rest.split_at((*sizes.next().expect("endless")).min(rest.len()));
-            decoder.feed(decoder.fed_until(), piece);
             rest = left;
-            let (records, error) = drain(&mut decoder);
+            let (records, error) = drain(&mut decoder, piece);
             prop_assert_eq!(error, None);
             found.extend(records.into_iter().map(|record| record.end_lsn));
         }
@@ -78,13 +81,11 @@ proptest! {
     #[test]
     fn a_changed_byte_never_makes_a_wrong_record(at in 0usize..190_000, with in 1u8..) {
         let (mut bytes, ends) = wal();
-        let whole = { let mut d = WalStreamDecoder::new(BEGIN); d.feed(BEGIN, &bytes); drain(&mut d).0 };
+        let whole = drain(&mut WalStreamDecoder::new(BEGIN), &bytes).0;
         let at = at % bytes.len();
         bytes[at] ^= with;
-        let mut decoder = WalStreamDecoder::new(BEGIN);
-        decoder.feed(BEGIN, &bytes);
         // Damage in the last records may look like records that are not whole yet, damage in padding like none.
-        let (records, _) = drain(&mut decoder);
+        let (records, _) = drain(&mut WalStreamDecoder::new(BEGIN), &bytes);
         let whole_before = ends.iter().filter(|end| end.0 <= BEGIN.0 + at as u64).count();
         prop_assert!(records.len() >= whole_before);
         for (record, true_record) in records.iter().zip(&whole) {
@@ -100,16 +101,14 @@ proptest! {
         let mut partly = bytes.clone();
         partly[cut..].fill(0);
         let mut decoder = WalStreamDecoder::new(BEGIN);
-        decoder.feed(BEGIN, &partly);
-        let (first, error) = drain(&mut decoder);
+        let (first, error) = drain(&mut decoder, &partly);
         prop_assert!(error.is_some() || first.len() == ends.len());
         let whole_before = ends.iter().filter(|end| end.0 <= BEGIN.0 + cut as u64).count();
         prop_assert!(first.len() >= whole_before);
         decoder.rewind();
         let position = decoder.position();
         prop_assert_eq!(decoder.fed_until(), position);
-        decoder.feed(position, &bytes[(position.0 - BEGIN.0) as usize..]);
-        let (second, error) = drain(&mut decoder);
+        let (second, error) = drain(&mut decoder, &bytes[(position.0 - BEGIN.0) as usize..]);
         prop_assert_eq!(error, None);
         prop_assert_eq!(first.len() + second.len(), ends.len());
     }
@@ -117,8 +116,7 @@ proptest! {
     #[test]
     fn any_bytes_are_survived(start in 8u64..100_000, bytes in prop::collection::vec(any::<u8>(), 0..5000)) {
         let mut decoder = WalStreamDecoder::new(Lsn(start));
-        decoder.feed(decoder.fed_until(), &bytes);
-        drain(&mut decoder);
+        drain(&mut decoder, &bytes);
         let _ = dormouse_wal::decode_record(Lsn(start), Lsn(start + 8), &bytes);
     }
 
@@ -134,6 +132,23 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn a_caller_that_stops_goes_on_behind_the_record_that_it_failed_on() {
+    let (bytes, ends) = wal();
+    let mut decoder = WalStreamDecoder::new(BEGIN);
+    let mut found = Vec::new();
+    loop {
+        let rest = &bytes[(decoder.fed_until().0 - BEGIN.0) as usize..];
+        let outcome = decoder.feed_each(decoder.fed_until(), rest, |record| Err::<(), Lsn>(record.end_lsn));
+        match outcome {
+            Err(ForEachError::Stopped(end)) => found.push(end),
+            Err(ForEachError::Decode(error)) => panic!("{error}"),
+            Ok(()) => break,
+        }
+    }
+    assert_eq!(found, ends);
 }
 
 #[test]

@@ -10,14 +10,13 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use memmap2::{Advice, MmapMut};
+use memmap2::{Advice, MmapMut, MmapOptions};
 use redo_oracle::store::relation_path;
 use rustc_hash::FxHasher;
-use types::{ForkNumber, Lsn, PAGE_BYTES, PageTag, REL_SEGMENT_BLOCKS, RelTag, WAL_SEGMENT_BYTES};
+use types::{ForkNumber, Lsn, PAGE_BYTES, PageTag, REL_SEGMENT_BLOCKS, RelTag};
 use wal::{CheckPoint, DecodedRecord, ForEachError, OwnedRecord, WalStreamDecoder, v15::rmgr};
 use wal_redo::{
-    Change, ChangeList, SlruKind, append_changes, checkpoint, commit_ts_changes, redo_page, redo_slru_page,
-    tracks_commit_ts,
+    Change, SlruKind, checkpoint, commit_ts_changes, each_change, redo_page, redo_slru_page, tracks_commit_ts,
 };
 
 type Page = [u8; PAGE_BYTES];
@@ -25,9 +24,11 @@ type Fast = BuildHasherDefault<FxHasher>;
 
 /// Records in the chain whose application is timed.
 const CHAIN_RECORDS: usize = 60;
-const CHAIN_ROUNDS: u32 = 20_000;
-/// WAL comes from its files in pieces of this size.
-const READ_BYTES: usize = 256 << 10;
+const CHAIN_ROUNDS: u32 = 1_000;
+const CHAIN_BATCHES: u32 = 21;
+/// WAL is taken in pieces of this size.
+const PIECE_BYTES: usize = 256 << 10;
+const RECENT_FORKS: usize = 64;
 /// Pages are read and kept in runs of so many: 2 MiB.
 const RUN_BLOCKS: usize = 256;
 
@@ -39,25 +40,19 @@ pub(super) fn each_record(
 ) -> anyhow::Result<(u64, u64)> {
     let mut decoder = WalStreamDecoder::new(start);
     let mut records = 0;
-    let mut piece = vec![0; READ_BYTES];
     let mut at = start;
-    let mut end_of_wal = false;
-    while !end_of_wal {
-        let Ok(segment) = File::open(data_dir.join("pg_wal").join(at.segment_file_name())) else { break };
-        let segment_end = at.segment_start() + WAL_SEGMENT_BYTES;
-        while at < segment_end && !end_of_wal {
-            let length = READ_BYTES.min((segment_end.0 - at.0) as usize);
-            segment.read_exact_at(&mut piece[..length], at.segment_offset())?;
-            decoder.feed(at, &piece[..length]);
-            at += length as u64;
+    'segments: while let Ok(segment) = File::open(data_dir.join("pg_wal").join(at.segment_file_name())) {
+        // SAFETY: nothing but this program knows the directory, and the server that wrote the file is gone.
+        let segment = unsafe { MmapOptions::new().populate().map(&segment)? };
+        for piece in segment[at.segment_offset() as usize..].chunks(PIECE_BYTES) {
             let counted = |record: &DecodedRecord<'_>| {
                 records += 1;
                 f(record)
             };
-            match decoder.for_each_record(counted) {
-                Ok(()) => {}
+            match decoder.feed_each(at, piece, counted) {
+                Ok(()) => at += piece.len() as u64,
                 // A server that was killed leaves zeroes or an old segment's content behind its WAL.
-                Err(ForEachError::Decode(_end)) => end_of_wal = true,
+                Err(ForEachError::Decode(_end)) => break 'segments,
                 Err(ForEachError::Stopped(error)) => return Err(error),
             }
         }
@@ -69,15 +64,14 @@ pub(super) fn each_record(
 pub(super) struct Replay {
     memory: Memory,
     counters: CheckPoint,
-    /// Empty between records.
-    changes: ChangeList,
 }
 
 /// All pages in memory, as Postgres has them in shared buffers.
 struct Memory {
     data_dir: PathBuf,
-    /// The fork that was asked for last, by its place in `forks`: records of one fork come in runs.
-    last: Option<(RelTag, usize)>,
+    spare: Spare,
+    /// Forks that were asked for, with their places in `forks`: a load's records are about a few.
+    recent: [Option<(RelTag, usize)>; RECENT_FORKS],
     places: HashMap<RelTag, usize, Fast>,
     forks: Vec<Fork>,
     slru: HashMap<(SlruKind, u32), Box<Page>, Fast>,
@@ -88,36 +82,80 @@ struct Fork {
     rel: RelTag,
     /// From here on, blocks are not those of the file.
     file_end: u32,
-    runs: Vec<Option<MmapMut>>,
+    runs: Vec<Option<Run>>,
+}
+
+/// [`RUN_BLOCKS`] pages.
+struct Run {
+    bytes: MmapMut,
+    /// Pages from here on are empty ones, whatever their memory holds.
+    end: usize,
+}
+
+/// Memory for runs of pages that an earlier replay used: what it takes the kernel (and the host of a virtual machine) to hand out
+/// memory for the first time is none of redo's.
+#[derive(Default)]
+pub(super) struct Spare(Vec<MmapMut>);
+
+impl Spare {
+    /// Memory for a run; its content is what was there before.
+    fn take(&mut self) -> anyhow::Result<MmapMut> {
+        if let Some(run) = self.0.pop() {
+            return Ok(run);
+        }
+        let run = MmapMut::map_anon(RUN_BLOCKS * PAGE_BYTES)?;
+        // One large page of the processor's where there are any, as Postgres can have its buffers.
+        let _no_large_pages_then = run.advise(Advice::HugePage);
+        Ok(run)
+    }
 }
 
 impl Replay {
     /// Begins with a stopped server's files and the counters of its control file.
-    pub(super) fn new(data_dir: PathBuf, counters: CheckPoint) -> Replay {
+    pub(super) fn new(data_dir: PathBuf, counters: CheckPoint, spare: Spare) -> Replay {
         let (places, forks, slru) = (HashMap::default(), Vec::new(), HashMap::default());
-        let memory = Memory { data_dir, last: None, places, forks, slru };
-        Replay { memory, counters, changes: ChangeList::new() }
+        let memory = Memory { data_dir, spare, recent: [None; RECENT_FORKS], places, forks, slru };
+        Replay { memory, counters }
+    }
+
+    /// Of memory, as far as pages were asked for or read with others.
+    pub(super) fn page_bytes(&self) -> usize {
+        let runs = self.memory.forks.iter().flat_map(|fork| &fork.runs).flatten();
+        runs.map(|run| run.end * PAGE_BYTES).sum()
+    }
+
+    /// Ends with all memory spare.
+    pub(super) fn into_spare(self) -> Spare {
+        let Memory { mut spare, forks, .. } = self.memory;
+        spare.0.extend(forks.into_iter().flat_map(|fork| fork.runs).flatten().map(|run| run.bytes));
+        spare
     }
 
     /// Does all that the record says.
     pub(super) fn apply(&mut self, record: &DecodedRecord<'_>) -> anyhow::Result<()> {
-        append_changes(record, &mut self.changes)?;
+        let memory = &mut self.memory;
+        let mut outcome = Ok(());
+        each_change(record, |change| {
+            if outcome.is_ok() {
+                outcome = memory.apply(&change, record);
+            }
+        })?;
+        outcome?;
         if tracks_commit_ts(&self.counters) {
-            self.changes.extend(commit_ts_changes(record, &self.counters)?);
+            for change in commit_ts_changes(record, &self.counters)? {
+                self.memory.apply(&change, record)?;
+            }
         }
-        for change in &self.changes {
-            self.memory.apply(change, record)?;
-        }
-        self.changes.clear();
         checkpoint::advance(&mut self.counters, record);
         Ok(())
     }
 }
 
 impl Memory {
+    #[inline(always)]
     fn apply(&mut self, change: &Change, record: &DecodedRecord<'_>) -> anyhow::Result<()> {
         match change {
-            Change::Page { tag, .. } => redo_page(self.page(tag)?, tag, record)?,
+            Change::Page { tag, will_init } => redo_page(self.page(tag, *will_init)?, tag, record)?,
             Change::SlruPage { slru, page, .. } => {
                 let bytes = self.slru.entry((*slru, *page)).or_insert_with(|| Box::new([0; PAGE_BYTES]));
                 redo_slru_page(bytes, *slru, *page, record)?;
@@ -137,42 +175,50 @@ impl Memory {
         Ok(())
     }
 
-    fn page(&mut self, tag: &PageTag) -> anyhow::Result<&mut Page> {
-        let place = match self.last {
-            Some((rel, place)) if rel == tag.rel => place,
-            _another => self.place(tag.rel),
-        };
-        self.forks[place].page(&self.data_dir, tag.block)
+    /// The page's content is unspecified when it is about to be made from nothing.
+    #[inline(always)]
+    fn page(&mut self, tag: &PageTag, will_init: bool) -> anyhow::Result<&mut Page> {
+        let place = self.place(tag.rel);
+        self.forks[place].page(&self.data_dir, &mut self.spare, tag.block, will_init)
     }
 
+    #[inline(always)]
     fn place(&mut self, rel: RelTag) -> usize {
+        let recent = &mut self.recent[(rel.rel as usize * 4 + rel.fork as usize) % RECENT_FORKS];
+        if let Some((_, place)) = recent.filter(|(at, _)| *at == rel) {
+            return place;
+        }
         let forks = &mut self.forks;
         let place = *self.places.entry(rel).or_insert_with(|| {
             forks.push(Fork { rel, file_end: u32::MAX, runs: Vec::new() });
             forks.len() - 1
         });
-        self.last = Some((rel, place));
+        *recent = Some((rel, place));
         place
     }
 }
 
 impl Fork {
-    fn page(&mut self, data_dir: &Path, block: u32) -> anyhow::Result<&mut Page> {
+    #[inline(always)]
+    fn page(&mut self, data_dir: &Path, spare: &mut Spare, block: u32, will_init: bool) -> anyhow::Result<&mut Page> {
         let (run, index) = (block as usize / RUN_BLOCKS, block as usize % RUN_BLOCKS);
         if self.runs.get(run).is_none_or(Option::is_none) {
-            self.read(data_dir, run)?;
+            self.read(data_dir, spare, run)?;
         }
-        let pages = self.runs.get_mut(run).and_then(Option::as_mut);
-        pages.and_then(|pages| pages[index * PAGE_BYTES..].first_chunk_mut()).context("a run of pages is cut short")
+        let run = self.runs.get_mut(run).and_then(Option::as_mut).context("a run of pages is not there")?;
+        if index >= run.end {
+            let zeroes_until = index + usize::from(!will_init);
+            run.bytes[run.end * PAGE_BYTES..zeroes_until * PAGE_BYTES].fill(0);
+            run.end = index + 1;
+        }
+        run.bytes[index * PAGE_BYTES..].first_chunk_mut().context("a run of pages is cut short")
     }
 
     /// Reads a run of pages; those that the file does not have are zeroes.
     #[cold]
-    fn read(&mut self, data_dir: &Path, run: usize) -> anyhow::Result<()> {
+    fn read(&mut self, data_dir: &Path, spare: &mut Spare, run: usize) -> anyhow::Result<()> {
         let first = (run * RUN_BLOCKS) as u32;
-        // Zeroes, in one large page of the processor's where there are any, as Postgres can have its buffers.
-        let mut bytes = MmapMut::map_anon(RUN_BLOCKS * PAGE_BYTES)?;
-        let _no_large_pages_then = bytes.advise(Advice::HugePage);
+        let mut bytes = spare.take()?;
         let there = self.file_end.saturating_sub(first).min(RUN_BLOCKS as u32) as usize * PAGE_BYTES;
         let mut got = 0;
         let path = relation_path(data_dir, &self.rel, first / REL_SEGMENT_BLOCKS);
@@ -185,10 +231,12 @@ impl Fork {
                 }
             }
         }
+        let end = got.div_ceil(PAGE_BYTES);
+        bytes[got..end * PAGE_BYTES].fill(0);
         if self.runs.len() <= run {
             self.runs.resize_with(run + 1, || None);
         }
-        self.runs[run] = Some(bytes);
+        self.runs[run] = Some(Run { bytes, end });
         Ok(())
     }
 
@@ -196,23 +244,23 @@ impl Fork {
         self.file_end = self.file_end.min(blocks);
         let (run, index) = (blocks as usize / RUN_BLOCKS, blocks as usize % RUN_BLOCKS);
         if let Some(Some(pages)) = self.runs.get_mut(run) {
-            pages[index * PAGE_BYTES..].fill(0);
+            pages.end = pages.end.min(index);
         }
         self.runs.truncate(run + 1);
     }
 }
 
-/// Microseconds to make a page from an image and [`CHAIN_RECORDS`] heap records that follow it in real WAL, from their bytes on as a
+/// Microseconds (the median of some batches) to make a page from an image and [`CHAIN_RECORDS`] heap records that follow it in real WAL, from their bytes on as a
 /// pageserver has them: taking them apart is part of it.
 pub(super) fn chain(data_dir: &Path, start: Lsn, counters: CheckPoint) -> anyhow::Result<f64> {
-    let mut replay = Replay::new(data_dir.to_owned(), counters);
+    let mut replay = Replay::new(data_dir.to_owned(), counters, Spare::default());
     let mut chains: HashMap<PageTag, (Box<Page>, Vec<OwnedRecord>), Fast> = HashMap::default();
     let mut found = None;
     each_record(data_dir, start, |record| {
         if found.is_none() && [rmgr::HEAP, rmgr::HEAP2].contains(&record.rmgr) {
             for block in record.blocks.iter().filter(|block| block.rel.fork == ForkNumber::Main) {
                 let tag = block.tag();
-                let image = Box::new(*replay.memory.page(&tag)?);
+                let image = Box::new(*replay.memory.page(&tag, false)?);
                 let (_, records) = chains.entry(tag).or_insert((image, Vec::new()));
                 records.push(record.to_owned());
                 if records.len() == CHAIN_RECORDS {
@@ -224,14 +272,21 @@ pub(super) fn chain(data_dir: &Path, start: Lsn, counters: CheckPoint) -> anyhow
         replay.apply(record)
     })?;
     let Some((tag, image, records)) = found else { bail!("no page has {CHAIN_RECORDS} records") };
-    let began = Instant::now();
     let mut page = image.clone();
-    for _ in 0..CHAIN_ROUNDS {
-        page.copy_from_slice(&image[..]);
-        for record in &records {
-            redo_page(&mut page, &tag, &record.decode().map_err(anyhow::Error::msg)?)?;
+    let mut took = Vec::new();
+    for _ in 0..CHAIN_BATCHES {
+        let began = Instant::now();
+        for _ in 0..CHAIN_ROUNDS {
+            page.copy_from_slice(&image[..]);
+            let mut decoded = DecodedRecord::blank();
+            for record in &records {
+                record.decode_into(&mut decoded).map_err(anyhow::Error::msg)?;
+                redo_page(&mut page, &tag, &decoded)?;
+            }
+            ensure!(std::hint::black_box(&page)[14..16] != [0, 0], "an empty page");
         }
-        ensure!(std::hint::black_box(&page)[14..16] != [0, 0], "an empty page");
+        took.push(began.elapsed().as_secs_f64() * 1e6 / f64::from(CHAIN_ROUNDS));
     }
-    Ok(began.elapsed().as_secs_f64() * 1e6 / f64::from(CHAIN_ROUNDS))
+    took.sort_by(f64::total_cmp);
+    Ok(took[took.len() / 2])
 }

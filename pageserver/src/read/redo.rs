@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use types::{Lsn, PAGE_BYTES, PageTag};
+use wal::DecodedRecord;
 
 use crate::storage::{Key, StoredRecord};
 
@@ -20,8 +21,9 @@ pub(crate) async fn replay(key: Key, base: Bytes, records: Vec<(Lsn, StoredRecor
 fn replay_now(key: Key, base: &[u8], records: Vec<(Lsn, StoredRecord)>) -> Result<Bytes, String> {
     let mut page = Box::new([0u8; PAGE_BYTES]);
     page.copy_from_slice(base);
-    for (end_lsn, stored) in records {
-        let record = wal::decode_record(stored.start_lsn, end_lsn, &stored.raw)
+    let mut record = DecodedRecord::blank();
+    for (end_lsn, stored) in &records {
+        wal::decode_into(&mut record, stored.start_lsn, *end_lsn, &stored.raw)
             .map_err(|reason| format!("record that ends at {end_lsn}: {reason}"))?;
         match (key.slru_kind(), key.rel_tag()) {
             (Some(slru), _) => {

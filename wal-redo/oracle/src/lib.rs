@@ -185,8 +185,7 @@ pub fn check_with_standby(before: &Path, after: &Path, standby: Option<&Path>) -
         file.read_to_end(&mut bytes).expect("a WAL segment is readable");
         let skipped = decoder.fed_until().0.saturating_sub(segment.0) as usize;
         for (at, chunk) in (skipped..).step_by(1 << 20).zip(bytes[skipped.min(bytes.len())..].chunks(1 << 20)) {
-            decoder.feed(segment + at as u64, chunk);
-            let decoded = decoder.for_each_record(|record| {
+            let decoded = decoder.feed_each(segment + at as u64, chunk, |record| {
                 last = record.start_lsn;
                 if last != end {
                     oracle.apply(record);

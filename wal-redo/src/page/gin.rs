@@ -1,6 +1,6 @@
 //! Redo of GIN indexes (`access/gin/ginxlog.c`).
 
-use types::BlockNumber;
+use types::{BlockNumber, PAGE_BYTES};
 use wal::{BlockRef, DecodedRecord};
 
 use super::{
@@ -275,7 +275,12 @@ impl<'r> UpdateMeta<'r> {
 }
 
 fn restore_meta(page: &mut Page<'_>, metadata: &[u8]) -> Result<(), Fault> {
-    init(page, META)?;
+    // Every insertion into the pending list changes it: one that is there already needs no zeroes again.
+    let opaque = [0xFF, 0xFF, 0xFF, 0xFF, 0, 0, META as u8, 0];
+    let special = PAGE_BYTES - OPAQUE_BYTES;
+    if !page.has_fresh_header(HEADER_BYTES + metadata.len(), special) || page.slice(special..PAGE_BYTES)? != opaque {
+        init(page, META)?;
+    }
     page.write(HEADER_BYTES, metadata)?;
     page.set_lower(HEADER_BYTES + metadata.len());
     Ok(())

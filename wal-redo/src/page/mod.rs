@@ -48,7 +48,9 @@ enum PageLsn {
 /// `pd_upper` may differ. After an error the page's content is unspecified.
 pub fn redo_page(page: &mut [u8; PAGE_BYTES], tag: &PageTag, record: &DecodedRecord<'_>) -> Result<(), RedoError> {
     let named = |fault: Fault| fault.named(tag, record);
-    let done = match record.blocks.iter().find(|block| block.tag() == *tag) {
+    // Most records refer to one relation: what tells their pages apart comes first.
+    let is_page = |block: &&BlockRef<'_>| block.block == tag.block && block.rel == tag.rel;
+    let done = match record.blocks.iter().find(is_page) {
         Some(block) => redo_block(&mut Page::new(page), record, block).map_err(named)?,
         None if tag.rel.fork == ForkNumber::Vm => {
             let implied = visibility_map::redo_implied(&mut Page::new(page), tag, record).map_err(named)?;

@@ -23,6 +23,7 @@ const HAS_FREE_LINES: u16 = 0x0001;
 /// `PD_ALL_VISIBLE`.
 const ALL_VISIBLE: u16 = 0x0004;
 
+const AT_CHECKSUM: usize = 8;
 const AT_FLAGS: usize = 10;
 const AT_LOWER: usize = 12;
 const AT_UPPER: usize = 14;
@@ -85,6 +86,11 @@ impl ItemId {
         self.len() != 0
     }
 
+    /// The item's place in the page, with the bytes that align the next one.
+    fn extent(self) -> Range<usize> {
+        self.offset()..self.offset() + maxalign(self.len())
+    }
+
     fn moved_by(self, bytes: isize) -> ItemId {
         self.at(self.offset().wrapping_add_signed(bytes))
     }
@@ -109,8 +115,12 @@ pub(super) enum Place {
     Overwriting(u16),
 }
 
-/// Items of a page with their offset numbers: as many as a heap page may have without an allocation.
-type Items = SmallVec<[(u16, ItemId); MAX_HEAP_TUPLES as usize]>;
+/// An item with its offset number.
+#[derive(Clone, Copy)]
+struct Numbered {
+    number: u32,
+    id: ItemId,
+}
 
 /// A page of 8 KiB.
 pub(super) struct Page<'p> {
@@ -246,6 +256,15 @@ impl<'p> Page<'p> {
         self.set_header(AT_SIZE_VERSION, PAGE_BYTES | usize::from(LAYOUT_VERSION));
     }
 
+    /// Whether the header is as [`init`](Self::init) makes it, `pd_lsn` and `pd_lower` apart, which must be this.
+    pub(super) fn has_fresh_header(&self, lower: usize, special: usize) -> bool {
+        let [lower, special] = [lower as u16, special as u16].map(u16::to_le_bytes);
+        let version = (PAGE_BYTES as u16 | LAYOUT_VERSION).to_le_bytes();
+        // pd_checksum, pd_flags, pd_lower, pd_upper, pd_special, pd_pagesize_version, pd_prune_xid.
+        let header = [[0; 2], [0; 2], lower, special, special, version, [0; 2], [0; 2]];
+        self.bytes[AT_CHECKSUM..HEADER_BYTES] == *header.as_flattened()
+    }
+
     /// Starts the special area, whose size must be this (rounded up to 8).
     pub(super) fn special_of(&self, special_bytes: usize) -> Result<usize, Fault> {
         let expected = PAGE_BYTES - maxalign(special_bytes);
@@ -318,40 +337,38 @@ impl<'p> Page<'p> {
 
     /// As [`add_item`](Self::add_item) for an item of so many bytes, which the caller writes where it is told.
     pub(super) fn add_slot(&mut self, item_bytes: usize, place: Place) -> Result<Range<usize>, Fault> {
+        let (lower, upper) = (self.lower(), self.upper());
         self.check_pointers()?;
-        let limit = self.max_offset() + 1;
-        let offset_number = match place {
-            Place::Shifting(at) => at,
-            Place::Heap(at) | Place::Overwriting(at) => {
-                if at >= 1 && at < limit {
-                    let id = self.item_id(at)?;
-                    if id.is_used() || id.has_storage() {
-                        return Err(format!("line pointer {at} is in use already").into());
-                    }
-                }
-                at
+        let pointers_end = lower - (lower - HEADER_BYTES) % ITEM_ID_BYTES;
+        let (Place::Shifting(offset_number) | Place::Heap(offset_number) | Place::Overwriting(offset_number)) = place;
+        let pointer_at = HEADER_BYTES + usize::from(offset_number.wrapping_sub(1)) * ITEM_ID_BYTES;
+        if pointer_at > pointers_end {
+            return Err(not_next(offset_number, pointers_end));
+        }
+        let is_new = pointer_at == pointers_end;
+        let shuffle = matches!(place, Place::Shifting(_)) && !is_new;
+        if !is_new && !shuffle {
+            let id = ItemId(self.u32_at(pointer_at)?);
+            if id.is_used() || id.has_storage() {
+                return Err(in_use(offset_number));
             }
-        };
-        if offset_number == 0 || offset_number > limit {
-            return Err(format!("item offset {offset_number} is not in 1..={limit}").into());
         }
         if matches!(place, Place::Heap(_)) && offset_number > MAX_HEAP_TUPLES {
-            return Err(format!("line pointer {offset_number} is more than a heap page may have").into());
+            return Err(too_many(offset_number));
         }
-        let shuffle = matches!(place, Place::Shifting(_)) && offset_number < limit;
-        let grows = shuffle || offset_number == limit;
-        let lower = self.lower() + if grows { ITEM_ID_BYTES } else { 0 };
-        let upper = self.upper().checked_sub(maxalign(item_bytes)).filter(|upper| lower <= *upper);
-        let upper = upper.ok_or_else(|| format!("an item of {item_bytes} bytes does not fit into the page"))?;
-        let pointer_at = self.item_id_at(offset_number);
+        let new_lower = if is_new || shuffle { lower + ITEM_ID_BYTES } else { lower };
+        let aligned = maxalign(item_bytes);
+        if new_lower + aligned > upper {
+            return Err(no_room(item_bytes));
+        }
+        let item_at = upper - aligned;
         if shuffle {
-            let end = self.item_id_at(limit);
-            self.bytes.copy_within(pointer_at..end, pointer_at + ITEM_ID_BYTES);
+            self.bytes.copy_within(pointer_at..pointers_end, pointer_at + ITEM_ID_BYTES);
         }
-        self.set_u32_at(pointer_at, ItemId::normal(upper, item_bytes).0)?;
-        self.set_lower(lower);
-        self.set_upper(upper);
-        Ok(upper..upper + item_bytes)
+        self.set_u32_at(pointer_at, ItemId::normal(item_at, item_bytes).0)?;
+        self.set_lower(new_lower);
+        self.set_upper(item_at);
+        Ok(item_at..item_at + item_bytes)
     }
 
     /// A copy's fresh page with this page's special area (`PageGetTempPageCopySpecial`).
@@ -437,86 +454,116 @@ impl<'p> Page<'p> {
         }
         self.check_pointers_aligned()?;
         let mut removed = offset_numbers.iter().copied().peekable();
-        let mut items: Items = SmallVec::new();
+        let mut items: SmallVec<[Numbered; MAX_HEAP_TUPLES as usize]> = SmallVec::new();
         for number in 1..=self.max_offset() {
             let id = self.index_item(number)?;
             if removed.peek() == Some(&number) {
                 removed.next();
             } else {
-                items.push((items.len() as u16 + 1, id));
+                items.push(Numbered { number: items.len() as u32 + 1, id });
             }
         }
         if removed.next().is_some() {
             return Err("offsets to delete are not ascending, or not on the page".into());
         }
         self.set_lower(HEADER_BYTES + items.len() * ITEM_ID_BYTES);
+        for item in &items {
+            self.set_item_id(item.number as u16, item.id)?;
+        }
         self.compactify(&items)
     }
 
-    /// Packs these items, and no others, against the special area in this order, and sets their line pointers.
-    fn compactify(&mut self, items: &[(u16, ItemId)]) -> Result<(), Fault> {
+    /// Packs these items, and no others, against the special area in this order, and sets the line pointers of those that move.
+    fn compactify(&mut self, items: &[Numbered]) -> Result<(), Fault> {
+        let (lower, copied_from, special) = (self.lower(), self.upper(), self.special());
+        let (mut total, mut lowest, mut highest) = (0, special, 0);
         // Each one in front of the one before: then all move towards the page's end and none lands on one that is still to move.
-        let mut upper = self.special();
-        let mut limit = upper;
-        let in_place = items.iter().all(|(_, id)| {
-            let end = id.offset() + maxalign(id.len());
-            end <= std::mem::replace(&mut limit, id.offset())
+        let (mut in_place, mut limit) = (true, special);
+        for Numbered { id, .. } in items {
+            let Range { start, end } = id.extent();
+            (lowest, highest) = (lowest.min(start), highest.max(end));
+            total += end - start;
+            in_place &= end <= limit;
+            limit = start;
+        }
+        if lowest < copied_from || highest > special {
+            return Err(format!("corrupted line pointers: items in {lowest}..{highest}").into());
+        }
+        if lower > special || total > special - lower {
+            return Err(format!("corrupted item lengths: total {total}, available {lower}..{special}").into());
+        }
+        let mut upper = special;
+        let settled = items.iter().take_while(|item| {
+            let Range { start, end } = item.id.extent();
+            let is_settled = end == upper;
+            if is_settled {
+                upper = start;
+            }
+            is_settled
         });
+        let items = &items[settled.count()..];
         // Else what may be overwritten before it is moved is read from a copy.
-        let copied_from = self.upper();
         let scratch: SmallVec<[u8; PAGE_BYTES]> =
             if in_place { SmallVec::new() } else { SmallVec::from_slice(self.slice(copied_from..upper)?) };
-        for (number, id) in items {
-            let len = maxalign(id.len());
-            let source = id.offset()..id.offset() + len;
-            if source.end > PAGE_BYTES {
-                return Err(format!("corrupted line pointer {number}").into());
+        // Neighbours stay neighbours: they move as one.
+        let mut run = upper..upper;
+        for Numbered { number, id } in items {
+            let source = id.extent();
+            if source.end != run.start {
+                self.move_items(run, upper, copied_from, &scratch)?;
+                run = source.end..source.end;
             }
-            upper = upper.checked_sub(len).filter(|upper| *upper >= self.lower()).ok_or("corrupted item lengths")?;
-            if source.start == upper {
-                // It is where it belongs, and nothing was written there: what is written lies behind.
-            } else if in_place {
-                self.copy_within(source, upper)?;
-            } else {
-                let copied = source.start.checked_sub(copied_from).and_then(|at| scratch.get(at..at + len));
-                self.write(upper, copied.ok_or("corrupted line pointers")?)?;
-            }
-            self.set_item_id(*number, id.at(upper))?;
+            run.start = source.start;
+            upper -= source.len();
+            self.set_u32_at(HEADER_BYTES + (*number as usize - 1) * ITEM_ID_BYTES, id.at(upper).0)?;
         }
+        self.move_items(run, upper, copied_from, &scratch)?;
         self.set_upper(upper);
         Ok(())
+    }
+
+    /// Copies what stands, or stood, at `source` to `to`; `scratch` is what stood at `copied_from`, or empty.
+    fn move_items(&mut self, source: Range<usize>, to: usize, copied_from: usize, scratch: &[u8]) -> Result<(), Fault> {
+        if source.start == to {
+            // It is where it belongs, and nothing was written there: what is written lies behind.
+            return Ok(());
+        }
+        if scratch.is_empty() {
+            return self.copy_within(source, to);
+        }
+        let copied = source.start.checked_sub(copied_from).and_then(|at| scratch.get(at..at + source.len()));
+        self.write(to, copied.ok_or("corrupted line pointers")?)
     }
 
     /// `PageRepairFragmentation`: packs a heap page and drops unused line pointers from its end.
     pub(super) fn repair_fragmentation(&mut self) -> Result<(), Fault> {
         self.check_pointers_aligned()?;
-        let (lower, upper, special) = (self.lower(), self.upper(), self.special());
+        let lower = self.lower();
         let lines = self.max_offset();
-        let mut items: Items = SmallVec::new();
-        let (mut last_used, mut unused, mut total) = (0, 0, 0);
-        for number in 1..=lines {
-            let id = self.item_id(number)?;
-            if !id.is_used() {
-                self.set_item_id(number, ItemId::UNUSED)?;
-                unused += 1;
-                continue;
-            }
-            last_used = number;
-            if id.has_storage() {
-                if id.offset() < upper || id.offset() + maxalign(id.len()) > special {
-                    return Err(format!("corrupted line pointer {number}: offset {}", id.offset()).into());
-                }
-                total += maxalign(id.len());
-                items.push((number, id));
-            }
+        if lines > MAX_HEAP_TUPLES {
+            return Err(format!("{lines} line pointers are more than a heap page may have").into());
         }
-        if total > special - lower {
-            return Err(format!("corrupted item lengths: total {total}, available {}", special - lower).into());
+        let pointers = self.bytes[HEADER_BYTES..lower].as_chunks_mut::<ITEM_ID_BYTES>().0;
+        let last_used = pointers.iter().rposition(|pointer| ItemId(u32::from_le_bytes(*pointer)).is_used());
+        let last_used = last_used.map_or(0, |at| at + 1);
+        // Which ones are in use follows no pattern that a processor could guess: short loops without branches, so.
+        let mut used = 0;
+        for pointer in &mut *pointers {
+            let id = ItemId(u32::from_le_bytes(*pointer));
+            let id = if id.is_used() { id } else { ItemId::UNUSED };
+            *pointer = id.0.to_le_bytes();
+            used += usize::from(id.is_used());
         }
-        self.compactify(&items)?;
-        let trailing = lines - last_used;
-        self.set_lower(lower - usize::from(trailing) * ITEM_ID_BYTES);
-        self.set_has_free_lines(unused > trailing);
+        let mut items = [Numbered { number: 0, id: ItemId::UNUSED }; MAX_HEAP_TUPLES as usize + 1];
+        let mut stored = 0;
+        for (at, pointer) in pointers.iter().enumerate() {
+            let id = ItemId(u32::from_le_bytes(*pointer));
+            items[stored] = Numbered { number: at as u32 + 1, id };
+            stored += usize::from(id.has_storage());
+        }
+        self.compactify(&items[..stored])?;
+        self.set_lower(HEADER_BYTES + last_used * ITEM_ID_BYTES);
+        self.set_has_free_lines(used < last_used);
         Ok(())
     }
 
@@ -535,6 +582,27 @@ impl<'p> Page<'p> {
         self.set_has_free_lines(has_free);
         Ok(())
     }
+}
+
+#[cold]
+fn not_next(offset_number: u16, pointers_end: usize) -> Fault {
+    let limit = (pointers_end - HEADER_BYTES) / ITEM_ID_BYTES + 1;
+    format!("item offset {offset_number} is not in 1..={limit}").into()
+}
+
+#[cold]
+fn in_use(offset_number: u16) -> Fault {
+    format!("line pointer {offset_number} is in use already").into()
+}
+
+#[cold]
+fn too_many(offset_number: u16) -> Fault {
+    format!("line pointer {offset_number} is more than a heap page may have").into()
+}
+
+#[cold]
+fn no_room(item_bytes: usize) -> Fault {
+    format!("an item of {item_bytes} bytes does not fit into the page").into()
 }
 
 /// `TransactionIdPrecedes`: order modulo 2^32 among normal ids; permanent ones (below 3) come first.

@@ -33,6 +33,26 @@ fn items_are_put_in_between_and_taken_out() {
 }
 
 #[test]
+fn an_item_that_stays_in_its_place_still_gets_its_new_number() {
+    let mut bytes = [0; PAGE_BYTES];
+    let mut page = Page::new(&mut bytes);
+    page.init(16);
+    // The first one added lies at the page's end, and comes last.
+    for value in 1..=6 {
+        page.add_item(&[value; 20], Place::Shifting(1)).expect("fits");
+    }
+    page.index_multi_delete(&[1, 2, 3, 5]).expect("deletes");
+    assert_eq!(contents(&page), [3, 1]);
+    page.index_tuple_delete(1).expect("deletes");
+    assert_eq!((contents(&page), page.upper()), (vec![1], page.special() - 24));
+    for value in 2..=5 {
+        page.add_item(&[value; 20], Place::Shifting(1)).expect("fits");
+    }
+    page.index_multi_delete(&[1, 2, 3, 4]).expect("deletes");
+    assert_eq!((contents(&page), page.upper()), (vec![1], page.special() - 24));
+}
+
+#[test]
 fn heap_pages_lose_unused_line_pointers_at_their_end() {
     let mut bytes = with_items(5);
     let mut page = Page::new(&mut bytes);
