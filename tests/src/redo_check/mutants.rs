@@ -27,7 +27,7 @@ const CRATES: [&str; 3] = ["types", "wal", "wal-redo"];
 
 impl Mutants {
     /// Each must be caught.
-    pub const ALL: [Mutant; 14] = [
+    pub const ALL: [Mutant; 15] = [
         Mutant {
             name: "a deleted tuple does not get its xmax",
             file: "page/heap.rs",
@@ -55,8 +55,14 @@ impl Mutants {
         Mutant {
             name: "a packed page's items end up one byte off",
             file: "page/page_ops.rs",
-            sound: "                self.copy_within(source, upper)?;",
-            broken: "                self.copy_within(source.start + 1..source.end, upper)?;",
+            sound: "            return self.copy_within(source, to);",
+            broken: "            return self.copy_within(source.start + 1..source.end, to);",
+        },
+        Mutant {
+            name: "an item that stays in its place keeps its old number",
+            file: "page/page_ops.rs",
+            sound: "            self.set_item_id(item.number as u16, item.id)?;",
+            broken: "            let _ = item;",
         },
         Mutant {
             name: "a frozen tuple keeps its infomask",
