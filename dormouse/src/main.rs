@@ -23,7 +23,7 @@ Examples:
   dormouse psql                               connect to its main branch; it wakes by itself
   dormouse branches create --name dev         branch it, with all data, in milliseconds
   dormouse psql dev -- -c 'select 1'          connect to the branch
-  dormouse branches create --name before --at-timestamp 2030-01-01T12:00:00Z
+  dormouse branches create --name before --at-timestamp $(date -u -d '1 hour ago' +%FT%TZ)
 
 Logs go to standard error; DORMOUSE_LOG filters them (DORMOUSE_LOG=debug, DORMOUSE_LOG=dormouse_pageserver=trace).";
 

@@ -19,7 +19,7 @@ use super::{
 pub enum BranchCommand {
     /// Make a branch: all of its parent's data as of now, or as of a past moment, at once
     #[command(
-        after_help = "Examples:\n  dormouse branches create --name dev\n  dormouse branches create --name before --at-timestamp 2030-01-01T12:00:00Z\n  dormouse branches create --name exact --parent dev --at-lsn 0/1A2B3C8"
+        after_help = "Examples:\n  dormouse branches create --name dev\n  dormouse branches create --name before --at-timestamp $(date -u -d '1 hour ago' +%FT%TZ)\n  dormouse branches create --name exact --parent dev --at-lsn 0/1A2B3C8"
     )]
     Create(CreateArguments),
     /// List a project's branches with their sizes: data (all relations), history (own WAL that is kept), stored (own objects)
@@ -35,7 +35,7 @@ pub enum BranchCommand {
     Delete(OneArguments),
     /// Set a branch back to an earlier point, in place: it keeps its name, id and endpoint
     #[command(
-        after_help = "Examples:\n  dormouse branches restore main --at-timestamp 2030-01-01T12:00:00Z --keep-as before-restore\n  dormouse branches restore main --at-lsn 0/1A2B3C8 --keep-as before-restore\n  dormouse branches restore dev --from main      dev gets the newest state of main; what it was is deleted\n\nThe branch's compute is put to sleep, open connections end, and the next connection finds the restored state.\nWhat the branch was stays under the name of --keep-as, with its children; the restored branch is a child of it.\nTo delete it later, first `dormouse branches detach` the restored branch."
+        after_help = "Examples:\n  dormouse branches restore main --at-timestamp $(date -u -d '1 hour ago' +%FT%TZ) --keep-as before-restore\n  dormouse branches restore main --at-lsn 0/1A2B3C8 --keep-as before-restore\n  dormouse branches restore dev --from main      dev gets the newest state of main; what it was is deleted\n\nThe branch's compute is put to sleep, open connections end, and the next connection finds the restored state.\nWhat the branch was stays under the name of --keep-as, with its children; the restored branch is a child of it.\nTo delete it later, first `dormouse branches detach` the restored branch."
     )]
     Restore(RestoreArguments),
     /// Give a branch all its data to itself, so that its parent can be deleted
@@ -45,7 +45,7 @@ pub enum BranchCommand {
     Detach(OneArguments),
     /// Show how far back a branch's history reaches; find the position of a time and the time of a position
     #[command(
-        after_help = "Examples:\n  dormouse branches history main\n  dormouse branches history main --at-timestamp 2030-01-01T12:00:00Z\n  dormouse branches history main --at-lsn 0/1A2B3C8\n\nThe window is the project's: `dormouse projects update <project> --history-retention 14d` changes it."
+        after_help = "Examples:\n  dormouse branches history main\n  dormouse branches history main --at-timestamp $(date -u -d '1 hour ago' +%FT%TZ)\n  dormouse branches history main --at-lsn 0/1A2B3C8\n\nThe window is the project's: `dormouse projects update <project> --history-retention 14d` changes it."
     )]
     History(history::HistoryArguments),
     /// Keep single positions of a branch's history beyond its window
@@ -65,7 +65,7 @@ pub struct CreateArguments {
     /// At this position of the parent's WAL
     #[arg(long, value_name = "LSN", conflicts_with = "at_timestamp")]
     at_lsn: Option<String>,
-    /// As of this time (RFC 3339, such as 2030-01-01T12:00:00Z)
+    /// As of this time (RFC 3339, as `date -u +%FT%TZ` prints it)
     #[arg(long, value_name = "TIME")]
     at_timestamp: Option<String>,
     /// Idle seconds before its endpoint sleeps; 0 is the default of 300, -1 never

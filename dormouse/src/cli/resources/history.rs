@@ -16,7 +16,7 @@ pub struct PointArguments {
     /// This position of the branch's WAL
     #[arg(long, value_name = "LSN", conflicts_with = "at_timestamp")]
     pub at_lsn: Option<String>,
-    /// This time (RFC 3339, such as 2030-01-01T12:00:00Z)
+    /// This time (RFC 3339, as `date -u +%FT%TZ` prints it)
     #[arg(long, value_name = "TIME")]
     pub at_timestamp: Option<String>,
 }
@@ -35,7 +35,7 @@ pub struct HistoryArguments {
 pub enum LeaseCommand {
     /// Keep a position of a branch's history for some time, though it may fall out of the project's window
     #[command(
-        after_help = "A lease is for work that reads one state for long, such as an export or an audit: until it ends, branches can be\nmade at its position.\n\nExamples:\n  dormouse branches leases create main --for 12h\n  dormouse branches leases create main --at-timestamp 2030-01-01T12:00:00Z --for 30d"
+        after_help = "A lease is for work that reads one state for long, such as an export or an audit: until it ends, branches can be\nmade at its position.\n\nExamples:\n  dormouse branches leases create main --for 12h\n  dormouse branches leases create main --at-timestamp $(date -u -d '1 hour ago' +%FT%TZ) --for 30d"
     )]
     Create {
         #[command(flatten)]
