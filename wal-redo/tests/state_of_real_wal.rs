@@ -8,7 +8,7 @@ use std::fs;
 
 use dormouse_wal_redo::{SlruKind, changes};
 use redo_oracle::{control_file, state::State};
-use support::{Cluster, WORKLOAD, segments, succeed};
+use support::{Cluster, WORKLOAD, program, segments, succeed};
 use types::Lsn;
 use wal::{OwnedRecord, WalDecodeError, WalStreamDecoder};
 
@@ -44,7 +44,10 @@ fn records(cluster: &Cluster, start: Lsn) -> Vec<OwnedRecord> {
 
 /// Runs SQL on a new cluster and compares what its WAL says with its files.
 fn check(settings: &str, work: impl FnOnce(&Cluster)) -> State {
-    let mut cluster = Cluster::init();
+    check_on(Cluster::init(), settings, work)
+}
+
+fn check_on(mut cluster: Cluster, settings: &str, work: impl FnOnce(&Cluster)) -> State {
     cluster.configure(SETTINGS);
     cluster.configure(settings);
     let mut model = State::of(&cluster.data());
@@ -91,4 +94,30 @@ fn many_ids_with_commit_timestamps_then_everything_frozen() {
     );
     let counters = model.counters.expect("counters");
     assert!(counters.next_multi > 2048 && counters.next_xid > 32768 && counters.oldest_multi > 2048, "{counters:?}");
+}
+
+/// The cluster's next multixact and member stand just before the last ones, which the first ones follow.
+#[test]
+fn multixacts_and_their_members_wrap_around() {
+    let cluster = Cluster::init();
+    let (next_multi, next_member) = (u32::MAX - 100, u32::MAX - 700);
+    let ids = format!("{next_multi},{}", next_multi - 10);
+    succeed(program("pg_resetwal").args(["-m", &ids, "-O", &next_member.to_string()]).arg(cluster.data()));
+    // A server looks at the pages that the next ones are on; 32 pages make a segment.
+    for (area, page) in [("offsets", next_multi / 2048), ("members", next_member / 1636)] {
+        let pages = vec![0; (page % 32 + 1) as usize * 8192];
+        cluster.write(&format!("pg_multixact/{area}/{:04X}", page / 32), &pages);
+    }
+    let model = check_on(cluster, "autovacuum = off", |cluster| {
+        // Each row's second locker makes a multixact of two members: 500 of them pass both ends.
+        cluster.sql(
+            "CREATE TABLE locked (id int PRIMARY KEY);
+             INSERT INTO locked SELECT generate_series(1, 500);
+             DO $$ BEGIN FOR i IN 1..500 LOOP PERFORM 1 FROM locked WHERE id = i FOR KEY SHARE;
+               BEGIN UPDATE locked SET id = id WHERE id = i; EXCEPTION WHEN OTHERS THEN NULL; END; COMMIT; END LOOP; END $$;",
+        );
+    });
+    let counters = model.counters.expect("counters");
+    let (next_multi, next_member) = (counters.next_multi, counters.next_multi_offset);
+    assert!((300..1000).contains(&next_multi) && (200..2000).contains(&next_member), "{counters:?}");
 }
