@@ -2,6 +2,7 @@
 
 mod bare;
 mod branch;
+mod commit;
 mod density;
 mod ingest;
 mod oltp;
@@ -29,10 +30,10 @@ struct Arguments {
     /// pgbench scale of the large database of `branch`: 67 is 1 GB.
     #[arg(long, default_value_t = 67)]
     large_scale: u32,
-    /// Rounds of each load of `oltp` and `scan`.
+    /// Rounds of each load of `oltp`, `commit` and `scan`.
     #[arg(long, default_value_t = 3)]
     load_rounds: usize,
-    /// Seconds of each round of `oltp`.
+    /// Seconds of each round of `oltp` and `commit`.
     #[arg(long, default_value_t = 8)]
     seconds: u32,
     /// Size of the table of `scan`, MiB.
@@ -50,6 +51,9 @@ struct Arguments {
     /// Transactions that count as a minute's worth in `pages`; it runs 60 times as many.
     #[arg(long, default_value_t = 3000)]
     minute_transactions: u32,
+    /// WAL of each round of `commit`, MiB.
+    #[arg(long, default_value_t = 256)]
+    wal_mib: usize,
     /// Idle clients whose memory `pool` measures.
     #[arg(long, default_value_t = 2000)]
     idle_clients: usize,
@@ -63,6 +67,8 @@ enum Name {
     Branch,
     /// pgbench, beside a stock server that is as durable.
     Oltp,
+    /// Commits, beside a stock server that is as durable; WAL into safekeepers, beside plain files.
+    Commit,
     /// Scan, COPY and index build, beside a stock server with a cold file cache.
     Scan,
     /// WAL redo, beside a stock server's crash recovery.
@@ -90,6 +96,7 @@ async fn main() -> ExitCode {
             Name::Wake => wake::run(arguments.rounds).await,
             Name::Branch => branch::run(arguments.rounds, arguments.large_scale).await,
             Name::Oltp => oltp::run(arguments.load_rounds, arguments.seconds).await,
+            Name::Commit => commit::run(arguments.load_rounds, arguments.seconds, arguments.wal_mib).await,
             Name::Scan => scan::run(arguments.load_rounds, arguments.scan_mib).await,
             Name::Redo => redo::run(arguments.load_rounds, arguments.redo_scale).await,
             Name::Pages => pages::run(arguments.pages_scale, arguments.minute_transactions).await,

@@ -35,7 +35,7 @@ const SETTINGS: &[(&str, &str)] = &[
     ("maintenance_work_mem", "512MB"),
 ];
 
-/// Prints `redo_mrec_s= redo_mb_s= postgres_mb_s= redo_ratio= warm_ratio= chain_us=`, and the ratio of each load by itself; the warm
+/// Prints `redo_mrec_s= redo_mb_s= postgres_mb_s= redo_ratio= warm_ratio= chain_us= chain_max_us=`, and the ratio of each load by itself; the warm
 /// one is without the time that the kernel takes to hand out as much memory to Postgres.
 pub async fn run(rounds: usize, pgbench_scale: u32) -> anyhow::Result<()> {
     let scale = pgbench_scale.to_string();
@@ -87,10 +87,11 @@ pub async fn run(rounds: usize, pgbench_scale: u32) -> anyhow::Result<()> {
         library.add(ours);
         postgres += theirs;
     }
-    let chain_us = replay::chain(&pgbench.base(), pgbench.start, pgbench.counters)?;
+    let chains = replay::chains(&pgbench.base(), pgbench.start, pgbench.counters)?;
+    let (chain_us, chain_max_us) = (chains[chains.len() / 2], chains[chains.len() - 1]);
     let seconds = library.took.as_secs_f64();
     println!(
-        "redo_mrec_s={:.2} redo_mb_s={:.1} postgres_mb_s={:.1} redo_ratio={:.2} warm_ratio={:.2} chain_us={chain_us:.2}",
+        "redo_mrec_s={:.2} redo_mb_s={:.1} postgres_mb_s={:.1} redo_ratio={:.2} warm_ratio={:.2} chain_us={chain_us:.2} chain_max_us={chain_max_us:.2}",
         library.records as f64 / 1e6 / seconds,
         mb(library.wal_bytes) / seconds,
         mb(library.wal_bytes) / postgres.as_secs_f64(),
