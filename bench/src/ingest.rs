@@ -41,7 +41,7 @@ pub async fn run(rounds: usize, scale: u32) -> anyhow::Result<()> {
                 .await?;
         let (mut ours, mut theirs, mut bytes) = (Vec::new(), Vec::new(), 0);
         for _ in 0..rounds {
-            theirs.push(recorded.recover().await?);
+            theirs.push(recorded.recover().await?.took);
             let (took, wal_bytes) = ingest(&recorded).await?;
             ours.push(took);
             bytes = wal_bytes;

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use e2e::stock::{SUPERUSER, StockServer, as_postgres, run as succeed};
 use memmap2::{Advice, MmapMut};
 use redo_oracle::control_file;
@@ -66,8 +66,11 @@ pub async fn run(rounds: usize, pgbench_scale: u32) -> anyhow::Result<()> {
         let mut theirs = Vec::new();
         recorded.replay(&mut spare)?;
         for _ in 0..rounds {
-            theirs.push(recorded.recover().await?);
-            ours.push(recorded.replay(&mut spare)?);
+            let (recovery, replay) = (recorded.recover().await?, recorded.replay(&mut spare)?);
+            let (end, expected) = (replay.last_record, recovery.last_record);
+            ensure!(end == expected, "{name}: the library's last record is at {end}, that of Postgres at {expected}");
+            theirs.push(recovery.took);
+            ours.push(replay);
         }
         theirs.sort();
         ours.sort_by_key(|totals| totals.took);
@@ -120,12 +123,22 @@ pub(crate) fn client(socket_dir: &Path, program: &str, arguments: &[&str]) -> an
     succeed(command.args(arguments)).map(drop)
 }
 
+/// What Postgres did in crash recovery.
+pub(crate) struct Recovery {
+    /// From the start of redo to its end.
+    pub(crate) took: Duration,
+    /// Start of the last record that it replayed.
+    pub(crate) last_record: Lsn,
+}
+
 #[derive(Clone, Copy, Default)]
 struct Totals {
     records: u64,
     wal_bytes: u64,
     /// Of memory that pages take in the end.
     page_bytes: usize,
+    /// Its start.
+    last_record: Lsn,
     took: Duration,
 }
 
@@ -206,27 +219,34 @@ impl Recorded {
         Ok(pieces)
     }
 
-    /// How long Postgres's crash recovery takes, from the start of redo to its end, by its own log.
-    pub(crate) async fn recover(&self) -> anyhow::Result<Duration> {
+    /// Postgres's crash recovery, by its own log.
+    pub(crate) async fn recover(&self) -> anyhow::Result<Recovery> {
         let mut server =
             StockServer::on(|data_dir| succeed(Command::new("cp").arg("-a").arg(self.base()).arg(data_dir)).map(drop))?;
         server.start().await?;
         server.stop()?;
         let log = std::fs::read_to_string(server.socket_dir().join("log"))?;
-        let elapsed =
-            log.lines().find(|line| line.contains("redo done at")).and_then(|line| line.split("elapsed: ").nth(1));
-        let seconds = elapsed.and_then(|text| text.trim_end_matches(" s").parse().ok());
-        seconds.map(Duration::from_secs_f64).with_context(|| format!("the server tells of no redo:\n{log}"))
+        // "redo done at 0/1A2B3C8 system usage: CPU: user: 1.00 s, system: 0.20 s, elapsed: 1.30 s"
+        let done = log.lines().find_map(|line| line.split_once("redo done at ")).and_then(|(_, done)| {
+            let last_record = done.split(' ').next()?.parse().ok()?;
+            let seconds = done.split_once("elapsed: ")?.1.trim_end_matches(" s").parse().ok()?;
+            Some(Recovery { took: Duration::from_secs_f64(seconds), last_record })
+        });
+        done.with_context(|| format!("the server tells of no redo:\n{log}"))
     }
 
     /// The library does the same, with memory that it had before.
     fn replay(&self, spare: &mut Spare) -> anyhow::Result<Totals> {
         let mut replay = Replay::new(self.base(), self.counters, std::mem::take(spare));
         let began = Instant::now();
-        let (records, wal_bytes) = each_record(&self.base(), self.start, |record| replay.apply(record))?;
+        let mut last_record = self.start;
+        let (records, wal_bytes) = each_record(&self.base(), self.start, |record| {
+            last_record = record.start_lsn;
+            replay.apply(record)
+        })?;
         let took = began.elapsed();
         let page_bytes = replay.page_bytes();
         *spare = replay.into_spare();
-        Ok(Totals { records, wal_bytes, page_bytes, took })
+        Ok(Totals { records, wal_bytes, page_bytes, last_record, took })
     }
 }
