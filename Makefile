@@ -4,7 +4,7 @@
 #   make demo OBJECT_STORE=s3    the same, against an S3-compatible server that it starts itself
 #   make test                    units, simulation, end-to-end against real PostgreSQL and a real S3-compatible server
 #   make regress                 PostgreSQL's core, isolation and contrib tests, beside a stock server (15 minutes)
-#   make redo-check              WAL redo against PostgreSQL's own pages: its tests, a standby, broken versions of redo (30 minutes)
+#   make redo-check              WAL redo against PostgreSQL's own pages: its tests, a standby, broken versions of redo (20 minutes)
 #   make sim [SEEDS=n]           the consensus and the pageserver on faulty disks, networks and stores, by seeds; `make sim SEED=n` tells one step by step
 #   make chaos NAME=quorum [SECONDS=1800]   safekeepers and computes killed and stopped at random; nothing acknowledged is lost
 #   make model [ARGS=...]        the safekeeper protocol in a model checker, larger than in `make test` (minutes)
@@ -40,6 +40,7 @@ test:
 	cargo test --workspace --locked --no-fail-fast
 
 regress: release
+	DORMOUSE_TEST_PGSRC="$$(scripts/postgres-source.sh languages)" cargo test --locked -p dormouse-shim-server -- --ignored
 	target/release/regress --source "$$(scripts/postgres-source.sh languages)"
 
 redo-check:

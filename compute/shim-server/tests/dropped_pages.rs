@@ -67,7 +67,7 @@ fn pgbench_within_a_small_budget() {
 }
 
 #[test]
-#[ignore = "minutes, and PostgreSQL's sources"]
+#[ignore = "minutes: `make regress` runs it"]
 fn the_core_regression_suite_within_a_small_budget() {
     let dir = directory();
     initdb(&dir.path().join("original"));

@@ -152,7 +152,7 @@ fn unlogged_relations_start_as_their_init_forks() {
 }
 
 #[test]
-#[ignore = "minutes, and PostgreSQL's sources"]
+#[ignore = "minutes: `make regress` runs it"]
 fn the_core_regression_suite_gives_the_same_results() {
     let dir = directory();
     let options = Options { settings: vec!["shared_buffers=4MB".to_owned()], ..Options::default() };
