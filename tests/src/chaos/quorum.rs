@@ -126,6 +126,10 @@ async fn compare(ledger: &Ledger, uri: &str) -> anyhow::Result<(usize, usize)> {
     let numbers = ledger.numbers();
     let lost = numbers.acknowledged.difference(&there).count();
     let known = |number: &&i64| numbers.acknowledged.contains(*number) || numbers.unknown.contains(*number);
-    let phantom = there.iter().filter(|number| !known(number)).count();
-    Ok((lost, phantom))
+    let phantoms: Vec<&i64> = there.iter().filter(|number| !known(number)).collect();
+    for number in &phantoms {
+        let said = numbers.refused.get(number).map_or("nobody tried it", String::as_str);
+        println!("{number} is there, but was refused: {said}");
+    }
+    Ok((lost, phantoms.len()))
 }

@@ -1,13 +1,15 @@
 //! Clients that write whatever happens, and remember outside the database what they were told.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
 };
+
+use tokio_postgres::error::Severity;
 
 use super::history::{Outcome, Step, Transaction};
 use crate::sql;
@@ -35,6 +37,8 @@ pub struct Numbers {
     pub acknowledged: BTreeSet<i64>,
     /// The connection broke before an answer came.
     pub unknown: BTreeSet<i64>,
+    /// Refused, and what the server said.
+    pub refused: BTreeMap<i64, String>,
 }
 
 impl Ledger {
@@ -119,7 +123,7 @@ pub async fn insert_numbers(ledger: Arc<Ledger>, uri: String, writer: i64) {
             match ended {
                 Ok(Ok(_)) => drop(numbers.acknowledged.insert(number)),
                 // Refused by the server, which says so with a code: not there, and it must not be.
-                Ok(Err(error)) if was_refused(&error) => {}
+                Ok(Err(error)) if was_refused(&error) => drop(numbers.refused.insert(number, said(&error))),
                 Ok(Err(_)) | Err(_) => {
                     numbers.unknown.insert(number);
                     break;
@@ -181,12 +185,20 @@ async fn read(client: &tokio_postgres::Client, list: u32) -> Result<Vec<u64>, to
     Ok(items.into_iter().map(|value| value as u64).collect())
 }
 
-/// True when the server answered that the statement failed: the transaction is rolled back. A server that is going down (class
-/// 57) may have committed before it said so.
+/// True when the server answered that the statement failed and the session goes on: the transaction is rolled back. A server that
+/// ends the session instead may have committed before: a commit whose record is written and not yet acknowledged by a quorum when
+/// its agent dies ends with a PANIC, since the flush failed, and the record is there.
 fn was_refused(error: &tokio_postgres::Error) -> bool {
-    error
-        .as_db_error()
-        .is_some_and(|error| !error.code().code().starts_with("57") && !error.code().code().starts_with("08"))
+    error.as_db_error().is_some_and(|error| {
+        error.parsed_severity() == Some(Severity::Error)
+            && !error.code().code().starts_with("57")
+            && !error.code().code().starts_with("08")
+    })
+}
+
+/// What the server said, with all that it gives.
+fn said(error: &tokio_postgres::Error) -> String {
+    error.as_db_error().map_or_else(|| error.to_string(), |error| format!("{error:?}"))
 }
 
 /// Makes the tables.
