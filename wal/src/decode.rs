@@ -80,9 +80,12 @@ fn read_headers<'a>(cursor: &mut Cursor<'a>, record: &mut DecodedRecord<'a>) -> 
                 if last.is_some_and(|last| last.id >= id) {
                     return Err(out_of_order(id));
                 }
-                let block = read_block_header(id, cursor, last.map(|last| last.rel))?;
-                data_total += block.data.len() + block.image.map_or(0, |image| image.bytes.len());
-                record.blocks.push(block);
+                let previous = last.map(|last| last.rel);
+                // Its fields are written where they stay: one that is put together elsewhere and then moved costs more than all else.
+                record.blocks.push(BlockRef::BLANK);
+                let block = record.blocks.last_mut().ok_or_else(past_the_end)?;
+                block.id = id;
+                data_total += read_block_header(block, cursor, previous)?;
             }
             id => return Err(format!("invalid block id {id}")),
         }
@@ -119,26 +122,38 @@ fn wrong_data_length(id: u8, data_length: usize) -> String {
     format!("block {id}: data flag and data length {data_length} disagree")
 }
 
+/// How many bytes of data and image it announces.
 #[inline]
-fn read_block_header<'a>(id: u8, cursor: &mut Cursor<'a>, previous: Option<RelTag>) -> Result<BlockRef<'a>, String> {
+fn read_block_header<'a>(
+    block: &mut BlockRef<'a>,
+    cursor: &mut Cursor<'a>,
+    previous: Option<RelTag>,
+) -> Result<usize, String> {
+    let id = block.id;
     let [flags, data_low, data_high] = *cursor.take()?;
     let Ok(fork) = ForkNumber::try_from(flags & bkpblock::FORK_MASK) else { return Err(no_fork(id, flags)) };
     let data_length = usize::from(u16::from_le_bytes([data_low, data_high]));
-    let has_data = flags & bkpblock::HAS_DATA != 0;
-    if has_data != (data_length > 0) {
+    block.has_data = flags & bkpblock::HAS_DATA != 0;
+    if block.has_data != (data_length > 0) {
         return Err(wrong_data_length(id, data_length));
     }
-    let image = if flags & bkpblock::HAS_IMAGE != 0 { Some(read_image_header(id, cursor)?) } else { None };
-    let (rel, block) = if flags & bkpblock::SAME_REL != 0 {
-        let rel = previous.ok_or_else(|| same_relation_as_none(id))?.with_fork(fork);
-        (rel, cursor.u32()?)
+    let mut bytes = data_length;
+    if flags & bkpblock::HAS_IMAGE != 0 {
+        let image = read_image_header(id, cursor)?;
+        bytes += image.bytes.len();
+        block.image = Some(image);
+    }
+    block.rel.fork = fork;
+    if flags & bkpblock::SAME_REL != 0 {
+        let RelTag { spc, db, rel, .. } = previous.ok_or_else(|| same_relation_as_none(id))?;
+        (block.rel.spc, block.rel.db, block.rel.rel) = (spc, db, rel);
+        block.block = cursor.u32()?;
     } else {
-        let [spc, db, rel, block] = cursor.u32s()?;
-        (RelTag { spc, db, rel, fork }, block)
-    };
-    let will_init = flags & bkpblock::WILL_INIT != 0;
-    let data = cursor.somewhere(data_length)?;
-    Ok(BlockRef { id, rel, block, will_init, image, data, has_data })
+        [block.rel.spc, block.rel.db, block.rel.rel, block.block] = cursor.u32s()?;
+    }
+    block.will_init = flags & bkpblock::WILL_INIT != 0;
+    block.data = cursor.somewhere(data_length)?;
+    Ok(bytes)
 }
 
 fn read_image_header<'a>(id: u8, cursor: &mut Cursor<'a>) -> Result<BlockImage<'a>, String> {

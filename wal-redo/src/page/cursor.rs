@@ -2,6 +2,8 @@
 
 use super::fault::Fault;
 
+const TOO_SHORT: &str = "the record's data is shorter than its contents need";
+
 /// Reads from the front of a record's bytes.
 #[derive(Clone)]
 pub(super) struct Cursor<'d> {
@@ -16,15 +18,21 @@ impl<'d> Cursor<'d> {
 
     pub(super) fn take(&mut self, count: usize) -> Result<&'d [u8], Fault> {
         let taken = self.bytes.get(self.at..).and_then(|rest| rest.get(..count));
-        let taken = taken.ok_or("the record's data is shorter than its contents need")?;
+        let taken = taken.ok_or(TOO_SHORT)?;
         self.at += count;
         Ok(taken)
     }
 
+    /// The next `N` bytes where they are.
+    pub(super) fn array_ref<const N: usize>(&mut self) -> Result<&'d [u8; N], Fault> {
+        let taken = self.bytes.get(self.at..).and_then(|rest| rest.first_chunk());
+        let taken = taken.ok_or(TOO_SHORT)?;
+        self.at += N;
+        Ok(taken)
+    }
+
     fn array<const N: usize>(&mut self) -> Result<[u8; N], Fault> {
-        let mut array = [0; N];
-        array.copy_from_slice(self.take(N)?);
-        Ok(array)
+        self.array_ref().copied()
     }
 
     pub(super) fn u8(&mut self) -> Result<u8, Fault> {

@@ -115,11 +115,22 @@ pub(super) enum Place {
     Overwriting(u16),
 }
 
-/// An item with its offset number.
+/// An item with its offset number, in one word.
 #[derive(Clone, Copy)]
-struct Numbered {
-    number: u32,
-    id: ItemId,
+struct Numbered(u64);
+
+impl Numbered {
+    fn new(number: usize, id: ItemId) -> Numbered {
+        Numbered((number as u64) << 32 | u64::from(id.0))
+    }
+
+    fn number(self) -> usize {
+        (self.0 >> 32) as usize
+    }
+
+    fn id(self) -> ItemId {
+        ItemId(self.0 as u32)
+    }
 }
 
 /// A page of 8 KiB.
@@ -288,8 +299,7 @@ impl<'p> Page<'p> {
     /// The line pointer of an existing offset number.
     pub(super) fn item_id(&self, offset_number: u16) -> Result<ItemId, Fault> {
         if offset_number == 0 || offset_number > self.max_offset() {
-            let max = self.max_offset();
-            return Err(format!("there is no line pointer {offset_number} (the page has {max})").into());
+            return Err(no_line_pointer(offset_number, self.max_offset()));
         }
         Ok(ItemId(self.u32_at(self.item_id_at(offset_number))?))
     }
@@ -301,10 +311,14 @@ impl<'p> Page<'p> {
 
     /// Where an item with storage lies in the page.
     pub(super) fn item_range(&self, offset_number: u16) -> Result<Range<usize>, Fault> {
-        let id = self.item_id(offset_number)?;
+        self.storage_of(offset_number, self.item_id(offset_number)?)
+    }
+
+    /// As [`item_range`](Self::item_range) for a line pointer that is known.
+    pub(super) fn storage_of(&self, offset_number: u16, id: ItemId) -> Result<Range<usize>, Fault> {
         let range = id.offset()..id.offset() + id.len();
         if !id.has_storage() || range.start < HEADER_BYTES || range.end > PAGE_BYTES {
-            return Err(format!("line pointer {offset_number} has no valid storage ({range:?})").into());
+            return Err(no_storage(offset_number, range));
         }
         Ok(range)
     }
@@ -460,7 +474,7 @@ impl<'p> Page<'p> {
             if removed.peek() == Some(&number) {
                 removed.next();
             } else {
-                items.push(Numbered { number: items.len() as u32 + 1, id });
+                items.push(Numbered::new(items.len() + 1, id));
             }
         }
         if removed.next().is_some() {
@@ -468,7 +482,7 @@ impl<'p> Page<'p> {
         }
         self.set_lower(HEADER_BYTES + items.len() * ITEM_ID_BYTES);
         for item in &items {
-            self.set_item_id(item.number as u16, item.id)?;
+            self.set_item_id(item.number() as u16, item.id())?;
         }
         self.compactify(&items)
     }
@@ -476,46 +490,47 @@ impl<'p> Page<'p> {
     /// Packs these items, and no others, against the special area in this order, and sets the line pointers of those that move.
     fn compactify(&mut self, items: &[Numbered]) -> Result<(), Fault> {
         let (lower, copied_from, special) = (self.lower(), self.upper(), self.special());
-        let (mut total, mut lowest, mut highest) = (0, special, 0);
-        // Each one in front of the one before: then all move towards the page's end and none lands on one that is still to move.
-        let (mut in_place, mut limit) = (true, special);
-        for Numbered { id, .. } in items {
-            let Range { start, end } = id.extent();
-            (lowest, highest) = (lowest.min(start), highest.max(end));
-            total += end - start;
-            in_place &= end <= limit;
-            limit = start;
-        }
-        if lowest < copied_from || highest > special {
-            return Err(format!("corrupted line pointers: items in {lowest}..{highest}").into());
-        }
-        if lower > special || total > special - lower {
-            return Err(format!("corrupted item lengths: total {total}, available {lower}..{special}").into());
-        }
+        // Those at the end that already stand where they belong.
         let mut upper = special;
-        let settled = items.iter().take_while(|item| {
-            let Range { start, end } = item.id.extent();
+        let is_settled = |item: &&Numbered| {
+            let Range { start, end } = item.id().extent();
             let is_settled = end == upper;
             if is_settled {
                 upper = start;
             }
             is_settled
+        };
+        let settled = items.iter().take_while(is_settled).count();
+        let items = &items[settled..];
+        // Each one in front of the one before: then all move towards the page's end and none lands on one that is still to move.
+        let mut limit = upper;
+        let in_place = items.iter().all(|item| {
+            let Range { start, end } = item.id().extent();
+            let follows = end <= limit;
+            limit = start;
+            follows
         });
-        let items = &items[settled.count()..];
-        // Else what may be overwritten before it is moved is read from a copy.
+        if in_place && limit < copied_from {
+            return Err(outside("items", limit, special));
+        }
+        // Else what may be overwritten before it is moved is read from a copy, outside of which no item may be.
         let scratch: SmallVec<[u8; PAGE_BYTES]> =
             if in_place { SmallVec::new() } else { SmallVec::from_slice(self.slice(copied_from..upper)?) };
         // Neighbours stay neighbours: they move as one.
         let mut run = upper..upper;
-        for Numbered { number, id } in items {
+        for item in items {
+            let id = item.id();
             let source = id.extent();
             if source.end != run.start {
                 self.move_items(run, upper, copied_from, &scratch)?;
                 run = source.end..source.end;
             }
             run.start = source.start;
-            upper -= source.len();
-            self.set_u32_at(HEADER_BYTES + (*number as usize - 1) * ITEM_ID_BYTES, id.at(upper).0)?;
+            upper = upper.checked_sub(source.len()).ok_or("corrupted item lengths: they exceed the page")?;
+            self.set_u32_at(HEADER_BYTES + (item.number() - 1) * ITEM_ID_BYTES, id.at(upper).0)?;
+        }
+        if upper < lower {
+            return Err(outside("packed items", upper, special));
         }
         self.move_items(run, upper, copied_from, &scratch)?;
         self.set_upper(upper);
@@ -554,11 +569,11 @@ impl<'p> Page<'p> {
             *pointer = id.0.to_le_bytes();
             used += usize::from(id.is_used());
         }
-        let mut items = [Numbered { number: 0, id: ItemId::UNUSED }; MAX_HEAP_TUPLES as usize + 1];
+        let mut items = [Numbered(0); MAX_HEAP_TUPLES as usize + 1];
         let mut stored = 0;
         for (at, pointer) in pointers.iter().enumerate() {
             let id = ItemId(u32::from_le_bytes(*pointer));
-            items[stored] = Numbered { number: at as u32 + 1, id };
+            items[stored] = Numbered::new(at + 1, id);
             stored += usize::from(id.has_storage());
         }
         self.compactify(&items[..stored])?;
@@ -582,6 +597,21 @@ impl<'p> Page<'p> {
         self.set_has_free_lines(has_free);
         Ok(())
     }
+}
+
+#[cold]
+fn no_line_pointer(offset_number: u16, max: u16) -> Fault {
+    format!("there is no line pointer {offset_number} (the page has {max})").into()
+}
+
+#[cold]
+fn no_storage(offset_number: u16, range: Range<usize>) -> Fault {
+    format!("line pointer {offset_number} has no valid storage ({range:?})").into()
+}
+
+#[cold]
+fn outside(what: &str, start: usize, special: usize) -> Fault {
+    format!("corrupted line pointers: {what} from {start} on, the special area from {special} on").into()
 }
 
 #[cold]

@@ -59,33 +59,37 @@ pub(super) const MOVED_PARTITIONS: [u8; 6] = [0xFF, 0xFF, 0xFF, 0xFF, 0xFD, 0xFF
 
 /// A tuple on a page.
 pub(super) struct Tuple<'t> {
-    bytes: &'t mut [u8],
+    header: &'t mut [u8; HEADER_BYTES],
+    /// All behind the fixed header.
+    body: &'t mut [u8],
 }
 
 impl<'t> Tuple<'t> {
     /// The tuple of a normal line pointer, its header wholly there.
     pub(super) fn on_page<'p>(page: &'t mut Page<'p>, offset_number: u16) -> Result<Tuple<'t>, Fault> {
-        if page.item_id(offset_number)?.state() != LineState::Normal {
-            return Err(format!("line pointer {offset_number} is not a normal one").into());
+        let id = page.item_id(offset_number)?;
+        if id.state() != LineState::Normal {
+            return Err(not_normal(offset_number));
         }
-        let range = page.item_range(offset_number)?;
-        let bytes = page.slice_mut(range)?;
-        if bytes.len() < HEADER_BYTES {
-            return Err(format!("tuple {offset_number} is shorter than a tuple header").into());
-        }
-        Ok(Tuple { bytes })
+        let range = page.storage_of(offset_number, id)?;
+        Tuple::at(page, range).ok_or_else(|| too_short(offset_number))
+    }
+
+    fn at<'p>(page: &'t mut Page<'p>, range: Range<usize>) -> Option<Tuple<'t>> {
+        let (header, body) = page.bytes_mut().get_mut(range)?.split_first_chunk_mut()?;
+        Some(Tuple { header, body })
     }
 
     fn u16_at(&self, at: usize) -> u16 {
-        u16::from_le_bytes([self.bytes[at], self.bytes[at + 1]])
+        u16::from_le_bytes([self.header[at], self.header[at + 1]])
     }
 
     fn set_u16_at(&mut self, at: usize, value: u16) {
-        self.bytes[at..at + 2].copy_from_slice(&value.to_le_bytes());
+        self.header[at..at + 2].copy_from_slice(&value.to_le_bytes());
     }
 
     fn set_u32_at(&mut self, at: usize, value: u32) {
-        self.bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        self.header[at..at + 4].copy_from_slice(&value.to_le_bytes());
     }
 
     pub(super) fn infomask(&self) -> u16 {
@@ -100,19 +104,17 @@ impl<'t> Tuple<'t> {
         self.set_u16_at(AT_INFOMASK2, bits);
     }
 
-    /// Where the user's data starts in the tuple; errors when that is not inside it.
+    /// Where the user's data starts in the body; errors when that is not inside it.
     pub(super) fn data_offset(&self) -> Result<usize, Fault> {
-        let hoff = usize::from(self.bytes[AT_HOFF]);
-        if hoff < HEADER_BYTES || hoff > self.bytes.len() {
-            return Err(format!("t_hoff {hoff} is not inside the tuple").into());
-        }
-        Ok(hoff)
+        let hoff = self.header[AT_HOFF];
+        let offset = usize::from(hoff).checked_sub(HEADER_BYTES).filter(|offset| *offset <= self.body.len());
+        offset.ok_or_else(|| no_place_for_data(hoff))
     }
 
     /// The user's data.
     pub(super) fn data_mut(&mut self) -> Result<&mut [u8], Fault> {
-        let hoff = self.data_offset()?;
-        Ok(&mut self.bytes[hoff..])
+        let offset = self.data_offset()?;
+        Ok(&mut self.body[offset..])
     }
 
     pub(super) fn set_xmin(&mut self, xid: u32) {
@@ -135,7 +137,7 @@ impl<'t> Tuple<'t> {
     }
 
     pub(super) fn set_ctid(&mut self, pointer: [u8; 6]) {
-        self.bytes[AT_CTID..AT_CTID + 6].copy_from_slice(&pointer);
+        self.header[AT_CTID..AT_CTID + 6].copy_from_slice(&pointer);
     }
 
     pub(super) fn set_hot_updated(&mut self, on: bool) {
@@ -169,15 +171,15 @@ impl<'t> Tuple<'t> {
 }
 
 /// What a record keeps of a new tuple's header (`xl_heap_header`).
-pub(super) struct NewTuple {
-    pub(super) infomask2: u16,
-    pub(super) infomask: u16,
+pub(super) struct NewTuple<'d> {
+    /// `t_infomask2` and `t_infomask`, in this order in a tuple too.
+    masks: &'d [u8; 4],
     pub(super) hoff: u8,
 }
 
-impl NewTuple {
-    pub(super) fn read(cursor: &mut Cursor<'_>) -> Result<NewTuple, Fault> {
-        Ok(NewTuple { infomask2: cursor.u16()?, infomask: cursor.u16()?, hoff: cursor.u8()? })
+impl<'d> NewTuple<'d> {
+    pub(super) fn read(cursor: &mut Cursor<'d>) -> Result<NewTuple<'d>, Fault> {
+        Ok(NewTuple { masks: cursor.array_ref()?, hoff: cursor.u8()? })
     }
 
     /// Adds a tuple with a body (all behind the fixed header) of so many bytes, as redo makes it: command id 0. Where the body is to
@@ -193,18 +195,38 @@ impl NewTuple {
     ) -> Result<Range<usize>, Fault> {
         let bytes = HEADER_BYTES + body_bytes;
         if bytes > MAX_BYTES || usize::from(self.hoff) > bytes {
-            return Err(format!("a tuple of {bytes} bytes with t_hoff {}", self.hoff).into());
+            return Err(no_tuple(bytes, self.hoff));
         }
         let slot = page.add_slot(bytes, Place::Heap(offset_number))?;
         let body = slot.start + HEADER_BYTES..slot.end;
-        let mut header = Tuple { bytes: page.slice_mut(slot)? };
-        header.set_xmin(xmin);
-        header.set_xmax(xmax);
-        header.set_u32_at(AT_FIELD3, 0);
-        header.set_ctid(ctid);
-        header.set_infomask2(self.infomask2);
-        header.set_infomask(self.infomask & !infomask::COMBOCID);
-        header.bytes[AT_HOFF] = self.hoff;
+        let mut tuple = Tuple::at(page, slot).ok_or_else(|| too_short(offset_number))?;
+        tuple.set_xmin(xmin);
+        tuple.set_xmax(xmax);
+        tuple.set_u32_at(AT_FIELD3, 0);
+        tuple.set_ctid(ctid);
+        let masks = u32::from_le_bytes(*self.masks) & !(u32::from(infomask::COMBOCID) << 16);
+        tuple.set_u32_at(AT_INFOMASK2, masks);
+        tuple.header[AT_HOFF] = self.hoff;
         Ok(body)
     }
+}
+
+#[cold]
+fn not_normal(offset_number: u16) -> Fault {
+    format!("line pointer {offset_number} is not a normal one").into()
+}
+
+#[cold]
+fn too_short(offset_number: u16) -> Fault {
+    format!("tuple {offset_number} is shorter than a tuple header").into()
+}
+
+#[cold]
+fn no_place_for_data(hoff: u8) -> Fault {
+    format!("t_hoff {hoff} is not inside the tuple").into()
+}
+
+#[cold]
+fn no_tuple(bytes: usize, hoff: u8) -> Fault {
+    format!("a tuple of {bytes} bytes with t_hoff {hoff}").into()
 }
