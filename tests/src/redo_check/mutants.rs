@@ -17,6 +17,15 @@ pub struct Mutant {
     broken: &'static str,
 }
 
+impl Mutant {
+    /// The file's text with the line broken.
+    fn break_in(&self, sound: &str) -> anyhow::Result<String> {
+        let found = sound.matches(self.sound).count();
+        ensure!(found == 1, "{}: {:?} is there {found} times: this mutant needs a new line", self.file, self.sound);
+        Ok(sound.replace(self.sound, self.broken))
+    }
+}
+
 /// The copy of the sources.
 pub struct Mutants {
     home: tempfile::TempDir,
@@ -61,7 +70,7 @@ impl Mutants {
         Mutant {
             name: "an item that stays in its place keeps its old number",
             file: "page/page_ops.rs",
-            sound: "            self.set_item_id(item.number as u16, item.id)?;",
+            sound: "            self.set_item_id(item.number() as u16, item.id())?;",
             broken: "            let _ = item;",
         },
         Mutant {
@@ -148,9 +157,7 @@ impl Mutants {
     pub fn build(&self, mutant: &Mutant) -> anyhow::Result<PathBuf> {
         let path = self.home.path().join("wal-redo/src").join(mutant.file);
         let sound = std::fs::read_to_string(&path)?;
-        let found = sound.matches(mutant.sound).count();
-        ensure!(found == 1, "{}: {:?} is there {found} times: this mutant needs a new line", mutant.file, mutant.sound);
-        std::fs::write(&path, sound.replace(mutant.sound, mutant.broken))?;
+        std::fs::write(&path, mutant.break_in(&sound)?)?;
         let built = self.build_sound();
         std::fs::write(&path, sound)?;
         built.with_context(|| format!("building the mutant: {}", mutant.name))
@@ -164,4 +171,17 @@ fn only_redo(manifest: &str) -> anyhow::Result<String> {
     let (between, rest) = after.split_once("default-members = [").context("the workspace has default members")?;
     let (_members, after) = rest.split_once(']').context("the list of default members ends")?;
     Ok(format!("{before}members = [\"types\", \"wal\", \"wal-redo\", \"wal-redo/oracle\"]{between}{after}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_mutant_finds_its_line() -> anyhow::Result<()> {
+        for mutant in &Mutants::ALL {
+            mutant.break_in(&std::fs::read_to_string(repository().join("wal-redo/src").join(mutant.file))?)?;
+        }
+        Ok(())
+    }
 }
