@@ -26,7 +26,7 @@ const CACHE_BYTES: u64 = 128 << 20;
 pub async fn run(rounds: usize, scale: u32) -> anyhow::Result<()> {
     let small_rows = format!(
         "create table small (id int primary key, k int, t text);
-         do $$ begin for i in 1..{} loop insert into small values (i, i * 7919 % 1000003, 'row ' || i); end loop; end $$",
+         do $$ begin for i in 1..{} loop insert into small values (i, (i * 7919::bigint % 1000003)::int, 'row ' || i); end loop; end $$",
         scale * 50_000
     );
     let bulk_rows = format!(
@@ -89,7 +89,7 @@ async fn ingest(recorded: &Recorded) -> anyhow::Result<(Duration, u64)> {
         ingested.as_secs_f64(),
         began.elapsed().as_secs_f64()
     );
-    Ok((began.elapsed(), bytes))
+    Ok((ingested, bytes))
 }
 
 /// A pageserver's branches over a directory, and one branch of what a cluster was before a load.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use rustc_hash::FxHashMap;
 use types::Lsn;
 
 use crate::{
@@ -20,13 +21,17 @@ pub struct Put {
     pub value: Value,
 }
 
-/// What a key and its place in the map cost, about.
+/// What a value costs besides its content, about: its place among its key's values, and a share of the key's own.
 const ENTRY_OVERHEAD_BYTES: usize = 96;
 
 /// Values by (key, LSN) in memory.
 #[derive(Default)]
 pub struct MemoryLayer {
-    values: BTreeMap<(Key, Lsn), Value>,
+    /// Where each key's values are. Most values are about a key that is here already: the order of keys is apart.
+    places: FxHashMap<Key, usize>,
+    order: BTreeMap<Key, usize>,
+    /// The values of each key, oldest first.
+    values: Vec<Vec<(Lsn, Value)>>,
     bytes: usize,
     max_lsn: Lsn,
 }
@@ -34,9 +39,22 @@ pub struct MemoryLayer {
 impl MemoryLayer {
     /// Adds a value, over one with the same key and LSN.
     pub fn put(&mut self, put: Put) {
-        self.bytes += put.value.weight() + ENTRY_OVERHEAD_BYTES;
-        self.max_lsn = self.max_lsn.max(put.lsn);
-        self.values.insert((put.key, put.lsn), put.value);
+        let Put { key, lsn, value } = put;
+        self.bytes += value.weight() + ENTRY_OVERHEAD_BYTES;
+        self.max_lsn = self.max_lsn.max(lsn);
+        let place = *self.places.entry(key).or_insert_with(|| {
+            self.order.insert(key, self.values.len());
+            self.values.push(Vec::new());
+            self.values.len() - 1
+        });
+        let values = &mut self.values[place];
+        if values.last().is_none_or(|(last, _)| *last < lsn) {
+            return values.push((lsn, value));
+        }
+        match values.binary_search_by_key(&lsn, |(lsn, _)| *lsn) {
+            Ok(at) => values[at].1 = value,
+            Err(at) => values.insert(at, (lsn, value)),
+        }
     }
 
     /// About how much memory it takes.
@@ -57,10 +75,9 @@ impl MemoryLayer {
     /// Appends the values of `key` in `(after, at]`, newest first, up to the first that needs no older one. True when
     /// there was such a one.
     pub fn find(&self, key: Key, after: Lsn, at: Lsn, found: &mut Vec<Found>) -> bool {
-        if at <= after {
-            return false;
-        }
-        for ((_, lsn), value) in self.values.range((key, Lsn(after.0 + 1))..=(key, at)).rev() {
+        let values = self.of(key);
+        let until = values.partition_point(|(lsn, _)| *lsn <= at);
+        for (lsn, value) in values[..until].iter().rev().take_while(|(lsn, _)| *lsn > after) {
             found.push((*lsn, value.clone()));
             if value.is_initial() {
                 return true;
@@ -71,13 +88,17 @@ impl MemoryLayer {
 
     /// Every value whose key lies in `first..=last`, in order.
     pub fn scan(&self, first: Key, last: Key) -> impl Iterator<Item = (Key, Lsn, &Value)> {
-        self.values.range((first, Lsn(0))..=(last, Lsn::MAX)).map(|((key, lsn), value)| (*key, *lsn, value))
+        let keys = self.order.range(first..=last);
+        keys.flat_map(|(key, place)| self.values[*place].iter().map(|(lsn, value)| (*key, *lsn, value)))
     }
 
     /// How many records a key has here before the first value that needs no older one.
     pub fn leading_records(&self, key: Key) -> usize {
-        let values = self.values.range((key, Lsn(0))..=(key, Lsn::MAX));
-        values.take_while(|(_, value)| !value.is_initial()).count()
+        self.of(key).iter().take_while(|(_, value)| !value.is_initial()).count()
+    }
+
+    fn of(&self, key: Key) -> &[(Lsn, Value)] {
+        self.places.get(&key).map_or(&[], |place| &self.values[*place])
     }
 }
 
@@ -102,5 +123,18 @@ mod tests {
         assert_eq!(find(16, 24), (true, vec![24]));
         assert_eq!(find(24, 24), (false, vec![]));
         assert_eq!(find(0, 7), (false, vec![]));
+    }
+
+    #[test]
+    fn values_may_come_in_any_order_and_again() {
+        let mut layer = MemoryLayer::default();
+        for (key, lsn, blocks) in [(Key::CHECKPOINT, 16, 1), (Key::CONTROL_FILE, 8, 2), (Key::CHECKPOINT, 8, 3)] {
+            layer.put(Put { key, lsn: Lsn(lsn), value: Value::rel_size(blocks) });
+        }
+        layer.put(Put { key: Key::CHECKPOINT, lsn: Lsn(16), value: Value::rel_size(4) });
+        let all: Vec<_> = layer.scan(Key::MIN, Key::MAX).map(|(key, lsn, value)| (key, lsn.0, value.clone())).collect();
+        let expected = [(Key::CONTROL_FILE, 8, 2), (Key::CHECKPOINT, 8, 3), (Key::CHECKPOINT, 16, 4)];
+        assert_eq!(all, expected.map(|(key, lsn, blocks)| (key, lsn, Value::rel_size(blocks))));
+        assert_eq!(layer.max_lsn(), Lsn(16));
     }
 }

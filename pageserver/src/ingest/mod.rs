@@ -3,12 +3,12 @@
 mod copy;
 mod plan;
 
-pub use plan::{PlanError, Planner};
+pub use plan::{DatabaseCopy, PlanError, Planner};
 
 use std::sync::Arc;
 
-use types::{Lsn, RelTag};
-use wal::{CheckPoint, DecodedRecord, WalStreamDecoder};
+use types::Lsn;
+use wal::{CheckPoint, DecodedRecord, ForEachError, WalStreamDecoder};
 
 use crate::{
     branch::{Branch, Put, Tip},
@@ -43,11 +43,23 @@ pub struct Ingest {
 }
 
 /// Values of whole records that are not visible yet.
-#[derive(Default)]
 struct Batch {
     puts: Vec<Put>,
     bytes: usize,
-    tip: Option<Tip>,
+    /// As of the last record that was planned.
+    tip: Tip,
+    /// Whether any was since the batch was applied.
+    has_records: bool,
+}
+
+/// Why decoding stands still for a moment, or ends.
+enum Pause {
+    /// The record can't be planned; nothing of it is in the batch.
+    Unknown(PlanError),
+    /// The record copies databases. What it stores by itself, and the branch's tip with it, are not in the batch.
+    Copies(Vec<DatabaseCopy>, Vec<Put>, Tip),
+    /// The batch is to be applied.
+    Full,
 }
 
 impl Ingest {
@@ -89,30 +101,40 @@ impl Ingest {
         self.planner.logical_blocks() * types::PAGE_BYTES as u64
     }
 
-    /// Relations and their sizes as of the last record.
-    pub fn rels(&self) -> impl Iterator<Item = (RelTag, u32)> {
-        self.planner.rels()
-    }
-
     /// Decodes the bytes that follow those before and applies all records that are whole now. After an error the state
     /// must be loaded anew; records before the one that failed are applied.
     pub async fn feed(&mut self, branch: &Arc<Branch>, begin: Lsn, bytes: &[u8]) -> Result<(), IngestError> {
-        self.decoder.feed(begin, bytes);
-        let mut batch = Batch::default();
+        let mut batch = Batch { puts: Vec::new(), bytes: 0, tip: branch.tip(), has_records: false };
+        let mut rest = bytes;
         loop {
-            let record = match self.decoder.poll_record() {
-                Ok(Some(record)) => record,
-                Ok(None) => break,
-                Err(error) => {
+            let at = begin + (bytes.len() - rest.len()) as u64;
+            let planner = &mut self.planner;
+            let outcome = self.decoder.feed_each(at, rest, |record| batch.add(planner, record));
+            let taken = self.decoder.fed_until().0.saturating_sub(at.0) as usize;
+            rest = &rest[taken.min(rest.len())..];
+            match outcome {
+                Ok(()) => break,
+                Err(ForEachError::Decode(error)) => {
                     batch.apply(branch);
                     return Err(IngestError::Stopped(format!("WAL can't be decoded: {error}")));
                 }
-            };
-            ingest_record(&mut self.planner, branch, &record, &mut batch).await?;
-            if batch.is_full() {
-                batch.apply(branch);
-                branch.make_room().await;
-                tokio::task::yield_now().await;
+                Err(ForEachError::Stopped(Pause::Unknown(error))) => {
+                    batch.apply(branch);
+                    return Err(IngestError::Stopped(error.to_string()));
+                }
+                Err(ForEachError::Stopped(Pause::Copies(copies, own, tip))) => {
+                    // A copy reads pages as of the record before, so all of that must be visible.
+                    batch.apply(branch);
+                    for copy in copies {
+                        copy::copy_database(branch, &copy, tip.last_record_lsn).await?;
+                    }
+                    batch.take(own, tip);
+                }
+                Err(ForEachError::Stopped(Pause::Full)) => {
+                    batch.apply(branch);
+                    branch.make_room().await;
+                    tokio::task::yield_now().await;
+                }
             }
         }
         batch.apply(branch);
@@ -135,49 +157,44 @@ impl Ingest {
     }
 }
 
-/// Plans one record into the batch; databases that it copies are copied at once.
-async fn ingest_record(
-    planner: &mut Planner,
-    branch: &Arc<Branch>,
-    record: &DecodedRecord<'_>,
-    batch: &mut Batch,
-) -> Result<(), IngestError> {
-    let before = batch.tip.unwrap_or_else(|| branch.tip()).last_record_lsn;
-    let puts_before = batch.puts.len();
-    let copies = match planner.plan(record, before, &mut batch.puts) {
-        Ok(copies) => copies,
-        Err(error) => {
-            batch.puts.truncate(puts_before);
-            batch.apply(branch);
-            return Err(IngestError::Stopped(error.to_string()));
-        }
-    };
-    if !copies.is_empty() {
-        // The copy reads pages as of the record before, so all of that must be visible.
-        let own = batch.puts.split_off(puts_before);
-        batch.apply(branch);
-        batch.puts = own;
-        for copy in copies {
-            copy::copy_database(branch, &copy, record.end_lsn).await?;
-        }
-    }
-    batch.bytes += batch.puts[puts_before.min(batch.puts.len())..].iter().map(|put| put.value.weight()).sum::<usize>();
-    batch.tip = Some(Tip {
-        last_record_lsn: record.end_lsn,
-        prev_record_lsn: record.start_lsn,
-        last_commit_us: planner.last_commit_us(),
-    });
-    Ok(())
-}
-
 impl Batch {
+    /// Plans one record into the batch.
+    fn add(&mut self, planner: &mut Planner, record: &DecodedRecord<'_>) -> Result<(), Pause> {
+        let puts_before = self.puts.len();
+        let copies = match planner.plan(record, self.tip.last_record_lsn, &mut self.puts) {
+            Ok(copies) => copies,
+            Err(error) => {
+                self.puts.truncate(puts_before);
+                return Err(Pause::Unknown(error));
+            }
+        };
+        let tip = Tip {
+            last_record_lsn: record.end_lsn,
+            prev_record_lsn: record.start_lsn,
+            last_commit_us: planner.last_commit_us(),
+        };
+        if !copies.is_empty() {
+            return Err(Pause::Copies(copies, self.puts.split_off(puts_before), tip));
+        }
+        self.bytes += self.puts[puts_before..].iter().map(|put| put.value.weight()).sum::<usize>();
+        (self.tip, self.has_records) = (tip, true);
+        if self.is_full() { Err(Pause::Full) } else { Ok(()) }
+    }
+
+    /// Adds one record's values.
+    fn take(&mut self, puts: Vec<Put>, tip: Tip) {
+        self.bytes += puts.iter().map(|put| put.value.weight()).sum::<usize>();
+        self.puts.extend(puts);
+        (self.tip, self.has_records) = (tip, true);
+    }
+
     fn is_full(&self) -> bool {
         self.puts.len() >= BATCH_PUTS || self.bytes >= BATCH_BYTES
     }
 
     fn apply(&mut self, branch: &Branch) {
-        if let Some(tip) = self.tip.take() {
-            branch.apply(self.puts.drain(..), tip);
+        if std::mem::take(&mut self.has_records) {
+            branch.apply(self.puts.drain(..), self.tip);
             self.bytes = 0;
         }
     }

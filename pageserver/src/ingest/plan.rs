@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use rustc_hash::FxHashMap;
 use types::{BlockNumber, ForkNumber, Lsn, Oid, PAGE_BYTES, PageTag, RelTag};
 use wal::{CheckPoint, DecodedRecord};
 use wal_redo::{Change, SlruKind};
@@ -14,6 +15,8 @@ use crate::{
 
 /// Most blocks by which one record may extend a fork (32 GiB): more is not believed.
 const MAX_GAP_BLOCKS: BlockNumber = 1 << 22;
+/// Records' bytes are kept in pieces of this size, which many share.
+const ARENA_BYTES: usize = 64 << 10;
 /// An SLRU page gets an image after so many records.
 const SLRU_RECORDS_PER_IMAGE: u32 = 128;
 
@@ -75,12 +78,14 @@ impl DatabaseCopy {
 
 /// Plans record after record.
 pub struct Planner {
-    sizes: BTreeMap<RelTag, BlockNumber>,
+    /// Asked for each page that a record touches; by range only when a database is copied or dropped.
+    sizes: FxHashMap<RelTag, BlockNumber>,
     /// Existing SLRU pages, and how many records each has had since its last image.
     slru: BTreeMap<(SlruKind, u32), u32>,
     checkpoint: CheckPoint,
     last_commit_us: Option<i64>,
     logical_blocks: u64,
+    arena: BytesMut,
 }
 
 /// What is the same for all changes of one record.
@@ -88,6 +93,7 @@ struct Context<'a, 'r> {
     record: &'a DecodedRecord<'r>,
     /// Its bytes, made once and shared by the values that hold them.
     raw: Option<Bytes>,
+    arena: &'a mut BytesMut,
     /// End of the record before.
     before: Lsn,
     puts: &'a mut Vec<Put>,
@@ -101,7 +107,7 @@ impl Context<'_, '_> {
 
     fn stored(&mut self, will_init: bool) -> Value {
         let start_lsn = self.record.start_lsn;
-        let raw = self.raw.get_or_insert_with(|| Bytes::copy_from_slice(self.record.raw)).clone();
+        let raw = self.raw.get_or_insert_with(|| copy_into(self.arena, self.record.raw)).clone();
         Value::Record(StoredRecord { will_init, depth: 0, start_lsn, raw })
     }
 
@@ -111,10 +117,26 @@ impl Context<'_, '_> {
     }
 }
 
+/// A copy of these bytes that shares its memory with others.
+fn copy_into(arena: &mut BytesMut, bytes: &[u8]) -> Bytes {
+    if arena.capacity() < bytes.len() {
+        *arena = BytesMut::with_capacity(ARENA_BYTES.max(bytes.len()));
+    }
+    arena.extend_from_slice(bytes);
+    arena.split().freeze()
+}
+
 impl Planner {
     /// Without relations and SLRU pages; those are added with `load_*`.
     pub fn new(checkpoint: CheckPoint, last_commit_us: Option<i64>) -> Planner {
-        Planner { sizes: BTreeMap::new(), slru: BTreeMap::new(), checkpoint, last_commit_us, logical_blocks: 0 }
+        Planner {
+            sizes: FxHashMap::default(),
+            slru: BTreeMap::new(),
+            checkpoint,
+            last_commit_us,
+            logical_blocks: 0,
+            arena: BytesMut::new(),
+        }
     }
 
     /// A fork that exists.
@@ -133,8 +155,8 @@ impl Planner {
         self.logical_blocks
     }
 
-    /// All forks and their sizes.
-    pub fn rels(&self) -> impl Iterator<Item = (RelTag, BlockNumber)> {
+    /// All forks and their sizes, in no order.
+    fn rels(&self) -> impl Iterator<Item = (RelTag, BlockNumber)> {
         self.sizes.iter().map(|(rel, blocks)| (*rel, *blocks))
     }
 
@@ -161,17 +183,26 @@ impl Planner {
         before: Lsn,
         puts: &mut Vec<Put>,
     ) -> Result<Vec<DatabaseCopy>, PlanError> {
-        let changes = wal_redo::changes(record)?;
         if wal_redo::checkpoint::advance(&mut self.checkpoint, record) {
             let value = Value::Image(Bytes::copy_from_slice(&self.checkpoint.to_bytes()));
             puts.push(Put { key: Key::CHECKPOINT, lsn: record.end_lsn, value });
         }
         let timestamps = wal_redo::commit_ts_changes(record, &self.checkpoint)?;
-        let mut context = Context { record, raw: None, before, puts, copies: Vec::new() };
-        for change in changes.into_iter().chain(timestamps) {
+        let mut arena = std::mem::take(&mut self.arena);
+        let mut context = Context { record, raw: None, arena: &mut arena, before, puts, copies: Vec::new() };
+        let mut planned = Ok(());
+        wal_redo::each_change(record, |change| {
+            if planned.is_ok() {
+                planned = self.plan_change(change, &mut context);
+            }
+        })?;
+        planned?;
+        for change in timestamps {
             self.plan_change(change, &mut context)?;
         }
-        Ok(context.copies)
+        let copies = context.copies;
+        self.arena = arena;
+        Ok(copies)
     }
 
     fn plan_change(&mut self, change: Change, context: &mut Context<'_, '_>) -> Result<(), PlanError> {
@@ -279,9 +310,10 @@ impl Planner {
     }
 
     fn rels_of(&self, spc: Oid, db: Oid) -> Vec<(RelTag, BlockNumber)> {
-        let first = RelTag { spc, db, rel: 0, fork: ForkNumber::Main };
-        let last = RelTag { spc, db, rel: Oid::MAX, fork: ForkNumber::Init };
-        self.sizes.range(first..=last).map(|(rel, blocks)| (*rel, *blocks)).collect()
+        let of_database = self.rels().filter(|(rel, _)| (rel.spc, rel.db) == (spc, db));
+        let mut rels: Vec<_> = of_database.collect();
+        rels.sort_unstable();
+        rels
     }
 
     fn copy_database(&mut self, from: (Oid, Oid), to: (Oid, Oid), context: &mut Context<'_, '_>) {
