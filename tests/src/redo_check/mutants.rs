@@ -64,14 +64,14 @@ impl Mutants {
         Mutant {
             name: "a packed page's items end up one byte off",
             file: "page/page_ops.rs",
-            sound: "            return self.copy_within(source, to);",
-            broken: "            return self.copy_within(source.start + 1..source.end, to);",
+            sound: "            self.data.copy_within(start..start + source.len(), to);",
+            broken: "            self.data.copy_within(start + 1..start + source.len(), to);",
         },
         Mutant {
             name: "an item that stays in its place keeps its old number",
             file: "page/page_ops.rs",
-            sound: "            self.set_item_id(item.number() as u16, item.id())?;",
-            broken: "            let _ = item;",
+            sound: "            self.set_item_id(number, *id)?;",
+            broken: "            let _: (u16, _) = (number, id);",
         },
         Mutant {
             name: "a frozen tuple keeps its infomask",

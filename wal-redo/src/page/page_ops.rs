@@ -115,24 +115,6 @@ pub(super) enum Place {
     Overwriting(u16),
 }
 
-/// An item with its offset number, in one word.
-#[derive(Clone, Copy)]
-struct Numbered(u64);
-
-impl Numbered {
-    fn new(number: usize, id: ItemId) -> Numbered {
-        Numbered((number as u64) << 32 | u64::from(id.0))
-    }
-
-    fn number(self) -> usize {
-        (self.0 >> 32) as usize
-    }
-
-    fn id(self) -> ItemId {
-        ItemId(self.0 as u32)
-    }
-}
-
 /// A page of 8 KiB.
 pub(super) struct Page<'p> {
     bytes: &'p mut [u8; PAGE_BYTES],
@@ -468,86 +450,85 @@ impl<'p> Page<'p> {
         }
         self.check_pointers_aligned()?;
         let mut removed = offset_numbers.iter().copied().peekable();
-        let mut items: SmallVec<[Numbered; MAX_HEAP_TUPLES as usize]> = SmallVec::new();
+        let mut items: SmallVec<[ItemId; MAX_HEAP_TUPLES as usize]> = SmallVec::new();
         for number in 1..=self.max_offset() {
             let id = self.index_item(number)?;
             if removed.peek() == Some(&number) {
                 removed.next();
             } else {
-                items.push(Numbered::new(items.len() + 1, id));
+                items.push(id);
             }
         }
         if removed.next().is_some() {
             return Err("offsets to delete are not ascending, or not on the page".into());
         }
         self.set_lower(HEADER_BYTES + items.len() * ITEM_ID_BYTES);
-        for item in &items {
-            self.set_item_id(item.number() as u16, item.id())?;
+        for (number, id) in (1..).zip(&items) {
+            self.set_item_id(number, *id)?;
         }
-        self.compactify(&items)
+        self.compactify()
     }
 
-    /// Packs these items, and no others, against the special area in this order, and sets the line pointers of those that move.
-    fn compactify(&mut self, items: &[Numbered]) -> Result<(), Fault> {
+    /// Packs all items against the special area, in the order of their line pointers, which then say so (`compactify_tuples`).
+    fn compactify(&mut self) -> Result<(), Fault> {
         let (lower, copied_from, special) = (self.lower(), self.upper(), self.special());
+        self.check_pointers()?;
+        let (head, data) = self.bytes.split_at_mut(lower);
+        let pointers = head[HEADER_BYTES..].as_chunks_mut::<ITEM_ID_BYTES>().0;
+        let stored_in = |pointer: &[u8; ITEM_ID_BYTES]| {
+            let id = ItemId(u32::from_le_bytes(*pointer));
+            id.has_storage().then(|| id.extent())
+        };
         // Those at the end that already stand where they belong.
         let mut upper = special;
-        let is_settled = |item: &&Numbered| {
-            let Range { start, end } = item.id().extent();
+        let is_settled = |pointer: &&[u8; ITEM_ID_BYTES]| {
+            let Some(Range { start, end }) = stored_in(pointer) else { return true };
             let is_settled = end == upper;
             if is_settled {
                 upper = start;
             }
             is_settled
         };
-        let settled = items.iter().take_while(is_settled).count();
-        let items = &items[settled..];
+        let settled = pointers.iter().take_while(is_settled).count();
+        let pointers = &mut pointers[settled..];
         // Each one in front of the one before: then all move towards the page's end and none lands on one that is still to move.
         let mut limit = upper;
-        let in_place = items.iter().all(|item| {
-            let Range { start, end } = item.id().extent();
+        let in_place = pointers.iter().filter_map(stored_in).all(|Range { start, end }| {
             let follows = end <= limit;
             limit = start;
             follows
         });
-        if in_place && limit < copied_from {
-            return Err(outside("items", limit, special));
+        if in_place && limit < copied_from || upper < copied_from {
+            return Err(outside("items", limit.min(upper), special));
         }
         // Else what may be overwritten before it is moved is read from a copy, outside of which no item may be.
-        let scratch: SmallVec<[u8; PAGE_BYTES]> =
-            if in_place { SmallVec::new() } else { SmallVec::from_slice(self.slice(copied_from..upper)?) };
-        // Neighbours stay neighbours: they move as one.
+        let scratch: SmallVec<[u8; PAGE_BYTES]> = match in_place {
+            true => SmallVec::new(),
+            false => SmallVec::from_slice(&data[copied_from - lower..upper - lower]),
+        };
+        let mut mover = Mover { data, data_at: lower, scratch: &scratch, scratch_at: copied_from };
+        // Neighbours stay neighbours: they move as one. Which pointers have storage follows no pattern that a processor could guess,
+        // so that those without are carried along.
         let mut run = upper..upper;
-        for item in items {
-            let id = item.id();
+        for pointer in pointers {
+            let id = ItemId(u32::from_le_bytes(*pointer));
             let source = id.extent();
-            if source.end != run.start {
-                self.move_items(run, upper, copied_from, &scratch)?;
+            let is_stored = id.has_storage();
+            if is_stored & (source.end != run.start) {
+                mover.move_items(run, upper)?;
                 run = source.end..source.end;
             }
-            run.start = source.start;
-            upper = upper.checked_sub(source.len()).ok_or("corrupted item lengths: they exceed the page")?;
-            self.set_u32_at(HEADER_BYTES + (item.number() - 1) * ITEM_ID_BYTES, id.at(upper).0)?;
+            run.start = if is_stored { source.start } else { run.start };
+            upper = upper.checked_sub(source.len()).ok_or_else(items_exceed_page)?;
+            let moved = if is_stored { id.at(upper) } else { id };
+            *pointer = moved.0.to_le_bytes();
         }
         if upper < lower {
             return Err(outside("packed items", upper, special));
         }
-        self.move_items(run, upper, copied_from, &scratch)?;
+        mover.move_items(run, upper)?;
         self.set_upper(upper);
         Ok(())
-    }
-
-    /// Copies what stands, or stood, at `source` to `to`; `scratch` is what stood at `copied_from`, or empty.
-    fn move_items(&mut self, source: Range<usize>, to: usize, copied_from: usize, scratch: &[u8]) -> Result<(), Fault> {
-        if source.start == to {
-            // It is where it belongs, and nothing was written there: what is written lies behind.
-            return Ok(());
-        }
-        if scratch.is_empty() {
-            return self.copy_within(source, to);
-        }
-        let copied = source.start.checked_sub(copied_from).and_then(|at| scratch.get(at..at + source.len()));
-        self.write(to, copied.ok_or("corrupted line pointers")?)
     }
 
     /// `PageRepairFragmentation`: packs a heap page and drops unused line pointers from its end.
@@ -569,14 +550,7 @@ impl<'p> Page<'p> {
             *pointer = id.0.to_le_bytes();
             used += usize::from(id.is_used());
         }
-        let mut items = [Numbered(0); MAX_HEAP_TUPLES as usize + 1];
-        let mut stored = 0;
-        for (at, pointer) in pointers.iter().enumerate() {
-            let id = ItemId(u32::from_le_bytes(*pointer));
-            items[stored] = Numbered::new(at + 1, id);
-            stored += usize::from(id.has_storage());
-        }
-        self.compactify(&items[..stored])?;
+        self.compactify()?;
         self.set_lower(HEADER_BYTES + last_used * ITEM_ID_BYTES);
         self.set_has_free_lines(used < last_used);
         Ok(())
@@ -597,6 +571,42 @@ impl<'p> Page<'p> {
         self.set_has_free_lines(has_free);
         Ok(())
     }
+}
+
+/// Moves items of a page.
+struct Mover<'p> {
+    /// All of the page behind the line pointers, from `data_at` on.
+    data: &'p mut [u8],
+    data_at: usize,
+    /// What stood at `scratch_at` before anything moved; empty when nothing is overwritten before it moves.
+    scratch: &'p [u8],
+    scratch_at: usize,
+}
+
+impl Mover<'_> {
+    /// Copies what stands, or stood, at `source` to `to`.
+    fn move_items(&mut self, source: Range<usize>, to: usize) -> Result<(), Fault> {
+        if source.start == to {
+            // It is where it belongs, and nothing was written there: what is written lies behind.
+            return Ok(());
+        }
+        let to = to.checked_sub(self.data_at).ok_or_else(items_exceed_page)?;
+        let target = self.data.get_mut(to..to + source.len()).ok_or_else(items_exceed_page)?;
+        if self.scratch.is_empty() {
+            let start = source.start.checked_sub(self.data_at).ok_or_else(items_exceed_page)?;
+            self.data.get(start..start + source.len()).ok_or_else(items_exceed_page)?;
+            self.data.copy_within(start..start + source.len(), to);
+            return Ok(());
+        }
+        let stood = source.start.checked_sub(self.scratch_at).and_then(|at| self.scratch.get(at..at + source.len()));
+        target.copy_from_slice(stood.ok_or_else(items_exceed_page)?);
+        Ok(())
+    }
+}
+
+#[cold]
+fn items_exceed_page() -> Fault {
+    "corrupted line pointers: items reach beyond their part of the page".into()
 }
 
 #[cold]
