@@ -3,7 +3,7 @@
 use types::{ForkNumber, Lsn, PAGE_BYTES, RelTag};
 
 use crate::{
-    record::{BlockImage, BlockRef, DecodedRecord, ImageCompression, RmgrId},
+    record::{BlockImage, BlockRef, Blocks, DecodedRecord, ImageCompression, RmgrId},
     v15::wal::{
         BLOCK_ID_DATA_LONG, BLOCK_ID_DATA_SHORT, BLOCK_ID_ORIGIN, BLOCK_ID_TOPLEVEL_XID, MAX_BLOCK_ID,
         RECORD_HEADER_BYTES, RecordHeader, bkpblock, bkpimage,
@@ -76,16 +76,7 @@ fn read_headers<'a>(cursor: &mut Cursor<'a>, record: &mut DecodedRecord<'a>) -> 
             // Which top-level transaction a subtransaction belongs to: only logical decoding asks.
             BLOCK_ID_TOPLEVEL_XID => drop(cursor.u32()?),
             id if id <= MAX_BLOCK_ID => {
-                let last = record.blocks.last();
-                if last.is_some_and(|last| last.id >= id) {
-                    return Err(out_of_order(id));
-                }
-                let previous = last.map(|last| last.rel);
-                // Its fields are written where they stay: one that is put together elsewhere and then moved costs more than all else.
-                record.blocks.push(BlockRef::BLANK);
-                let block = record.blocks.last_mut().ok_or_else(past_the_end)?;
-                block.id = id;
-                data_total += read_block_header(block, cursor, previous)?;
+                data_total += read_block_header(id, cursor, &mut record.blocks)?;
             }
             id => return Err(format!("invalid block id {id}")),
         }
@@ -122,38 +113,40 @@ fn wrong_data_length(id: u8, data_length: usize) -> String {
     format!("block {id}: data flag and data length {data_length} disagree")
 }
 
-/// How many bytes of data and image it announces.
+/// Appends a block reference; how many bytes of data and image it announces.
+///
+/// All its fields are numbers until it is put together where it stays: parts that are written one by one and moved as one cost more
+/// than all else here (the processor can't forward such stores).
 #[inline]
-fn read_block_header<'a>(
-    block: &mut BlockRef<'a>,
-    cursor: &mut Cursor<'a>,
-    previous: Option<RelTag>,
-) -> Result<usize, String> {
-    let id = block.id;
+fn read_block_header<'a>(id: u8, cursor: &mut Cursor<'a>, blocks: &mut Blocks<'a>) -> Result<usize, String> {
+    let last = blocks.last();
+    if last.is_some_and(|last| last.id >= id) {
+        return Err(out_of_order(id));
+    }
     let [flags, data_low, data_high] = *cursor.take()?;
     let Ok(fork) = ForkNumber::try_from(flags & bkpblock::FORK_MASK) else { return Err(no_fork(id, flags)) };
     let data_length = usize::from(u16::from_le_bytes([data_low, data_high]));
-    block.has_data = flags & bkpblock::HAS_DATA != 0;
-    if block.has_data != (data_length > 0) {
+    let has_data = flags & bkpblock::HAS_DATA != 0;
+    if has_data != (data_length > 0) {
         return Err(wrong_data_length(id, data_length));
     }
-    let mut bytes = data_length;
-    if flags & bkpblock::HAS_IMAGE != 0 {
-        let image = read_image_header(id, cursor)?;
-        bytes += image.bytes.len();
+    let image = if flags & bkpblock::HAS_IMAGE != 0 { Some(read_image_header(id, cursor)?) } else { None };
+    let (spc, db, rel, block);
+    if flags & bkpblock::SAME_REL != 0 {
+        let previous = last.ok_or_else(|| same_relation_as_none(id))?;
+        (spc, db, rel) = (previous.rel.spc, previous.rel.db, previous.rel.rel);
+        block = cursor.u32()?;
+    } else {
+        [spc, db, rel, block] = cursor.u32s()?;
+    }
+    let will_init = flags & bkpblock::WILL_INIT != 0;
+    let data = cursor.somewhere(data_length)?;
+    blocks.push(BlockRef { id, rel: RelTag { spc, db, rel, fork }, block, will_init, image: None, data, has_data });
+    let Some(image) = image else { return Ok(data_length) };
+    if let Some(block) = blocks.last_mut() {
         block.image = Some(image);
     }
-    block.rel.fork = fork;
-    if flags & bkpblock::SAME_REL != 0 {
-        let RelTag { spc, db, rel, .. } = previous.ok_or_else(|| same_relation_as_none(id))?;
-        (block.rel.spc, block.rel.db, block.rel.rel) = (spc, db, rel);
-        block.block = cursor.u32()?;
-    } else {
-        [block.rel.spc, block.rel.db, block.rel.rel, block.block] = cursor.u32s()?;
-    }
-    block.will_init = flags & bkpblock::WILL_INIT != 0;
-    block.data = cursor.somewhere(data_length)?;
-    Ok(bytes)
+    Ok(data_length + image.bytes.len())
 }
 
 fn read_image_header<'a>(id: u8, cursor: &mut Cursor<'a>) -> Result<BlockImage<'a>, String> {

@@ -1,7 +1,7 @@
 //! A WAL record, decoded.
 
 use smallvec::SmallVec;
-use types::{BlockNumber, ForkNumber, Lsn, PageTag, RelTag};
+use types::{BlockNumber, Lsn, PageTag, RelTag};
 
 /// Number of a resource manager (`access/rmgrlist.h`). 128 and above are an extension's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -120,17 +120,6 @@ pub struct BlockRef<'a> {
 }
 
 impl BlockRef<'_> {
-    /// No reference: a place for one.
-    pub(crate) const BLANK: BlockRef<'static> = BlockRef {
-        id: 0,
-        rel: RelTag { spc: 0, db: 0, rel: 0, fork: ForkNumber::Main },
-        block: 0,
-        will_init: false,
-        image: None,
-        data: &[],
-        has_data: false,
-    };
-
     /// The page that is referred to.
     pub fn tag(&self) -> PageTag {
         PageTag { rel: self.rel, block: self.block }
