@@ -1,6 +1,6 @@
 //! What a record puts under which keys. Pure: the sizes and pages it has to know are kept here.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, ops::Range};
 
 use bytes::{Bytes, BytesMut};
 use rustc_hash::FxHashMap;
@@ -15,8 +15,8 @@ use crate::{
 
 /// Most blocks by which one record may extend a fork (32 GiB): more is not believed.
 const MAX_GAP_BLOCKS: BlockNumber = 1 << 22;
-/// Records' bytes are kept in pieces of this size, which many share.
-const ARENA_BYTES: usize = 64 << 10;
+/// Sizes of the first and of later pieces of memory that many records' bytes share: a branch with little WAL takes little.
+const ARENA_BYTES: Range<usize> = 2 << 10..64 << 10;
 /// An SLRU page gets an image after so many records.
 const SLRU_RECORDS_PER_IMAGE: u32 = 128;
 
@@ -85,7 +85,7 @@ pub struct Planner {
     checkpoint: CheckPoint,
     last_commit_us: Option<i64>,
     logical_blocks: u64,
-    arena: BytesMut,
+    arena: Arena,
 }
 
 /// What is the same for all changes of one record.
@@ -93,7 +93,7 @@ struct Context<'a, 'r> {
     record: &'a DecodedRecord<'r>,
     /// Its bytes, made once and shared by the values that hold them.
     raw: Option<Bytes>,
-    arena: &'a mut BytesMut,
+    arena: &'a mut Arena,
     /// End of the record before.
     before: Lsn,
     puts: &'a mut Vec<Put>,
@@ -107,7 +107,7 @@ impl Context<'_, '_> {
 
     fn stored(&mut self, will_init: bool) -> Value {
         let start_lsn = self.record.start_lsn;
-        let raw = self.raw.get_or_insert_with(|| copy_into(self.arena, self.record.raw)).clone();
+        let raw = self.raw.get_or_insert_with(|| self.arena.copy(self.record.raw)).clone();
         Value::Record(StoredRecord { will_init, depth: 0, start_lsn, raw })
     }
 
@@ -117,13 +117,23 @@ impl Context<'_, '_> {
     }
 }
 
-/// A copy of these bytes that shares its memory with others.
-fn copy_into(arena: &mut BytesMut, bytes: &[u8]) -> Bytes {
-    if arena.capacity() < bytes.len() {
-        *arena = BytesMut::with_capacity(ARENA_BYTES.max(bytes.len()));
+/// Memory that copies of many records' bytes share.
+#[derive(Default)]
+struct Arena {
+    free: BytesMut,
+    /// Of the piece before.
+    piece_bytes: usize,
+}
+
+impl Arena {
+    fn copy(&mut self, bytes: &[u8]) -> Bytes {
+        if self.free.capacity() < bytes.len() {
+            self.piece_bytes = (self.piece_bytes * 2).clamp(ARENA_BYTES.start, ARENA_BYTES.end);
+            self.free = BytesMut::with_capacity(self.piece_bytes.max(bytes.len()));
+        }
+        self.free.extend_from_slice(bytes);
+        self.free.split().freeze()
     }
-    arena.extend_from_slice(bytes);
-    arena.split().freeze()
 }
 
 impl Planner {
@@ -135,7 +145,7 @@ impl Planner {
             checkpoint,
             last_commit_us,
             logical_blocks: 0,
-            arena: BytesMut::new(),
+            arena: Arena::default(),
         }
     }
 

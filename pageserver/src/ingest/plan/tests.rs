@@ -26,7 +26,7 @@ fn record(end_lsn: u64) -> DecodedRecord<'static> {
 fn plan(planner: &mut Planner, end_lsn: u64, changes: impl IntoIterator<Item = Change>) -> Vec<Put> {
     let (record, mut puts) = (record(end_lsn), Vec::new());
     let before = Lsn(end_lsn - 32);
-    let mut arena = BytesMut::new();
+    let mut arena = Arena::default();
     let mut context =
         Context { record: &record, raw: None, arena: &mut arena, before, puts: &mut puts, copies: Vec::new() };
     for change in changes {
@@ -101,7 +101,7 @@ fn dropping_takes_all_forks_and_creating_starts_empty() {
 #[test]
 fn an_unbelievable_gap_is_refused() {
     let (record, mut puts) = (record(800), Vec::new());
-    let mut arena = BytesMut::new();
+    let mut arena = Arena::default();
     let mut context =
         Context { record: &record, raw: None, arena: &mut arena, before: Lsn(0), puts: &mut puts, copies: Vec::new() };
     for block in [MAX_GAP_BLOCKS, u32::MAX] {
@@ -116,7 +116,7 @@ fn databases_are_copied_and_dropped_whole() {
     planner.load_rel(REL, 3);
     planner.load_rel(RelTag { db: 6, ..REL }, 7);
     let (record, mut puts) = (record(800), Vec::new());
-    let mut arena = BytesMut::new();
+    let mut arena = Arena::default();
     let mut context =
         Context { record: &record, raw: None, arena: &mut arena, before: Lsn(0), puts: &mut puts, copies: Vec::new() };
     let copy = Change::CopyDatabase { src_spc: 1663, src_db: 5, spc: 1663, db: 9 };
