@@ -21,8 +21,10 @@ pub struct Put {
     pub value: Value,
 }
 
-/// What a value costs besides its content, about: its place among its key's values, and a share of the key's own.
+/// What a value costs besides its content, about: its place among its key's values, which have room for more.
 const ENTRY_OVERHEAD_BYTES: usize = 96;
+/// What a key costs, about: its places in both maps, and the list of its values.
+const KEY_OVERHEAD_BYTES: usize = 192;
 
 /// Values by (key, LSN) in memory.
 #[derive(Default)]
@@ -43,8 +45,10 @@ impl MemoryLayer {
         self.bytes += value.weight() + ENTRY_OVERHEAD_BYTES;
         self.max_lsn = self.max_lsn.max(lsn);
         let place = *self.places.entry(key).or_insert_with(|| {
+            self.bytes += KEY_OVERHEAD_BYTES;
             self.order.insert(key, self.values.len());
-            self.values.push(Vec::new());
+            // Many have one value only.
+            self.values.push(Vec::with_capacity(1));
             self.values.len() - 1
         });
         let values = &mut self.values[place];

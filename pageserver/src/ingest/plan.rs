@@ -78,7 +78,7 @@ impl DatabaseCopy {
 
 /// Plans record after record.
 pub struct Planner {
-    /// Asked for each page that a record touches; by range only when a database is copied or dropped.
+    /// Asked for each page that a record touches; walked through only when a database is copied or dropped.
     sizes: FxHashMap<RelTag, BlockNumber>,
     /// Existing SLRU pages, and how many records each has had since its last image.
     slru: BTreeMap<(SlruKind, u32), u32>,
