@@ -36,7 +36,7 @@ demo: release
 
 test:
 	@scripts/setup.sh s3
-	cargo build --workspace --locked
+	cargo build --workspace --all-targets --locked
 	cargo test --workspace --locked --no-fail-fast
 
 regress: release

@@ -119,6 +119,7 @@ impl Storage {
             pages,
             generation: Generation(1),
             elsewhere: Default::default(),
+            ingest_memory: Default::default(),
             tuning,
             wal: None,
         };

@@ -18,6 +18,10 @@ use std::{process::ExitCode, time::Duration};
 
 use clap::{Parser, ValueEnum};
 
+/// As in the program itself.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Benchmarks of Dormouse. These machines are noisy: trust ratios, not single times.
 #[derive(Parser)]
 struct Arguments {

@@ -16,6 +16,10 @@ use clap::{Parser, Subcommand};
 
 use crate::logging::LogFormat;
 
+/// Gives memory back that is not used any more, where glibc's keeps it: thousands of branches come and go in a pageserver.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const EXAMPLES: &str = "\
 Examples:
   dormouse up                                 run everything on this machine

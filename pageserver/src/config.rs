@@ -50,8 +50,12 @@ pub struct Config {
     pub generation: Option<Generation>,
 
     /// Write WAL out of memory when a branch has gathered this many MiB.
-    #[arg(long, default_value_t = 64, value_name = "MIB")]
+    #[arg(long, default_value_t = 128, value_name = "MIB")]
     pub checkpoint_distance_mib: u32,
+
+    /// Write WAL out of memory when all branches together have gathered this many MiB.
+    #[arg(long, default_value_t = 1024, value_name = "MIB")]
+    pub ingest_memory_mib: u32,
 
     /// Write WAL out of memory when a branch has been quiet for so many seconds.
     #[arg(long, default_value_t = 5, value_name = "SECONDS")]
@@ -102,7 +106,8 @@ impl Config {
             id: NodeId(1),
             advertise: None,
             generation: None,
-            checkpoint_distance_mib: 64,
+            checkpoint_distance_mib: 128,
+            ingest_memory_mib: 1024,
             idle_flush: 5,
             idle_detach: 300,
             page_cache_mib: 128,
@@ -115,6 +120,7 @@ impl Config {
     pub fn tuning(&self) -> Tuning {
         Tuning {
             checkpoint_distance_bytes: (self.checkpoint_distance_mib.max(1) as usize) << 20,
+            ingest_memory_bytes: (self.ingest_memory_mib.max(1) as usize) << 20,
             idle_flush: Duration::from_secs(u64::from(self.idle_flush)),
             idle_detach: Duration::from_secs(u64::from(self.idle_detach)),
             ..Tuning::default()

@@ -7,18 +7,26 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures::StreamExt;
 use types::Lsn;
 
 use super::{Branch, Frozen};
 use crate::{
     error::StorageError,
-    layer::{BuiltLayer, LayerBuilder},
+    layer::{BuiltLayer, Effort, LayerBuilder},
     read::{redo, zero_page},
     storage::{Key, Kind, StoredRecord, Value},
 };
 
 /// Most records that are replayed to make a page from layers.
 pub const MAX_CHAIN: u8 = 64;
+
+/// A memory layer is made into a file by so many threads at a time...
+const BUILD_THREADS: usize = 2;
+/// ... and in so many parts, so that they end at about the same time,
+const PARTS: usize = 8;
+/// unless it is smaller than this.
+const SMALL_BYTES: usize = 4 << 20;
 
 /// The versions of one page on their way into a layer, oldest first.
 struct Chain {
@@ -39,11 +47,31 @@ enum Base {
 }
 
 impl Branch {
-    /// A memory layer as a file, with images where chains would get too long.
-    pub(super) async fn build_layer(self: &Arc<Self>, frozen: &Frozen) -> Result<BuiltLayer, StorageError> {
-        let mut builder = LayerBuilder::default();
+    /// A memory layer as a file, with images where chains would get too long. Made by a few threads, each with keys of its own.
+    pub(super) async fn build_layer(self: &Arc<Self>, frozen: &Arc<Frozen>) -> Result<BuiltLayer, StorageError> {
+        let runtime = tokio::runtime::Handle::current();
+        let build = |(first, last)| {
+            let (branch, frozen, runtime) = (self.clone(), frozen.clone(), runtime.clone());
+            tokio::task::spawn_blocking(move || runtime.block_on(branch.build_part(&frozen, first, last)))
+        };
+        let parts = frozen.values.ranges(if frozen.values.bytes() < SMALL_BYTES { 1 } else { PARTS });
+        let mut parts = futures::stream::iter(parts).map(build).buffered(BUILD_THREADS);
+        let mut layer = LayerBuilder::default();
+        while let Some(part) = parts.next().await {
+            layer.append(part.map_err(|_| StorageError::Stopping)??);
+        }
+        Ok(layer.finish())
+    }
+
+    async fn build_part(
+        self: &Arc<Self>,
+        frozen: &Frozen,
+        first: Key,
+        last: Key,
+    ) -> Result<LayerBuilder, StorageError> {
+        let mut builder = LayerBuilder::with_effort(Effort::Little);
         let mut chain: Option<Chain> = None;
-        for (key, lsn, value) in frozen.values.scan(Key::MIN, Key::MAX) {
+        for (key, lsn, value) in frozen.values.scan(first, last) {
             if !matches!(key.kind, Kind::RelPage | Kind::SlruPage) {
                 builder.add(key, lsn, value);
                 continue;
@@ -61,7 +89,7 @@ impl Branch {
             builder.add(key, lsn, &stored);
             chain = Some(known);
         }
-        Ok(builder.finish())
+        Ok(builder)
     }
 
     /// The value as it is to be stored: itself with its depth, or the page it makes.

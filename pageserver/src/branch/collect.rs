@@ -121,6 +121,7 @@ impl Branch {
             state.layers = Arc::new(state.layers.without(&names).with(new));
             state.frozen_tip
         };
+        self.layers_changed.notify_waiters();
         flush.doomed.extend(names.iter().map(|name| Doomed { name: (*name).to_owned(), since: None }));
         self.write_manifest(flush, tip).await
     }

@@ -12,6 +12,7 @@ use crate::{
     error::StorageError,
     layer::{
         BuiltLayer, Layer, LayerBuilder, LayerKind, LayerMeta, LayerSet, MergeStream, Merged, SearchPath, Segment,
+        StoredBlock,
     },
     read::{redo, zero_page},
     storage::{Key, Kind, StoredRecord, Value},
@@ -21,6 +22,8 @@ use crate::{
 const CONCURRENT_UPLOADS: usize = 2;
 /// Pages that are made at a time.
 const PAGES_PER_BATCH: usize = 128;
+/// A block that is not full is written for the sake of at least so many that can be taken over as they are.
+const BLOCKS_PER_SHORT_ONE: usize = 4;
 
 impl Branch {
     /// Does what the planner says until it says nothing more. One at a time: who comes meanwhile waits and then looks again.
@@ -108,14 +111,31 @@ impl Branch {
         let mut entries = MergeStream::open(remote, inputs, part.cell.first, part.cell.last).await?;
         let mut builder = LayerBuilder::default();
         let mut values = 0;
-        while let Some(Merged { key, lsn, value }) = entries.next(remote).await? {
+        loop {
+            // Short blocks are left behind seldom.
+            let run = if builder.is_between_blocks() { 1 } else { BLOCKS_PER_SHORT_ONE };
+            let next = match entries.next_block(remote, run).await? {
+                Some(block) => Next::Block(block),
+                None => match entries.next(remote).await? {
+                    Some(entry) => Next::Entry(entry),
+                    None => break,
+                },
+            };
             // All values of a key are in one file.
-            let full = builder.bytes_so_far() >= self.shared.tuning.layer_bytes && builder.last_key() != Some(key);
-            if full {
+            let full = builder.bytes_so_far() >= self.shared.tuning.layer_bytes;
+            if full && builder.last_key() != Some(next.first_key()) {
                 uploads.add_delta(std::mem::take(&mut builder).finish(), shape).await?;
             }
-            builder.add_encoded(key, lsn, &value);
-            values += 1;
+            match next {
+                Next::Block(block) => {
+                    builder.add_block(&block);
+                    values += block.block.len() as u64;
+                }
+                Next::Entry(Merged { key, lsn, value }) => {
+                    builder.add_encoded(key, lsn, &value);
+                    values += 1;
+                }
+            }
         }
         uploads.add_delta(builder.finish(), shape).await?;
         Ok(values)
@@ -304,6 +324,22 @@ struct Shape {
     kind: LayerKind,
     level: u8,
     lsns: (Lsn, Lsn),
+}
+
+/// What comes next in a merge.
+enum Next {
+    /// Nothing else is among its entries: it is taken as it is stored.
+    Block(StoredBlock),
+    Entry(Merged),
+}
+
+impl Next {
+    fn first_key(&self) -> Key {
+        match self {
+            Next::Block(block) => block.handle.first.0,
+            Next::Entry(entry) => entry.key,
+        }
+    }
 }
 
 /// Layers on their way to the object store, a few at a time.

@@ -49,25 +49,61 @@ impl FlushState {
 }
 
 impl Branch {
-    /// Writes everything ingested so far to the object store and tells the safekeepers; waits for compaction when there are
-    /// too many small layers, and starts it when there is something to do. Answers up to where the object store now holds
-    /// everything.
+    /// Writes everything ingested so far to the object store and tells the safekeepers. Answers up to where the object store
+    /// now holds everything.
     pub async fn flush(self: &Arc<Self>) -> Result<Lsn, StorageError> {
         self.freeze();
-        while !self.is_clean() {
+        self.write_frozen().await
+    }
+
+    /// Writes the memory layers that are frozen now to the object store, while layers are merged in the background: waits
+    /// for that only while there are too many small ones.
+    pub(super) async fn write_frozen(self: &Arc<Self>) -> Result<Lsn, StorageError> {
+        let goal = {
+            let state = self.state.read();
+            state.frozen.back().map_or(state.frozen_tip, |frozen| frozen.tip).last_record_lsn
+        };
+        while !self.is_written(goal) {
             self.write_out().await?;
-            if self.frozen_layers() > 0 {
-                self.compact().await?;
+            self.compact_in_background();
+            if !self.is_written(goal) {
+                self.room_in_level_0().await?;
             }
         }
         self.compact_in_background();
         Ok(self.remote_consistent_lsn())
     }
 
+    fn is_written(&self, goal: Lsn) -> bool {
+        let state = self.state.read();
+        let waits = state.frozen.front().is_some_and(|frozen| frozen.tip.last_record_lsn <= goal);
+        !waits && state.remote_consistent_lsn >= goal
+    }
+
+    /// Returns when level 0 is not full any more.
+    async fn room_in_level_0(self: &Arc<Self>) -> Result<(), StorageError> {
+        let is_full = || is_full(self.state.read().layers.iter().map(|layer| &layer.meta));
+        while is_full() {
+            let changed = self.layers_changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if !is_full() {
+                break;
+            }
+            tokio::select! {
+                () = changed => {}
+                // What is going on there goes on if we leave.
+                compacted = self.compact() => compacted?,
+            }
+        }
+        Ok(())
+    }
+
     /// Writes out what there is room for in level 0, then the manifest.
     async fn write_out(self: &Arc<Self>) -> Result<(), StorageError> {
         let mut flush = self.flush.lock().await;
-        if self.is_clean() {
+        let frozen_lsn = self.state.read().frozen_tip.last_record_lsn;
+        if self.frozen_layers() == 0 && self.is_written(frozen_lsn) {
             return Ok(());
         }
         self.claim(&mut flush).await?;
@@ -105,10 +141,14 @@ impl Branch {
 
     /// Readers find the layer instead of the oldest frozen memory layer.
     fn replace_frozen(&self, layer: Option<Arc<Layer>>, tip: Tip) {
-        let mut state = self.state.write();
-        state.layers = Arc::new(state.layers.with(layer));
-        state.frozen.pop_front();
-        state.frozen_tip = tip;
+        {
+            let mut state = self.state.write();
+            state.layers = Arc::new(state.layers.with(layer));
+            state.frozen.pop_front();
+            state.frozen_tip = tip;
+            self.count_memory(&state);
+        }
+        self.layers_changed.notify_waiters();
     }
 
     /// Turns the open memory layer into a frozen one; readers go on seeing it.
@@ -229,11 +269,7 @@ impl Branch {
     }
 
     async fn upload_frozen(self: &Arc<Self>, frozen: &Arc<Frozen>) -> Result<Option<Arc<Layer>>, StorageError> {
-        let (branch, values) = (self.clone(), frozen.clone());
-        // On a thread of its own: it computes for long.
-        let runtime = tokio::runtime::Handle::current();
-        let built = tokio::task::spawn_blocking(move || runtime.block_on(branch.build_layer(&values))).await;
-        let built = built.map_err(|_| StorageError::Stopping)??;
+        let built = self.build_layer(frozen).await?;
         let Some(keys) = built.keys else { return Ok(None) };
         let end = frozen.tip.last_record_lsn.max(frozen.values.max_lsn());
         let layer = self.upload_layer(built, (LayerKind::Delta, 0), (frozen.start_lsn, end), keys).await?;

@@ -1,6 +1,9 @@
 //! Values that are not in a layer file yet.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use rustc_hash::FxHashMap;
 use types::Lsn;
@@ -96,6 +99,13 @@ impl MemoryLayer {
         keys.flat_map(|(key, place)| self.values[*place].iter().map(|(lsn, value)| (*key, *lsn, value)))
     }
 
+    /// Divides its keys into at most `parts` ranges with about as many each; together they are all that has values here.
+    pub fn ranges(&self, parts: usize) -> Vec<(Key, Key)> {
+        let keys: Vec<Key> = self.order.keys().copied().collect();
+        let chunk = keys.len().div_ceil(parts.max(1)).max(1);
+        keys.chunks(chunk).filter_map(|keys| Some((*keys.first()?, *keys.last()?))).collect()
+    }
+
     /// How many records a key has here before the first value that needs no older one.
     pub fn leading_records(&self, key: Key) -> usize {
         self.of(key).iter().take_while(|(_, value)| !value.is_initial()).count()
@@ -103,6 +113,21 @@ impl MemoryLayer {
 
     fn of(&self, key: Key) -> &[(Lsn, Value)] {
         self.places.get(&key).map_or(&[], |place| &self.values[*place])
+    }
+}
+
+/// How much of what was ingested is in memory, over all branches.
+#[derive(Debug, Default)]
+pub struct IngestMemory(AtomicUsize);
+
+impl IngestMemory {
+    pub(super) fn change(&self, before: usize, after: usize) {
+        // Wraps for a difference below zero; the sum never is.
+        self.0.fetch_add(after.wrapping_sub(before), Ordering::Relaxed);
+    }
+
+    pub(super) fn is_over(&self, limit: usize) -> bool {
+        self.0.load(Ordering::Relaxed) > limit
     }
 }
 
@@ -140,5 +165,8 @@ mod tests {
         let expected = [(Key::CONTROL_FILE, 8, 2), (Key::CHECKPOINT, 8, 3), (Key::CHECKPOINT, 16, 4)];
         assert_eq!(all, expected.map(|(key, lsn, blocks)| (key, lsn, Value::rel_size(blocks))));
         assert_eq!(layer.max_lsn(), Lsn(16));
+        let whole = (Key::CONTROL_FILE, Key::CHECKPOINT);
+        let each = vec![(Key::CONTROL_FILE, Key::CONTROL_FILE), (Key::CHECKPOINT, Key::CHECKPOINT)];
+        assert_eq!([0, 1, 2, 9].map(|parts| layer.ranges(parts)), [vec![whole], vec![whole], each.clone(), each]);
     }
 }

@@ -15,7 +15,7 @@ pub use chains::MAX_CHAIN;
 pub use collect::Collected;
 pub use flush::prepare_layer;
 pub use history::branch_point;
-pub use memory::{MemoryLayer, Put};
+pub use memory::{IngestMemory, MemoryLayer, Put};
 pub use registry::Branches;
 pub use wal_feed::WalSource;
 
@@ -23,14 +23,14 @@ use std::{
     collections::{HashSet, VecDeque},
     sync::{
         Arc, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use parking_lot::{Mutex, RwLock};
 use tokio::{
-    sync::{OnceCell, watch},
+    sync::{Notify, OnceCell, watch},
     time::Instant,
 };
 use types::{BranchRef, Generation, Lsn, ProjectId};
@@ -58,6 +58,8 @@ pub struct Shared {
     pub elsewhere: HashSet<ProjectId>,
     /// Sizes and times.
     pub tuning: Tuning,
+    /// How much of what was ingested is in memory.
+    pub ingest_memory: IngestMemory,
     /// Where WAL comes from; `None`: nowhere (tests feed bytes themselves).
     pub wal: Option<WalSource>,
 }
@@ -65,8 +67,10 @@ pub struct Shared {
 /// Sizes and times that tests and flags set.
 #[derive(Clone, Debug)]
 pub struct Tuning {
-    /// Values in memory are written out when they take this much. Default 64 MiB.
+    /// Values in memory are written out when they take this much. Default 128 MiB.
     pub checkpoint_distance_bytes: usize,
+    /// And when all branches together have more than this in memory. Default 1 GiB.
+    pub ingest_memory_bytes: usize,
     /// And when no WAL has come for so long. Default 5 s.
     pub idle_flush: Duration,
     /// And at the latest so long after the last time. Default 60 s.
@@ -89,7 +93,8 @@ pub struct Tuning {
 impl Default for Tuning {
     fn default() -> Tuning {
         Tuning {
-            checkpoint_distance_bytes: 64 << 20,
+            checkpoint_distance_bytes: 128 << 20,
+            ingest_memory_bytes: 1 << 30,
             idle_flush: Duration::from_secs(5),
             max_unflushed: Duration::from_secs(60),
             idle_close: Duration::from_secs(60),
@@ -118,6 +123,10 @@ pub struct Branch {
     start_lsn: Lsn,
     state: RwLock<State>,
     progress: watch::Sender<Progress>,
+    /// Memory was written out, or layers were put in place of others.
+    layers_changed: Notify,
+    /// What the branch has in memory, as counted in [`Shared::ingest_memory`].
+    counted_bytes: AtomicUsize,
     /// Who ingests holds it; `None` until the first WAL.
     ingest: tokio::sync::Mutex<Option<Box<Ingest>>>,
     flush: tokio::sync::Mutex<flush::FlushState>,
@@ -150,6 +159,18 @@ struct State {
     gc_cutoff_lsn: Lsn,
     /// Positions before the cutoff that children and leases keep readable.
     held_lsns: Vec<Lsn>,
+}
+
+impl State {
+    fn memory_bytes(&self) -> usize {
+        self.open.bytes() + self.frozen.iter().map(|frozen| frozen.values.bytes()).sum::<usize>()
+    }
+}
+
+impl Drop for Branch {
+    fn drop(&mut self) {
+        self.shared.ingest_memory.change(*self.counted_bytes.get_mut(), 0);
+    }
 }
 
 /// A memory layer that gets no more values.
@@ -236,6 +257,8 @@ impl Branch {
             start_lsn: manifest.start_lsn,
             state: RwLock::new(state),
             progress: watch::Sender::new(progress),
+            layers_changed: Notify::new(),
+            counted_bytes: AtomicUsize::new(0),
             ingest: tokio::sync::Mutex::new(None),
             flush: tokio::sync::Mutex::new(flush::FlushState::new(&manifest)),
             compacting: tokio::sync::Mutex::new(()),
@@ -377,15 +400,22 @@ impl Branch {
             }
             assert!(tip.last_record_lsn >= state.tip.last_record_lsn, "{}: ingestion went backwards", self.name);
             state.tip = tip;
+            self.count_memory(&state);
         }
         self.progress.send_modify(|progress| progress.last_record_lsn = tip.last_record_lsn);
+    }
+
+    /// Counts what the branch has in memory now among that of all branches.
+    fn count_memory(&self, state: &State) {
+        let bytes = state.memory_bytes();
+        let before = self.counted_bytes.swap(bytes, Ordering::Relaxed);
+        self.shared.ingest_memory.change(before, bytes);
     }
 
     /// Bytes in the open memory layer, and in all.
     pub fn memory_bytes(&self) -> (usize, usize) {
         let state = self.state.read();
-        let frozen: usize = state.frozen.iter().map(|frozen| frozen.values.bytes()).sum();
-        (state.open.bytes(), state.open.bytes() + frozen)
+        (state.open.bytes(), state.memory_bytes())
     }
 
     /// Ends ingestion for good: reads beyond the last record get this error.

@@ -20,8 +20,10 @@ use crate::{
 const TICK: Duration = Duration::from_millis(500);
 /// How long a stream that failed stays closed at least.
 const FAILURE_PAUSE: Duration = Duration::from_secs(1);
-/// Ingestion waits while so many memory layers have not been written out.
+/// Ingestion waits while more memory layers than this have not been written out.
 const MAX_FROZEN_LAYERS: usize = 2;
+/// A branch with less than this in memory need not write it out because of others.
+const SMALL_SHARE_BYTES: usize = 256 << 10;
 /// Longest wait for a safekeeper to say where committed WAL ends.
 const CATCH_UP_WAIT: Duration = Duration::from_secs(3);
 
@@ -261,26 +263,47 @@ impl Branch {
         Ok(())
     }
 
-    /// Starts writing out when memory is full, and waits for it when it is very full.
+    /// Starts writing out when the branch has much in memory, and waits for it when it has very much, or all branches
+    /// together have too much.
     pub async fn make_room(self: &Arc<Self>) {
-        if self.memory_bytes().0 < self.shared.tuning.checkpoint_distance_bytes {
+        let (open, all) = self.memory_bytes();
+        let crowded = self.shared.ingest_memory.is_over(self.shared.tuning.ingest_memory_bytes);
+        let full = open >= self.shared.tuning.checkpoint_distance_bytes;
+        if !full && !(crowded && all >= SMALL_SHARE_BYTES) {
             return;
         }
         self.freeze();
-        if self.frozen_layers() < MAX_FROZEN_LAYERS {
-            let branch = self.clone();
-            tokio::spawn(async move {
-                if let Err(error) = branch.flush().await {
-                    tracing::warn!(branch = %branch.name, %error, "could not write out; will try again");
+        let most = if crowded { 0 } else { MAX_FROZEN_LAYERS };
+        let mut writing = self.write_frozen_in_background();
+        while self.frozen_layers() > most && self.progress.borrow().stopped.is_none() {
+            let changed = self.layers_changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if self.frozen_layers() <= most {
+                break;
+            }
+            tokio::select! {
+                () = changed => {}
+                outcome = &mut writing => {
+                    if let Ok(Err(error)) = outcome {
+                        tracing::warn!(branch = %self.name, %error, "ingestion waits until memory can be written out");
+                        sleep(FAILURE_PAUSE).await;
+                    }
+                    writing = self.write_frozen_in_background();
                 }
-            });
-            return;
-        }
-        while self.frozen_layers() >= MAX_FROZEN_LAYERS && self.progress.borrow().stopped.is_none() {
-            if let Err(error) = self.flush().await {
-                tracing::warn!(branch = %self.name, %error, "ingestion waits until memory can be written out");
-                sleep(FAILURE_PAUSE).await;
             }
         }
+    }
+
+    /// Goes on when its handle is dropped.
+    fn write_frozen_in_background(self: &Arc<Self>) -> tokio::task::JoinHandle<Result<Lsn, StorageError>> {
+        let branch = self.clone();
+        tokio::spawn(async move {
+            let written = branch.write_frozen().await;
+            if let Err(error) = &written {
+                tracing::debug!(branch = %branch.name, %error, "memory could not be written out; will be tried again");
+            }
+            written
+        })
     }
 }

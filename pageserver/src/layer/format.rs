@@ -22,8 +22,6 @@ use crate::storage::{KEY_BYTES, Key, Value};
 const BLOCK_TARGET_BYTES: usize = 32 * 1024;
 /// Larger blocks are not believed (a single record may be large, but not so large).
 const BLOCK_MAX_BYTES: usize = 1 << 30;
-/// Beyond this level zstd gets slower much faster than the blocks get smaller.
-const ZSTD_LEVEL: i32 = 1;
 const FORMAT_VERSION: u32 = 2;
 const MAGIC: u32 = u32::from_le_bytes(*b"DMLY");
 const FOOTER_BYTES: usize = 36;
@@ -32,6 +30,25 @@ const INDEX_ENTRY_BYTES: usize = KEY_BYTES + 8 + 8 + 4 + 4 + 4 + 1;
 thread_local! {
     static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
     static COMPRESSOR: RefCell<Option<zstd::bulk::Compressor<'static>>> = const { RefCell::new(None) };
+}
+
+/// How hard blocks are compressed. A reader need not know.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Effort {
+    /// For files that are soon merged into others.
+    Little,
+    /// For files that stay. Beyond zstd's level 1 it gets slower much faster than the blocks get smaller.
+    #[default]
+    Usual,
+}
+
+impl Effort {
+    fn zstd_level(self) -> i32 {
+        match self {
+            Effort::Little => -3,
+            Effort::Usual => 1,
+        }
+    }
 }
 
 /// The file is not what was written.
@@ -62,6 +79,7 @@ pub struct BlockHandle {
 /// Makes a layer file in memory. Entries are added in strictly ascending (key, LSN) order.
 #[derive(Default)]
 pub struct LayerBuilder {
+    effort: Effort,
     file: Vec<u8>,
     block: Vec<u8>,
     block_first: Option<(Key, Lsn)>,
@@ -86,6 +104,11 @@ pub struct BuiltLayer {
 }
 
 impl LayerBuilder {
+    /// One that compresses so hard.
+    pub fn with_effort(effort: Effort) -> LayerBuilder {
+        LayerBuilder { effort, ..LayerBuilder::default() }
+    }
+
     /// Adds an entry. Panics when it does not sort behind the one before: the caller's order is broken.
     pub fn add(&mut self, key: Key, lsn: Lsn, value: &Value) {
         let mut encoded = std::mem::take(&mut self.value);
@@ -110,6 +133,38 @@ impl LayerBuilder {
         if self.block.len() >= BLOCK_TARGET_BYTES {
             self.close_block();
         }
+    }
+
+    /// Adds everything of another, which begins behind the last entry. Panics when it does not.
+    pub fn append(&mut self, mut other: LayerBuilder) {
+        self.close_block();
+        other.close_block();
+        let Some(first) = other.index.first() else { return };
+        assert!(self.last.is_none_or(|last| last < first.first), "layers joined out of order at {}", first.first.0);
+        let offset = self.file.len() as u64;
+        self.file.append(&mut other.file);
+        self.index.extend(other.index.into_iter().map(|block| BlockHandle { offset: block.offset + offset, ..block }));
+        self.first = self.first.or(other.first);
+        self.last = other.last;
+        self.entries += other.entries;
+    }
+
+    /// Adds a block of another file as it is stored there. Panics when it does not sort behind the entry before.
+    pub fn add_block(&mut self, block: &StoredBlock) {
+        let first = block.handle.first;
+        assert!(self.last.is_none_or(|last| last < first), "layer blocks out of order at {}", first.0);
+        self.close_block();
+        let offset = self.file.len() as u64;
+        self.file.extend_from_slice(&block.stored);
+        self.index.push(BlockHandle { offset, ..block.handle.clone() });
+        self.first.get_or_insert(first.0);
+        self.last = block.block.last().or(Some(first));
+        self.entries += block.block.len() as u64;
+    }
+
+    /// True when no block is begun, so that another file's block may follow without leaving a short one behind.
+    pub fn is_between_blocks(&self) -> bool {
+        self.block_first.is_none()
     }
 
     /// Bytes of the finished blocks.
@@ -154,7 +209,7 @@ impl LayerBuilder {
     fn close_block(&mut self) {
         let Some(first) = self.block_first.take() else { return };
         let offset = self.file.len();
-        let stored_bytes = append_compressed(&self.block, &mut self.file);
+        let stored_bytes = append_compressed(&self.block, &mut self.file, self.effort);
         self.index.push(BlockHandle {
             first,
             offset: offset as u64,
@@ -168,15 +223,16 @@ impl LayerBuilder {
 }
 
 /// Appends the block to the file, compressed if that makes it shorter; answers how many bytes that took.
-fn append_compressed(block: &[u8], file: &mut Vec<u8>) -> usize {
+fn append_compressed(block: &[u8], file: &mut Vec<u8>, effort: Effort) -> usize {
     let offset = file.len();
     let compressed = COMPRESSOR.with_borrow_mut(|slot| {
         if slot.is_none() {
-            *slot = zstd::bulk::Compressor::new(ZSTD_LEVEL).ok();
+            *slot = zstd::bulk::Compressor::new(effort.zstd_level()).ok();
         }
         // With room for one byte less than the block, what would not be shorter fails.
         file.resize(offset + block.len() - 1, 0);
         let compressor = slot.as_mut()?;
+        compressor.set_compression_level(effort.zstd_level()).ok()?;
         compressor.compress_to_buffer(block, &mut file[offset..]).ok()
     });
     match compressed {
@@ -292,6 +348,16 @@ fn parse_index_entry(mut bytes: &[u8]) -> Result<BlockHandle, LayerDamage> {
     })
 }
 
+/// A block as it is stored in a file, and what is in it.
+pub struct StoredBlock {
+    /// Where it is.
+    pub handle: BlockHandle,
+    /// Its bytes there.
+    pub stored: Bytes,
+    /// Its entries.
+    pub block: Block,
+}
+
 /// A decompressed block.
 pub struct Block {
     plain: Bytes,
@@ -351,6 +417,11 @@ impl Block {
     /// Where the entry stands.
     pub fn position(&self, index: usize) -> (Key, Lsn) {
         (self.entries[index].key, self.entries[index].lsn)
+    }
+
+    /// Where the last entry stands.
+    pub fn last(&self) -> Option<(Key, Lsn)> {
+        self.entries.last().map(|entry| (entry.key, entry.lsn))
     }
 
     /// The entry's value.
@@ -450,6 +521,41 @@ mod tests {
         let empty = build(&[]);
         assert_eq!(read(&empty.bytes, empty.index_offset), Ok(Vec::new()));
         assert_eq!(empty.keys, None);
+    }
+
+    #[test]
+    fn layers_joined_read_as_one() {
+        let entries = sample();
+        let mut joined = LayerBuilder::default();
+        for part in [&entries[..0], &entries[..50], &entries[50..50], &entries[50..]] {
+            let mut builder = LayerBuilder::with_effort(Effort::Little);
+            part.iter().for_each(|(key, lsn, value)| builder.add(*key, *lsn, value));
+            joined.append(builder);
+        }
+        let built = joined.finish();
+        assert_eq!(built.keys, build(&entries).keys);
+        assert_eq!(read(&built.bytes, built.index_offset), Ok(entries));
+    }
+
+    #[test]
+    fn blocks_are_taken_over_as_they_are() {
+        let entries = sample();
+        let built = build(&entries);
+        let index = LayerIndex::parse(&built.bytes[built.index_offset as usize..], built.index_offset).expect("good");
+        let mut again = LayerBuilder::default();
+        let head = (Key::MIN, Lsn(1), Value::rel_size(1));
+        again.add(head.0, head.1, &head.2);
+        for handle in index.blocks {
+            let stored =
+                built.bytes.slice(handle.offset as usize..handle.offset as usize + handle.stored_bytes as usize);
+            let block = Block::decode(stored.clone(), &handle).expect("good");
+            again.add_block(&StoredBlock { handle, stored, block });
+            assert!(again.is_between_blocks());
+        }
+        let again = again.finish();
+        let all: Vec<_> = std::iter::once(head).chain(entries).collect();
+        assert_eq!(again.keys, Some((Key::MIN, Key::MAX)));
+        assert_eq!(read(&again.bytes, again.index_offset), Ok(all));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::{collections::VecDeque, sync::Arc};
 use bytes::Bytes;
 use types::Lsn;
 
-use super::{Block, Layer};
+use super::{Layer, StoredBlock};
 use crate::{error::StorageError, remote::Remote, storage::Key};
 
 /// How much of a layer is read at a time.
@@ -32,7 +32,7 @@ struct Source {
     layer: Arc<Layer>,
     last: Key,
     next_block: usize,
-    blocks: VecDeque<Block>,
+    blocks: VecDeque<StoredBlock>,
     /// Of the first block.
     entry: usize,
     head: Option<(Key, Lsn)>,
@@ -65,6 +65,24 @@ impl MergeStream {
         }
         Ok(value.map(|value| Merged { key, lsn, value }))
     }
+
+    /// The next block of a layer, whole, when nothing of another layer comes before the end of it and of the `run - 1` blocks
+    /// that follow it. Goes on behind it.
+    pub async fn next_block(&mut self, remote: &Remote, run: usize) -> Result<Option<StoredBlock>, StorageError> {
+        let heads = || self.sources.iter().enumerate().filter_map(|(at, source)| Some((source.head?, at)));
+        let Some((_, at)) = heads().min() else { return Ok(None) };
+        let others = heads().filter(|(_, other)| *other != at).map(|(head, _)| head).min();
+        let source = &mut self.sources[at];
+        let run_end = source.blocks.get(run - 1).and_then(|block| block.block.last());
+        match run_end {
+            Some(end) if source.entry == 0 && end.0 <= source.last && others.is_none_or(|other| end < other) => {
+                let block = source.blocks.pop_front();
+                source.load(remote).await?;
+                Ok(block)
+            }
+            _ => Ok(None),
+        }
+    }
 }
 
 impl Source {
@@ -80,7 +98,7 @@ impl Source {
 
     /// The value at the head; goes on to the next.
     async fn take(&mut self, remote: &Remote) -> Result<Option<Bytes>, StorageError> {
-        let value = self.blocks.front().map(|block| block.encoded_value(self.entry));
+        let value = self.blocks.front().map(|block| block.block.encoded_value(self.entry));
         self.step(remote).await?;
         Ok(value)
     }
@@ -94,7 +112,7 @@ impl Source {
     async fn load(&mut self, remote: &Remote) -> Result<(), StorageError> {
         loop {
             match self.blocks.front() {
-                Some(block) if self.entry < block.len() => {
+                Some(StoredBlock { block, .. }) if self.entry < block.len() => {
                     self.head = Some(block.position(self.entry)).filter(|(key, _)| *key <= self.last);
                     return Ok(());
                 }

@@ -9,7 +9,7 @@ mod merge;
 mod reader;
 mod set;
 
-pub use format::{Block, BlockHandle, BuiltLayer, LayerBuilder, LayerDamage, LayerIndex};
+pub use format::{Block, BlockHandle, BuiltLayer, Effort, LayerBuilder, LayerDamage, LayerIndex, StoredBlock};
 pub use merge::{MergeStream, Merged};
 pub use reader::{Found, Layer, Wanted};
 pub use set::{LayerSet, SearchPath, Segment};

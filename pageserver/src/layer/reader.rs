@@ -10,7 +10,7 @@ use object_store::path::Path;
 use tokio::sync::OnceCell;
 use types::Lsn;
 
-use super::{Block, BlockHandle, LayerDamage, LayerIndex, LayerMeta};
+use super::{Block, BlockHandle, LayerDamage, LayerIndex, LayerMeta, StoredBlock};
 use crate::{
     error::StorageError,
     remote::Remote,
@@ -154,7 +154,7 @@ impl Layer {
         number: usize,
         last: Key,
         bytes: u64,
-    ) -> Result<Vec<Block>, StorageError> {
+    ) -> Result<Vec<StoredBlock>, StorageError> {
         let index = self.index(remote).await?;
         let rest = index.blocks.get(number..).unwrap_or_default();
         let wanted = rest.iter().take_while(|block| block.first.0 <= last);
@@ -173,7 +173,7 @@ impl Layer {
     }
 
     /// Blocks next to each other in the file, in one read.
-    async fn read_blocks(&self, remote: &Remote, handles: &[&BlockHandle]) -> Result<Vec<Block>, StorageError> {
+    async fn read_blocks(&self, remote: &Remote, handles: &[&BlockHandle]) -> Result<Vec<StoredBlock>, StorageError> {
         let (Some(first), Some(last)) = (handles.first(), handles.last()) else { return Ok(Vec::new()) };
         let range = first.offset..last.offset + u64::from(last.stored_bytes);
         let decode = |stored: Bytes| {
@@ -183,7 +183,9 @@ impl Layer {
                 if end > stored.len() {
                     return Err(LayerDamage("block offsets make no sense".to_owned()));
                 }
-                Block::decode(stored.slice(start..end), handle)
+                let stored = stored.slice(start..end);
+                let block = Block::decode(stored.clone(), handle)?;
+                Ok(StoredBlock { handle: (*handle).clone(), stored, block })
             };
             handles.iter().map(one).collect()
         };
@@ -211,8 +213,8 @@ impl Layer {
             let run = (at..numbers.len()).take_while(|i| missing(i) && (*i == at || follows(i))).count();
             let handles: Vec<&BlockHandle> =
                 numbers[at..at + run].iter().take(BLOCKS_PER_READ).map(|number| &index.blocks[*number]).collect();
-            for (offset, block) in self.read_blocks(remote, &handles).await?.into_iter().enumerate() {
-                let block = Arc::new(block);
+            for (offset, stored) in self.read_blocks(remote, &handles).await?.into_iter().enumerate() {
+                let block = Arc::new(stored.block);
                 remote.blocks.insert((self.id, numbers[at + offset] as u32), block.clone()).await;
                 blocks[at + offset] = Some(block);
             }

@@ -83,6 +83,7 @@ impl Server {
             pages: PageCache::new(u64::from(self.config.page_cache_mib) << 20),
             generation,
             elsewhere: elsewhere.into_iter().collect(),
+            ingest_memory: Default::default(),
             tuning: self.config.tuning(),
             wal,
         };

@@ -171,6 +171,7 @@ pub fn branches(remote: &Arc<Remote>, generation: u32, tuning: Tuning) -> Arc<Br
         pages: PageCache::new(16 << 20),
         generation: Generation(generation),
         elsewhere: Default::default(),
+        ingest_memory: Default::default(),
         tuning,
         wal: None,
     };
