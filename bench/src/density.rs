@@ -24,8 +24,9 @@ const DETACHED_WITHIN: Duration = Duration::from_secs(40);
 const PG_DATABASE: RelTag = RelTag { spc: 1664, db: 0, rel: 1262, fork: ForkNumber::Main };
 const SERVICES: [&str; 4] = ["control-plane", "pageserver", "safekeeper", "proxy"];
 
-/// Makes `projects` projects without starting their computes, restarts everything, and looks.
+/// Makes `projects` projects (at least 2) without starting their computes, restarts everything, and looks.
 pub async fn run(projects: usize) -> anyhow::Result<()> {
+    ensure!(projects >= 2, "two halves are compared: --projects must be 2 or more");
     println!(
         "density: {projects} projects made through the API, their computes not started; then a restart of every service"
     );
@@ -61,19 +62,22 @@ pub async fn run(projects: usize) -> anyhow::Result<()> {
     }
 
     let pageserver = cluster.pageserver()?;
-    // What the first use of anything costs is not the branches' price.
-    touch(&pageserver, &branches[..projects.min(20)]).await?;
+    // What the first use of anything costs, and what memory a crowd leaves behind that the next one finds, is not the
+    // branches' price: half of them go first.
+    let (first, second) = branches.split_at(projects / 2);
+    touch(&pageserver, first).await?;
+    tokio::time::sleep(DETACHED_WITHIN).await;
     let (unused, _) = look(&cluster, "pageserver")?;
     let start = Instant::now();
-    touch(&pageserver, &branches).await?;
-    let attach_ms = start.elapsed().as_secs_f64() * 1000.0 / projects as f64;
+    touch(&pageserver, second).await?;
+    let attach_ms = start.elapsed().as_secs_f64() * 1000.0 / second.len() as f64;
     let (attached, _) = look(&cluster, "pageserver")?;
     tokio::time::sleep(DETACHED_WITHIN).await;
     let (idle, _) = look(&cluster, "pageserver")?;
     println!(
-        "pageserver: {unused:.1} MiB before any use, {attached:.1} MiB with all branches in use, {idle:.1} MiB when idle again"
+        "pageserver: {unused:.1} MiB after the use of one half, {attached:.1} MiB with the other in use, {idle:.1} MiB when idle again"
     );
-    let per_branch = |mib: f64| (mib - unused).max(0.0) * 1024.0 / projects as f64;
+    let per_branch = |mib: f64| (mib - unused).max(0.0) * 1024.0 / second.len() as f64;
     cluster.down().await?;
     println!(
         "projects={projects} projects_s={projects_s:.1} project_kb={project_kb:.2} branch_kb={:.2} used_branch_kb={:.1} attach_ms={attach_ms:.2} {}",

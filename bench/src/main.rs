@@ -20,7 +20,7 @@ use clap::{Parser, ValueEnum};
 
 /// As in the program itself.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// Benchmarks of Dormouse. These machines are noisy: trust ratios, not single times.
 #[derive(Parser)]

@@ -18,7 +18,7 @@ use crate::logging::LogFormat;
 
 /// Gives memory back that is not used any more, where glibc's keeps it: thousands of branches come and go in a pageserver.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 const EXAMPLES: &str = "\
 Examples:

@@ -250,6 +250,37 @@ async fn a_manifest_written_meanwhile_is_noticed_before_writing() {
     assert!(matches!(error, StorageError::Deposed { .. }), "{error}");
 }
 
+/// Twenty branches get 600 KiB each; together they may have 2 MiB in memory, or a little for each.
+#[tokio::test]
+async fn memory_of_all_branches_together_is_bounded() {
+    let remote = memory_remote();
+    let tuning = Tuning { ingest_memory_bytes: 2 << 20, ..Tuning::default() };
+    let all = branches(&remote, 1, tuning.clone());
+    let mut attached = Vec::new();
+    for number in 0..20 {
+        let name = branch_ref("t", &format!("b{number}"));
+        put_root(&remote, &name, Lsn(800)).await;
+        attached.push(all.get(&name).await.expect("attach"));
+    }
+    let mut most = 0;
+    for round in 0..75 {
+        let lsn = 808 + round * 8;
+        for branch in &attached {
+            branch.apply(page(lsn, round as u8), tip(lsn));
+            branch.make_room().await;
+        }
+        most = most.max(attached.iter().map(|branch| branch.memory_bytes().1).sum::<usize>());
+    }
+    let small_shares = attached.len() * (256 << 10);
+    assert!(most <= tuning.ingest_memory_bytes.max(small_shares) + (64 << 10), "{most} bytes");
+    assert!(most > 1 << 20, "written out long before: {most} bytes");
+    for branch in &attached {
+        let read =
+            branch.get_pages(&[PageTag { rel: REL, block: 0 }], branch.tip().last_record_lsn).await.expect("read");
+        assert_eq!(read[0][0], 74);
+    }
+}
+
 #[tokio::test]
 async fn damage_is_an_error_that_names_the_object() {
     let remote = memory_remote();
