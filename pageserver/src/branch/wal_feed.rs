@@ -269,7 +269,8 @@ impl Branch {
         let (open, all) = self.memory_bytes();
         let crowded = self.shared.ingest_memory.is_over(self.shared.tuning.ingest_memory_bytes);
         let full = open >= self.shared.tuning.checkpoint_distance_bytes;
-        if !full && !(crowded && all >= SMALL_SHARE_BYTES) {
+        let must_give_way = crowded && all >= SMALL_SHARE_BYTES;
+        if !full && !must_give_way {
             return;
         }
         self.freeze();
