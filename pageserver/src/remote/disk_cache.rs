@@ -36,6 +36,8 @@ impl DiskCache {
         let files = moka::sync::Cache::builder()
             .max_capacity(limit_bytes / 1024)
             .weigher(|_, kib: &u32| *kib)
+            // The default refuses newcomers that were asked for less often: layers would be fetched whole again and again.
+            .eviction_policy(moka::policy::EvictionPolicy::lru())
             .eviction_listener(move |name: Arc<String>, _, cause| {
                 if cause.was_evicted() {
                     let _ = std::fs::remove_file(unlink_in.join(name.as_str()));
@@ -51,6 +53,7 @@ impl DiskCache {
                 files.insert(name, kib(entry.metadata()?.len()));
             }
         }
+        files.run_pending_tasks();
         Ok(DiskCache { inner: Some(Arc::new(Inner { directory: directory.to_owned(), files })) })
     }
 
@@ -94,7 +97,11 @@ impl DiskCache {
             moved.err()
         });
         match written.await {
-            Ok(None) => inner.files.insert(name, weight),
+            Ok(None) => {
+                inner.files.insert(name, weight);
+                // Left to itself it evicts once in a while: until then the disk would hold what comes meanwhile as well.
+                inner.files.run_pending_tasks();
+            }
             Ok(Some(error)) => tracing::warn!(%object, %error, "layer was not kept on the local disk"),
             Err(_stopping) => {}
         }
