@@ -67,7 +67,8 @@ impl ObjectStoreConfig {
         matches!(self, ObjectStoreConfig::Local(_))
     }
 
-    /// The client. Requests end after about 30 s and are repeated for at most as long.
+    /// The client. A request ends after 30 s at the latest, and is repeated at most five times while less than 45 s have gone: one that
+    /// is never answered gets a second try.
     pub fn open(&self) -> Result<Arc<dyn ObjectStore>, ObjectStoreConfigError> {
         match self {
             ObjectStoreConfig::Local(path) => {
@@ -76,21 +77,27 @@ impl ObjectStoreConfig {
                 let store = LocalFileSystem::new_with_prefix(path)?.with_fsync(true).with_automatic_cleanup(true);
                 Ok(Arc::new(store))
             }
-            ObjectStoreConfig::S3 { bucket, prefix } => {
-                let second = Duration::from_secs(1);
-                let backoff =
-                    BackoffConfig { init_backoff: Duration::from_millis(50), max_backoff: 2 * second, base: 2.0 };
-                let retry = RetryConfig { backoff, max_retries: 5, retry_timeout: 30 * second };
-                let store = AmazonS3Builder::from_env()
-                    .with_config(AmazonS3ConfigKey::Client(ClientConfigKey::Timeout), "30 seconds")
-                    .with_config(AmazonS3ConfigKey::Client(ClientConfigKey::ConnectTimeout), "5 seconds")
-                    .with_retry(retry)
-                    .with_bucket_name(bucket)
-                    .build()?;
-                Ok(Arc::new(PrefixStore::new(store, Path::from(prefix.as_str()))))
-            }
+            ObjectStoreConfig::S3 { bucket, prefix } => open_s3(AmazonS3Builder::from_env(), bucket, prefix),
         }
     }
+}
+
+/// The client of a bucket, with what `builder` says of endpoint and credentials.
+pub fn open_s3(
+    builder: AmazonS3Builder,
+    bucket: &str,
+    prefix: &str,
+) -> Result<Arc<dyn ObjectStore>, ObjectStoreConfigError> {
+    let second = Duration::from_secs(1);
+    let backoff = BackoffConfig { init_backoff: Duration::from_millis(50), max_backoff: 2 * second, base: 2.0 };
+    let retry = RetryConfig { backoff, max_retries: 5, retry_timeout: 45 * second };
+    let store = builder
+        .with_config(AmazonS3ConfigKey::Client(ClientConfigKey::Timeout), "30 seconds")
+        .with_config(AmazonS3ConfigKey::Client(ClientConfigKey::ConnectTimeout), "5 seconds")
+        .with_retry(retry)
+        .with_bucket_name(bucket)
+        .build()?;
+    Ok(Arc::new(PrefixStore::new(store, Path::from(prefix))))
 }
 
 impl std::str::FromStr for ObjectStoreConfig {

@@ -5,13 +5,14 @@ mod disk_cache;
 mod manifest;
 mod names;
 
-pub use config::{ObjectStoreConfig, ObjectStoreConfigError};
+pub use config::{ObjectStoreConfig, ObjectStoreConfigError, open_s3};
 pub use disk_cache::DiskCache;
 pub use manifest::{Ancestor, Manifest, ManifestError};
 pub use names::{BranchNames, layer_generation, layer_name};
 
 use std::{
     collections::HashSet,
+    error::Error,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -21,7 +22,11 @@ use std::{
 
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, path::Path};
+use object_store::{
+    ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload,
+    client::{HttpError, HttpErrorKind},
+    path::Path,
+};
 use parking_lot::Mutex;
 use types::{BranchRef, Generation};
 
@@ -29,9 +34,11 @@ use crate::{error::StorageError, layer::Block};
 
 /// Longest wait for the probe at the start.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(10);
-/// Pauses before a listing that lags is asked for again.
-const FIRST_LIST_PAUSE: Duration = Duration::from_millis(50);
+/// Pauses before a listing that lags or an answer that broke off is asked for again.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LAST_LIST_PAUSE: Duration = Duration::from_secs(6);
+/// Times that a listing or a deletion is asked for whose answer breaks off.
+const BROKEN_ANSWERS: usize = 5;
 /// Whole layers that are downloaded at a time.
 const DOWNLOADS: usize = 4;
 
@@ -149,7 +156,8 @@ impl Remote {
     }
 
     async fn list_meta(&self, prefix: &Path) -> Result<Vec<ObjectMeta>, StorageError> {
-        let listed = self.store.list_with_delimiter(Some(prefix)).await.map_err(|e| failed(prefix, &e))?;
+        let listed =
+            whole(broke_off, || self.store.list_with_delimiter(Some(prefix))).await.map_err(|e| failed(prefix, &e))?;
         Ok(listed.objects)
     }
 
@@ -161,7 +169,7 @@ impl Remote {
         written: &Path,
         tag: Option<&str>,
     ) -> Result<Vec<Path>, StorageError> {
-        let mut pause = FIRST_LIST_PAUSE;
+        let mut pause = FIRST_PAUSE;
         loop {
             let objects = self.list_meta(prefix).await?;
             let shown = objects.iter().find(|object| object.location == *written);
@@ -194,12 +202,13 @@ impl Remote {
 
     /// All objects below a prefix, at any depth.
     pub async fn list_all(&self, prefix: &Path) -> Result<Vec<ObjectMeta>, StorageError> {
-        self.store.list(Some(prefix)).try_collect().await.map_err(|e| failed(prefix, &e))
+        whole(broke_off, || self.store.list(Some(prefix)).try_collect()).await.map_err(|e| failed(prefix, &e))
     }
 
     /// Names of the directories directly below a prefix.
     pub async fn list_below(&self, prefix: &Path) -> Result<Vec<String>, StorageError> {
-        let listed = self.store.list_with_delimiter(Some(prefix)).await.map_err(|e| failed(prefix, &e))?;
+        let listed =
+            whole(broke_off, || self.store.list_with_delimiter(Some(prefix))).await.map_err(|e| failed(prefix, &e))?;
         Ok(listed.common_prefixes.iter().filter_map(|path| path.filename().map(str::to_owned)).collect())
     }
 
@@ -214,7 +223,7 @@ impl Remote {
     /// Removes an object. Harmless when there is none.
     pub async fn delete(&self, object: &Path) -> Result<(), StorageError> {
         self.disk.remove(object);
-        match self.store.delete(object).await {
+        match whole(broke_off_or_reset, || self.store.delete(object)).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(failed(object, &error)),
         }
@@ -298,6 +307,49 @@ fn with_jitter(pause: Duration) -> Duration {
     pause + pause * (now.subsec_micros() % 8) / 16
 }
 
+/// Asks again where the client does not: it repeats requests and goes on with an object's content, but a listing or a deletion it
+/// lets fail whose answer breaks off, and a deletion whose connection is reset (it can't know that deleting twice is harmless).
+async fn whole<T, A: Future<Output = object_store::Result<T>>>(
+    is_broken: fn(&object_store::Error) -> bool,
+    ask: impl Fn() -> A,
+) -> object_store::Result<T> {
+    let mut pause = FIRST_PAUSE;
+    for _ in 1..BROKEN_ANSWERS {
+        match ask().await {
+            Err(error) if is_broken(&error) => tokio::time::sleep(with_jitter(pause)).await,
+            outcome => return outcome,
+        }
+        pause *= 2;
+    }
+    ask().await
+}
+
+/// True when the connection failed after the request was answered: what the client has repeated in vain, and is not to be repeated
+/// again, lies deeper.
+fn broke_off(error: &object_store::Error) -> bool {
+    error.source().and_then(Error::source).is_some_and(|cause| cause.is::<HttpError>())
+}
+
+/// For deletions.
+fn broke_off_or_reset(error: &object_store::Error) -> bool {
+    let mut causes = std::iter::successors(error.source(), |cause| (*cause).source());
+    let http = causes.find_map(|cause| cause.downcast_ref::<HttpError>());
+    broke_off(error) || http.is_some_and(|http| http.kind() == HttpErrorKind::Interrupted)
+}
+
 fn failed(object: &Path, error: &object_store::Error) -> StorageError {
-    StorageError::Store { object: object.to_string(), reason: error.to_string() }
+    use object_store::Error::{PermissionDenied, Unauthenticated};
+    let advice = match error {
+        PermissionDenied { .. } | Unauthenticated { .. } => "check the credentials and what they allow",
+        _other => "it may be tried again; if it goes on failing, check the store and the way to it",
+    };
+    // The client's text leaves out why there was no answer.
+    let text = error.to_string();
+    let mut cause: &dyn Error = error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    let cause = cause.to_string();
+    let reason = if text.contains(&cause) { text } else { format!("{text}: {cause}") };
+    StorageError::Store { object: object.to_string(), reason: format!("{reason}; {advice}") }
 }

@@ -1,5 +1,6 @@
 //! An object store that fails: requests that are refused, puts and deletes that succeed though they look failed, listings that
 //! show what there was a while ago, and a process that is gone in the middle of what it did.
+#![allow(dead_code)]
 
 use std::{
     collections::BTreeMap,
