@@ -1,33 +1,40 @@
 //! Crashes anywhere: pageservers over an object store that fails, one taking over from another that may still be running, killed
-//! at any request. What the newest one reads, at any position, is compared with a plain list of records.
+//! at any request. What the newest one reads, at any position, is compared with a plain list of records. The branches ingest real
+//! WAL: page images, small files, and pages that grow by hundreds of records, each of which leaves its mark.
 //!
 //! `DORMOUSE_SIM_SEED=n` runs one seed, `DORMOUSE_SIM_SEEDS=n` so many; the last line tells how many were run and what was wrong.
 
 mod cluster;
 mod faulty_store;
 mod reference;
+mod trail;
 
 use std::{path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use cluster::{branch_ref, branches, put_root};
 use dormouse_pageserver::{
-    branch::{Branch, Branches},
+    branch::{Branch, Branches, Put},
     check::{Repair, check_project},
     error::StorageError,
     remote::{DiskCache, Remote},
+    storage::{AuxFile, Key, Value},
 };
 use faulty_store::{Bucket, FaultyStore, Rng};
-use reference::{KEYS, Model, ModelBranch, START, apply, key, page_tag, tuning};
+use reference::{KEYS, Model, ModelBranch, READY, REL, START, first_record, page_tag, tip, tuning};
+use trail::{TRAILS, Trails, Wal, fresh_page, trail_tag};
 use types::{Lsn, PAGE_BYTES, ProjectId};
+use wal::CheckPoint;
 use wire::pageserver::BranchPoint;
 
+/// Number of the first key that is a page; those before are files.
+const FIRST_PAGE: u8 = KEYS / 2;
 const STEPS_PER_SEED: usize = 120;
 /// As part of the ordinary tests.
 const SEEDS: u64 = 12;
 const FAULT_PERCENT: u64 = 4;
 /// Times that a read is asked again when the store fails.
-const READ_ATTEMPTS: usize = 100;
+const READ_ATTEMPTS: usize = 300;
 /// Small: layers fall out of it all the time.
 const DISK_CACHE_BYTES: u64 = 6 << 10;
 
@@ -46,6 +53,10 @@ struct World {
     /// Was deposed, does not know it, and goes on.
     zombie: Option<Pageserver>,
     model: Model,
+    /// By branch: its own WAL, from where it left its ancestor.
+    wal: Vec<Wal>,
+    /// By branch: what its own WAL does to the pages that grow.
+    trails: Vec<Trails>,
     /// By branch: up to here safekeepers may have forgotten the WAL.
     reported: Vec<Lsn>,
     /// Children that may be there: of which branch, and where they left it.
@@ -53,6 +64,22 @@ struct World {
     /// Layers that garbage collection took out.
     collected: usize,
     wrong: Vec<String>,
+}
+
+/// The file of a number of the first half.
+fn path(number: u8) -> String {
+    format!("pg_stat/{number}")
+}
+
+/// As a template's import leaves it: counters, the size and every page.
+fn first_puts() -> Vec<Put> {
+    let put = |key, value| Put { key, lsn: READY, value };
+    let counters = Value::Image(Bytes::from_static(&[0; CheckPoint::SIZE]));
+    let zeroes = first_record().1.into_iter().map(|(number, _)| put(Key::page(page_tag(number)), Value::ZERO_PAGE));
+    let trails =
+        (0..TRAILS).map(|number| put(Key::page(trail_tag(number)), Value::Image(fresh_page().to_vec().into())));
+    let others = [put(Key::CHECKPOINT, counters), put(Key::rel_size(REL), Value::rel_size(100))];
+    zeroes.chain(trails).chain(others).collect()
 }
 
 fn pageserver(bucket: &Arc<Bucket>, generation: u32, seed: u64) -> Pageserver {
@@ -84,6 +111,8 @@ impl World {
             owner,
             zombie: None,
             model,
+            wal: vec![Wal::new(READY)],
+            trails: vec![Trails::default()],
             reported: vec![START],
             half_made: Vec::new(),
             collected: 0,
@@ -109,16 +138,38 @@ impl World {
         }
     }
 
+    /// Some values, and often more of a page that grows.
     fn record(&mut self, index: usize) {
-        let lsn = self.model.branches[index].tip() + 40;
-        let content = |rng: &mut Rng| rng.chance(80).then(|| rng.below(256) as u8);
-        let values =
-            (0..1 + self.rng.below(4)).map(|_| (self.rng.below(KEYS.into()) as u8, content(&mut self.rng))).collect();
+        let wal = &mut self.wal[index];
+        let values: Vec<(u8, Option<u8>)> = (0..1 + self.rng.below(4))
+            .map(|_| (self.rng.below(KEYS.into()) as u8, self.rng.chance(80).then(|| self.rng.below(256) as u8)))
+            .collect();
+        for (number, content) in &values {
+            match number {
+                0..FIRST_PAGE => wal.file(&path(*number), content.as_slice()),
+                _page => wal.image(page_tag(*number), &[content.unwrap_or(0); PAGE_BYTES]),
+            };
+        }
+        let number = self.rng.below(TRAILS);
+        for _ in 0..self.rng.below(40) {
+            self.trails[index].step(wal, number, &mut self.rng);
+        }
+        let lsn = wal.end();
         self.model.branches[index].records.push((lsn, values));
     }
 
     /// The branch on a pageserver, with all records that there are: safekeepers have those that were not reported.
     async fn fed(&mut self, index: usize, of_zombie: bool) -> Result<Arc<Branch>, StorageError> {
+        // Ancestors must have what this one inherits, as their WAL streams would see to; ingestion starts from it.
+        let parents = |index: &usize| self.model.branches[*index].parent.map(|(parent, _)| parent);
+        let mut line: Vec<usize> = std::iter::successors(parents(&index), parents).collect();
+        while let Some(ancestor) = line.pop() {
+            self.fed_alone(ancestor, of_zombie).await?;
+        }
+        self.fed_alone(index, of_zombie).await
+    }
+
+    async fn fed_alone(&mut self, index: usize, of_zombie: bool) -> Result<Arc<Branch>, StorageError> {
         let known = &self.model.branches[index];
         let server = if of_zombie { self.zombie.as_ref().unwrap_or(&self.owner) } else { &self.owner };
         let mut branch = server.branches.get(&known.name).await?;
@@ -134,7 +185,13 @@ impl World {
             }
         }
         if from >= self.reported[index] {
-            known.records.iter().filter(|(lsn, _)| *lsn > from).for_each(|(lsn, values)| apply(&branch, *lsn, values));
+            if from < READY {
+                branch.apply(first_puts(), tip(READY));
+            }
+            let wal = self.wal[index].since(from.max(READY));
+            if !wal.is_empty() {
+                branch.ingest_wal(from.max(READY), wal).await?;
+            }
         }
         Ok(branch)
     }
@@ -179,6 +236,8 @@ impl World {
             Ok(lsn) => {
                 assert_eq!(lsn, at);
                 self.model.branches.push(ModelBranch::child(name, parent, at));
+                self.wal.push(Wal::new(at));
+                self.trails.push(Trails::default());
                 self.reported.push(at);
             }
             // It may have been made. Nobody uses it, but it stays a child.
@@ -216,14 +275,18 @@ impl World {
 
     async fn check(&mut self, index: usize) {
         let at = self.model.branches[index].position(self.rng.below(12));
-        let number = self.rng.below(KEYS.into()) as u8;
-        let expected = self.model.read(index, number, at);
+        let number = self.rng.below(usize::from(KEYS) + TRAILS) as u8;
+        let expected = self.expected(index, number, at);
         let what = format!("{} key {number} at {at}", self.model.branches[index].name);
         let mut damaged = 0;
+        let mut last = String::new();
         for _ in 0..READ_ATTEMPTS {
             match self.read(index, number, at).await {
                 Ok(read) if read == expected => return,
-                Ok(read) => return self.wrong.push(format!("{what}: {read:?}, not {expected:?}")),
+                Ok(read) => {
+                    let differ = read.iter().zip(&expected).position(|(read, expected)| read != expected);
+                    return self.wrong.push(format!("{what}: differs at {differ:?} ({} bytes)", read.len()));
+                }
                 Err(StorageError::Damaged { object, reason }) => {
                     let name = self.model.branches[index].name.clone();
                     let Ok(branch) = self.owner.branches.get(&name).await else { continue };
@@ -235,34 +298,46 @@ impl World {
                 }
                 // A listing that lags does not show a branch that was just made.
                 Err(
-                    StorageError::Store { .. }
+                    error @ (StorageError::Store { .. }
                     | StorageError::Deposed { .. }
                     | StorageError::NotArrived { .. }
-                    | StorageError::NoBranch(_),
-                ) => {}
+                    | StorageError::NoBranch(_)),
+                ) => last = error.to_string(),
                 Err(error) => return self.wrong.push(format!("{what}: {error}")),
             }
         }
-        self.wrong.push(format!("{what}: no answer"));
+        self.wrong.push(format!("{what}: no answer, {last}"));
     }
 
-    async fn read(&mut self, index: usize, number: u8, at: Lsn) -> Result<Option<u8>, StorageError> {
-        // Ancestors must have what this one inherits, as their WAL streams would see to.
-        let mut ancestor = self.model.branches[index].parent;
-        while let Some((parent, _)) = ancestor {
-            self.fed(parent, false).await?;
-            ancestor = self.model.branches[parent].parent;
+    /// A file's content; a page without its LSN.
+    fn expected(&self, index: usize, number: u8, at: Lsn) -> Vec<u8> {
+        if number >= KEYS {
+            return self.trail(index, usize::from(number - KEYS), at)[8..].to_vec();
         }
+        let content = self.model.read(index, number, at);
+        if number < FIRST_PAGE { Vec::from_iter(content) } else { vec![content.unwrap_or(0); PAGE_BYTES - 8] }
+    }
+
+    fn trail(&self, index: usize, number: usize, at: Lsn) -> Box<[u8; PAGE_BYTES]> {
+        let mut page = match self.model.branches[index].parent {
+            Some((parent, lsn)) => self.trail(parent, number, at.min(lsn)),
+            None => Box::new(fresh_page()),
+        };
+        self.trails[index].apply(number, at, &mut page);
+        page
+    }
+
+    async fn read(&mut self, index: usize, number: u8, at: Lsn) -> Result<Vec<u8>, StorageError> {
         let branch = self.fed(index, false).await?;
-        if number < KEYS / 2 {
-            let content = branch.read_value(key(number), at).await?;
-            return Ok(content.map(|bytes| bytes[0]));
+        if number < FIRST_PAGE {
+            let stored = branch.read_value(Key::aux_file(&path(number)), at).await?;
+            let file = stored.map(|bytes| postcard::from_bytes::<AuxFile>(&bytes).expect("a file"));
+            return Ok(file.map_or(Vec::new(), |file| file.content.to_vec()));
         }
-        let page: Bytes = branch.get_pages(&[page_tag(number)], at).await?.remove(0);
-        assert!(page.len() == PAGE_BYTES && page.iter().all(|byte| *byte == page[0]));
-        // Zeroes and what was never written are the same page.
-        let written = self.model.read(index, number, at).is_some() || page[0] != 0;
-        Ok(written.then_some(page[0]))
+        let tag = if number < KEYS { page_tag(number) } else { trail_tag((number - KEYS).into()) };
+        let page = branch.get_pages(&[tag], at).await?.remove(0);
+        assert_eq!(page.len(), PAGE_BYTES);
+        Ok(page[8..].to_vec())
     }
 
     /// Everything once more, by a last pageserver and without faults; then no object is left that nothing refers to.
