@@ -7,7 +7,7 @@ use std::{
     os::unix::process::{CommandExt, ExitStatusExt},
     path::{Path, PathBuf},
     process::{Child, ChildStderr, Command, ExitStatus, Stdio},
-    sync::Arc,
+    sync::{Arc, mpsc},
     time::Duration,
 };
 
@@ -20,6 +20,8 @@ use tokio::sync::{oneshot, watch};
 
 use crate::owner::Owner;
 
+/// How long the end of the log is waited for when Postgres has ended.
+const LAST_WORDS_WAIT: Duration = Duration::from_millis(500);
 /// How often a starting postmaster's state is looked at.
 const READY_POLL: Duration = Duration::from_millis(1);
 
@@ -256,9 +258,16 @@ fn supervise(
         let _ = kill(pid, Signal::SIGQUIT);
     }
     std::thread::scope(|scope| {
-        // Not joined before the status is known: a backend that outlives the postmaster holds the pipe open.
-        scope.spawn(|| stderr.map(|stderr| copy_log(stderr, log)));
+        let (reading, is_read) = mpsc::channel::<()>();
+        scope.spawn(move || {
+            if let Some(stderr) = stderr {
+                copy_log(stderr, log);
+            }
+            drop(reading);
+        });
         let status = child.wait();
+        // Whoever hears of the end quotes the log. Not for long: a backend that outlives the postmaster holds the pipe open.
+        let _read_or_late = is_read.recv_timeout(LAST_WORDS_WAIT);
         match status {
             Ok(status) => exit.send_replace(Some(status)),
             Err(error) => {
