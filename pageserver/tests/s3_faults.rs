@@ -1,7 +1,5 @@
 //! The S3 client against a real server (moto) behind a proxy that fails by a schedule from a seed: answers 500 and 503, is slow,
 //! cuts connections before and after a request was done, and cuts answers in the middle.
-//!
-//! Skipped (with a note) where `scripts/setup.sh s3` has not put moto into `target/tools/moto`.
 
 mod cluster;
 mod faulty_store;
@@ -9,8 +7,6 @@ mod faulty_store;
 use std::{
     collections::{BTreeMap, HashMap},
     net::SocketAddr,
-    path::Path,
-    process::{Child, Command, Stdio},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -25,6 +21,7 @@ use dormouse_pageserver::{
     remote::{DiskCache, Remote, open_s3},
     storage::{Key, Value},
 };
+use e2e::s3::{BUCKET, S3Server};
 use faulty_store::Rng;
 use object_store::aws::AmazonS3Builder;
 use tokio::{
@@ -36,7 +33,6 @@ use types::{BranchRef, ForkNumber, Lsn, PAGE_BYTES, PageTag, ProjectId, RelTag};
 use wire::pageserver::{BranchPoint, ErrorKind};
 
 const REL: RelTag = RelTag { spc: 1663, db: 1, rel: 1, fork: ForkNumber::Main };
-const BUCKET: &str = "dormouse";
 const START: Lsn = Lsn(800);
 const BLOCKS: u32 = 40;
 const ROUNDS: u32 = 8;
@@ -46,48 +42,6 @@ const FAULT_PERCENT: usize = 35;
 const FAULTS_IN_A_ROW: usize = 3;
 /// First try and repetitions, as `remote/config.rs` sets them.
 const TRIES: usize = 6;
-
-/// The server, with an empty bucket. Killed when dropped.
-struct Moto {
-    child: Child,
-    address: SocketAddr,
-}
-
-impl Moto {
-    async fn start() -> Option<Moto> {
-        let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("repository");
-        let python = repository.join("target/tools/moto/bin/python");
-        if !python.exists() {
-            eprintln!("skipped: {} is missing, scripts/setup.sh s3 makes it", python.display());
-            return None;
-        }
-        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("port");
-        let address = free.local_addr().expect("address");
-        drop(free);
-        let mut command = Command::new(python);
-        command.arg(repository.join("tests/moto_server.py")).arg(address.port().to_string());
-        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("moto");
-        let moto = Moto { child, address };
-        let make = format!(
-            "PUT /{BUCKET} HTTP/1.0\r\nHost: {address}\r\nContent-Length: 0\r\n\
-             Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request\r\n\r\n"
-        );
-        for _ in 0..300 {
-            if forward(address, make.as_bytes()).await.is_ok_and(|answer| answer.starts_with(b"HTTP/1.0 200")) {
-                return Some(moto);
-            }
-            sleep(Duration::from_millis(100)).await;
-        }
-        panic!("moto did not answer on {address} within 30 s");
-    }
-}
-
-impl Drop for Moto {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 /// What becomes of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -167,11 +121,11 @@ struct Proxy {
 }
 
 impl Proxy {
-    async fn start(moto: &Moto, seed: u64) -> Proxy {
+    async fn start(moto: &S3Server, seed: u64) -> Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("listen");
         let address = listener.local_addr().expect("address");
         let state = Arc::new(State {
-            server: moto.address,
+            server: address_of(moto),
             weather: Mutex::new(Weather::Fine),
             rng: Mutex::new(Rng(seed)),
             seen: Mutex::default(),
@@ -300,6 +254,10 @@ async fn read_request(client: &mut TcpStream) -> std::io::Result<Option<Vec<u8>>
     }
 }
 
+fn address_of(server: &S3Server) -> SocketAddr {
+    server.endpoint().trim_start_matches("http://").parse().expect("address")
+}
+
 /// The server's answer; it ends the connection after each.
 async fn forward(server: SocketAddr, request: &[u8]) -> std::io::Result<Vec<u8>> {
     let mut connection = TcpStream::connect(server).await?;
@@ -397,11 +355,11 @@ async fn write_history(machine: &Machine, root: &BranchRef, child: &BranchRef) {
 
 #[tokio::test]
 async fn faults_delay_and_change_nothing() {
-    let Some(moto) = Moto::start().await else { return };
+    let moto = S3Server::start().await.expect("moto");
     futures::future::join_all((1..=3).map(|seed| bear_faults(&moto, seed))).await;
 }
 
-async fn bear_faults(moto: &Moto, seed: u64) {
+async fn bear_faults(moto: &S3Server, seed: u64) {
     let (root, child) = (branch_ref("s3", "root"), branch_ref("s3", "child"));
     let prefix = format!("seed/{seed}");
     let proxy = Proxy::start(moto, seed).await;
@@ -429,7 +387,7 @@ async fn bear_faults(moto: &Moto, seed: u64) {
     assert!(FAULTS.iter().all(|fault| fates.contains_key(fault)), "seed {seed}: not every fault occurred: {fates:?}");
 
     // What there is, looked at without faults.
-    let sure = machine(moto.address, &prefix);
+    let sure = machine(address_of(moto), &prefix);
     let project = ProjectId::new("s3").expect("id");
     let found = check_project(&sure.remote, &project, Repair::No).await.expect("check");
     assert!(found.damage.is_empty() && found.orphans.is_empty(), "{:?} {:?}", found.damage, found.orphans);
@@ -440,7 +398,7 @@ async fn bear_faults(moto: &Moto, seed: u64) {
 
 #[tokio::test]
 async fn an_outage_costs_few_requests_and_is_said() {
-    let Some(moto) = Moto::start().await else { return };
+    let moto = S3Server::start().await.expect("moto");
     let proxy = Proxy::start(&moto, 0).await;
     let here = machine(proxy.address, "some/prefix");
     let remote = &here.remote;
@@ -483,7 +441,7 @@ async fn an_outage_costs_few_requests_and_is_said() {
 
 #[tokio::test]
 async fn a_branch_goes_on_after_an_outage() {
-    let Some(moto) = Moto::start().await else { return };
+    let moto = S3Server::start().await.expect("moto");
     let proxy = Proxy::start(&moto, 0).await;
     let (root, child) = (branch_ref("s3", "root"), branch_ref("s3", "child"));
     let here = machine(proxy.address, "some/prefix");
@@ -509,7 +467,8 @@ async fn a_branch_goes_on_after_an_outage() {
     proxy.set(Weather::Fine);
     assert_eq!(branch.flush().await.expect("flush"), lsn(ROUNDS));
     branch.compact().await.expect("compact");
-    let branch = branches(&machine(moto.address, "some/prefix").remote, 3, tuning()).get(&root).await.expect("attach");
+    let branch =
+        branches(&machine(address_of(&moto), "some/prefix").remote, 3, tuning()).get(&root).await.expect("attach");
     expect_pages(&branch, 3).await;
     expect_pages(&branch, ROUNDS).await;
 }
@@ -523,7 +482,7 @@ async fn expect_memory(branch: &Arc<Branch>) {
 
 #[tokio::test]
 async fn what_is_not_answered_is_asked_for_again() {
-    let Some(moto) = Moto::start().await else { return };
+    let moto = S3Server::start().await.expect("moto");
     let proxy = Proxy::start(&moto, 0).await;
     let here = machine(proxy.address, "some/prefix");
     let object = object_store::path::Path::from("slow/there");

@@ -71,17 +71,16 @@ impl MergeStream {
     pub async fn next_block(&mut self, remote: &Remote, run: usize) -> Result<Option<StoredBlock>, StorageError> {
         let heads = || self.sources.iter().enumerate().filter_map(|(at, source)| Some((source.head?, at)));
         let Some((_, at)) = heads().min() else { return Ok(None) };
-        let others = heads().filter(|(_, other)| *other != at).map(|(head, _)| head).min();
-        let source = &mut self.sources[at];
+        let source = &self.sources[at];
         let run_end = source.blocks.get(run - 1).and_then(|block| block.block.last());
-        match run_end {
-            Some(end) if source.entry == 0 && end.0 <= source.last && others.is_none_or(|other| end < other) => {
-                let block = source.blocks.pop_front();
-                source.load(remote).await?;
-                Ok(block)
-            }
-            _ => Ok(None),
+        let Some(end) = run_end.filter(|end| source.entry == 0 && end.0 <= source.last) else { return Ok(None) };
+        if heads().any(|(head, other)| other != at && head <= end) {
+            return Ok(None);
         }
+        let source = &mut self.sources[at];
+        let block = source.blocks.pop_front();
+        source.load(remote).await?;
+        Ok(block)
     }
 }
 
