@@ -487,6 +487,8 @@ async fn what_is_not_answered_is_asked_for_again() {
     let here = machine(proxy.address, "some/prefix");
     let object = object_store::path::Path::from("slow/there");
     here.remote.put(&object, Bytes::from_static(b"0123456789")).await.expect("put");
+    let old = object_store::path::Path::from("fast/old");
+    here.remote.put(&old, Bytes::from_static(b"x")).await.expect("put");
     proxy.set(Weather::HangOnce);
     let all = async {
         let (new, prefix) = ("slow/new".into(), "slow".into());
@@ -494,12 +496,16 @@ async fn what_is_not_answered_is_asked_for_again() {
             here.remote.put(&new, Bytes::from_static(b"x")),
             here.remote.get_range(&object, 2..4),
             here.remote.list(&prefix),
+            here.remote.delete(&old),
         )
     };
-    let (put, got, listed) = timeout(Duration::from_secs(50), all).await.expect("soon after the client's timeout");
+    let (put, got, listed, deleted) =
+        timeout(Duration::from_secs(50), all).await.expect("soon after the client's timeout");
     put.expect("put");
     assert_eq!(got.expect("get"), Bytes::from_static(b"23"));
     assert!(listed.expect("list").contains(&object));
-    assert_eq!(proxy.fates()[&Fate::Hang], 3);
-    assert_eq!(proxy.requests(), 6);
+    deleted.expect("delete");
+    assert_eq!(proxy.fates()[&Fate::Hang], 4);
+    assert_eq!(proxy.requests(), 8);
+    assert_eq!(here.remote.get(&old).await.expect("get"), None);
 }

@@ -223,7 +223,7 @@ impl Remote {
     /// Removes an object. Harmless when there is none.
     pub async fn delete(&self, object: &Path) -> Result<(), StorageError> {
         self.disk.remove(object);
-        match whole(broke_off_or_reset, || self.store.delete(object)).await {
+        match whole(is_unanswered, || self.store.delete(object)).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(failed(object, &error)),
         }
@@ -308,7 +308,7 @@ fn with_jitter(pause: Duration) -> Duration {
 }
 
 /// Asks again where the client does not: it repeats requests and goes on with an object's content, but a listing or a deletion it
-/// lets fail whose answer breaks off, and a deletion whose connection is reset (it can't know that deleting twice is harmless).
+/// lets fail whose answer breaks off, and a deletion that is not answered (it can't know that deleting twice is harmless).
 async fn whole<T, A: Future<Output = object_store::Result<T>>>(
     is_broken: fn(&object_store::Error) -> bool,
     ask: impl Fn() -> A,
@@ -331,10 +331,11 @@ fn broke_off(error: &object_store::Error) -> bool {
 }
 
 /// For deletions.
-fn broke_off_or_reset(error: &object_store::Error) -> bool {
+fn is_unanswered(error: &object_store::Error) -> bool {
     let mut causes = std::iter::successors(error.source(), |cause| (*cause).source());
     let http = causes.find_map(|cause| cause.downcast_ref::<HttpError>());
-    broke_off(error) || http.is_some_and(|http| http.kind() == HttpErrorKind::Interrupted)
+    broke_off(error)
+        || http.is_some_and(|http| matches!(http.kind(), HttpErrorKind::Interrupted | HttpErrorKind::Timeout))
 }
 
 fn failed(object: &Path, error: &object_store::Error) -> StorageError {
