@@ -81,7 +81,7 @@ pub enum StorageError {
     #[error("project {0} is served by another pageserver")]
     Elsewhere(ProjectId),
     /// What was known of the branch is out of date; asking again finds the newest.
-    #[error("{0} was changed by another pageserver meanwhile; ask again")]
+    #[error("{0} was removed, or changed by another pageserver, meanwhile; ask again")]
     Stale(BranchRef),
     /// The pageserver is stopping.
     #[error("the pageserver is stopping")]

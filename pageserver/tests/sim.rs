@@ -301,6 +301,7 @@ impl World {
                     error @ (StorageError::Store { .. }
                     | StorageError::Deposed { .. }
                     | StorageError::NotArrived { .. }
+                    | StorageError::Stale(_)
                     | StorageError::NoBranch(_)),
                 ) => last = error.to_string(),
                 Err(error) => return self.wrong.push(format!("{what}: {error}")),

@@ -32,7 +32,8 @@ impl Branch {
         // On a thread of its own: it computes for long.
         let runtime = tokio::runtime::Handle::current();
         let done = tokio::task::spawn_blocking(move || runtime.block_on(branch.compact_here()));
-        done.await.map_err(|_| StorageError::Stopping)?
+        let done = done.await.map_err(|_| StorageError::Stopping)?;
+        self.or_stale(done).await
     }
 
     /// Starts [`Branch::compact`] if there is something to do and it is not running.

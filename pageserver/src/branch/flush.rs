@@ -59,6 +59,11 @@ impl Branch {
     /// Writes the memory layers that are frozen now to the object store, while layers are merged in the background: waits
     /// for that only while there are too many small ones.
     pub(super) async fn write_frozen(self: &Arc<Self>) -> Result<Lsn, StorageError> {
+        let written = self.write_frozen_here().await;
+        self.or_stale(written).await
+    }
+
+    async fn write_frozen_here(self: &Arc<Self>) -> Result<Lsn, StorageError> {
         let goal = {
             let state = self.state.read();
             state.frozen.back().map_or(state.frozen_tip, |frozen| frozen.tip).last_record_lsn
@@ -194,8 +199,8 @@ impl Branch {
     /// and that the manifest is still the one that was attached. An older generation that finishes a write after that
     /// sees the claim and does not tell the safekeepers, so the WAL it wrote out stays for us.
     pub(super) async fn claim(&self, flush: &mut FlushState) -> Result<(), StorageError> {
-        if self.deleted.load(Ordering::Acquire) {
-            return Err(StorageError::NoBranch(self.name.clone()));
+        if self.is_let_go() {
+            return Err(StorageError::Stale(self.name.clone()));
         }
         if flush.claimed {
             return Ok(());
@@ -210,7 +215,7 @@ impl Branch {
             Some((_, manifest)) if manifest == flush.attached => flush.claimed = true,
             Some((generation, _)) => {
                 self.stop_ingest(format!("generation {generation} has written meanwhile; attach the branch again"));
-                self.forget();
+                self.retire();
                 return Err(StorageError::Deposed { branch: self.name.clone(), own: own.0, newer: generation.0 });
             }
         }
@@ -221,13 +226,24 @@ impl Branch {
     /// may be gone. The next asker attaches them again.
     pub async fn forget_if_changed(&self) -> Result<bool, StorageError> {
         let mut changed = self.is_changed().await?;
-        if let Some(ancestor) = self.attached_ancestor.get() {
+        if let Some(ancestor) = self.known_ancestor() {
             changed |= Box::pin(ancestor.forget_if_changed()).await?;
         }
         if changed {
-            self.forget();
+            let _nothing_is_written = self.flush.lock().await;
+            self.retire();
         }
         Ok(changed)
+    }
+
+    /// When something stored is not as it should be: whether that is because the branch is to be attached anew.
+    pub async fn or_stale<T>(&self, outcome: Result<T, StorageError>) -> Result<T, StorageError> {
+        match outcome {
+            Err(StorageError::Damaged { .. }) if self.forget_if_changed().await? => {
+                Err(StorageError::Stale(self.name.clone()))
+            }
+            other => other,
+        }
     }
 
     async fn is_changed(&self) -> Result<bool, StorageError> {
@@ -254,17 +270,10 @@ impl Branch {
         match claims.chain(manifests).max() {
             Some(newer) if newer > own => {
                 self.stop_ingest(format!("generation {newer} has taken over from {own}"));
-                self.forget();
+                self.retire();
                 Err(StorageError::Deposed { branch: self.name.clone(), own: own.0, newer: newer.0 })
             }
             _ => Ok(found),
-        }
-    }
-
-    /// The branch is attached anew for the next asker.
-    fn forget(&self) {
-        if let Some(registry) = self.registry.upgrade() {
-            registry.forget(self);
         }
     }
 

@@ -29,7 +29,7 @@ impl Branch {
     /// own history.
     pub async fn lsn_by_timestamp(self: &Arc<Self>, timestamp_us: i64) -> Result<Lsn, StorageError> {
         let tip = self.tip().last_record_lsn;
-        let mut older = self.ancestor_ready().await?.map(|(branch, lsn)| (branch.clone(), lsn));
+        let mut older = self.ancestor_ready().await?;
         while let Some((branch, lsn)) = older {
             if branch.first_commit_after(timestamp_us, lsn).await?.is_some() {
                 let message = format!(
@@ -40,7 +40,7 @@ impl Branch {
                 return Err(StorageError::Invalid(message));
             }
             let next = branch.ancestor_ready().await?;
-            older = next.map(|(ancestor, ancestor_lsn)| (ancestor.clone(), ancestor_lsn.min(lsn)));
+            older = next.map(|(ancestor, ancestor_lsn)| (ancestor, ancestor_lsn.min(lsn)));
         }
         let first = self.first_commit_after(timestamp_us, tip).await?;
         Ok(first.map_or(tip, |commit| commit.before))
@@ -64,7 +64,7 @@ impl Branch {
             if let Some(commit) = branch.last_commit(at).await? {
                 return Ok(Some(commit.timestamp_us));
             }
-            let Some((ancestor, left_at)) = branch.ancestor_ready().await?.map(|(a, lsn)| (a.clone(), lsn)) else {
+            let Some((ancestor, left_at)) = branch.ancestor_ready().await? else {
                 return Ok(None);
             };
             at = at.min(left_at);

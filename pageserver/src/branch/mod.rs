@@ -30,7 +30,7 @@ use std::{
 
 use parking_lot::{Mutex, RwLock};
 use tokio::{
-    sync::{Notify, OnceCell, watch},
+    sync::{Notify, watch},
     time::Instant,
 };
 use types::{BranchRef, Generation, Lsn, ProjectId};
@@ -119,7 +119,8 @@ pub struct Branch {
     names: BranchNames,
     /// `None` from the start (a template) or since it was detached.
     ancestor: RwLock<Option<Ancestor>>,
-    attached_ancestor: OnceCell<Arc<Branch>>,
+    /// As it was last attached; looked for again once it is let go.
+    attached_ancestor: RwLock<Option<Arc<Branch>>>,
     start_lsn: Lsn,
     state: RwLock<State>,
     progress: watch::Sender<Progress>,
@@ -137,7 +138,9 @@ pub struct Branch {
     base_files: Mutex<Option<Arc<BaseFiles>>>,
     logical_bytes: AtomicU64,
     logical_bytes_known: AtomicBool,
-    deleted: AtomicBool,
+    /// It takes no WAL and writes nothing any more: the branch is deleted, or is to be attached anew. Set while `flush` is held,
+    /// so that no write goes on when somebody else attaches it.
+    let_go: AtomicBool,
     /// The manifest was written since it was copied to where attaching looks first.
     copy_is_old: AtomicBool,
 }
@@ -253,7 +256,7 @@ impl Branch {
             registry,
             names,
             ancestor: RwLock::new(manifest.ancestor.clone()),
-            attached_ancestor: OnceCell::new(),
+            attached_ancestor: RwLock::new(None),
             start_lsn: manifest.start_lsn,
             state: RwLock::new(state),
             progress: watch::Sender::new(progress),
@@ -267,7 +270,7 @@ impl Branch {
             base_files: Mutex::new(None),
             logical_bytes: AtomicU64::new(logical_bytes.unwrap_or(0)),
             logical_bytes_known: AtomicBool::new(logical_bytes.is_some()),
-            deleted: AtomicBool::new(false),
+            let_go: AtomicBool::new(false),
             copy_is_old: AtomicBool::new(false),
             name,
         })
@@ -329,22 +332,35 @@ impl Branch {
     }
 
     /// The ancestor, attached and ingested up to where this branch left it; `None` for a template.
-    pub async fn ancestor_ready(&self) -> Result<Option<(&Arc<Branch>, Lsn)>, StorageError> {
+    pub async fn ancestor_ready(&self) -> Result<Option<(Arc<Branch>, Lsn)>, StorageError> {
         let Some(ancestor) = self.ancestor() else { return Ok(None) };
-        let attach = async || {
-            let registry = self.registry.upgrade().ok_or(StorageError::Stopping)?;
-            Box::pin(registry.get(&ancestor.branch)).await.map_err(|error| match error {
-                StorageError::NoBranch(missing) => StorageError::Damaged {
-                    object: missing.to_string(),
-                    reason: format!("the ancestor of {} is gone", self.name),
-                },
-                other => other,
-            })
+        let branch = match self.known_ancestor() {
+            Some(branch) => branch,
+            None => {
+                let registry = self.registry.upgrade().ok_or(StorageError::Stopping)?;
+                let attached = Box::pin(registry.get(&ancestor.branch)).await.map_err(|error| match error {
+                    StorageError::NoBranch(missing) => StorageError::Damaged {
+                        object: missing.to_string(),
+                        reason: format!("the ancestor of {} is gone", self.name),
+                    },
+                    other => other,
+                })?;
+                *self.attached_ancestor.write() = Some(attached.clone());
+                attached
+            }
         };
-        let branch = self.attached_ancestor.get_or_try_init(attach).await?;
         branch.touch();
         Box::pin(branch.wait_for(ancestor.lsn)).await?;
         Ok(Some((branch, ancestor.lsn)))
+    }
+
+    /// The ancestor as it was last attached, unless it was let go since: its layers may be gone.
+    fn known_ancestor(&self) -> Option<Arc<Branch>> {
+        self.attached_ancestor.read().clone().filter(|branch| !branch.is_let_go())
+    }
+
+    fn is_let_go(&self) -> bool {
+        self.let_go.load(Ordering::Acquire)
     }
 
     /// Returns once everything up to `lsn` is ingested; opens the WAL stream for that if need be. Errors when it does
@@ -356,7 +372,7 @@ impl Branch {
         // In this order: a stream that is just ending is opened again if somebody waits.
         let mut progress = self.progress.subscribe();
         self.open_feed();
-        let waiting = progress.wait_for(|now| now.last_record_lsn >= lsn || now.stopped.is_some());
+        let waiting = progress.wait_for(|now| now.last_record_lsn >= lsn || now.stopped.is_some() || self.is_let_go());
         let limit = self.shared.tuning.wal_wait;
         let outcome = tokio::time::timeout(limit, waiting).await.map(|now| now.map(|now| now.clone()));
         let now = match outcome {
@@ -374,8 +390,9 @@ impl Branch {
             }
         };
         match now.stopped {
-            Some(reason) if now.last_record_lsn < lsn => Err(self.stopped(now.last_record_lsn, &reason)),
-            _ => Ok(()),
+            _ if now.last_record_lsn >= lsn => Ok(()),
+            Some(reason) => Err(self.stopped(now.last_record_lsn, &reason)),
+            None => Err(StorageError::Stale(self.name.clone())),
         }
     }
 

@@ -143,9 +143,8 @@ impl Branches {
         self.slots.lock().get(name).and_then(|slot| slot.get().cloned())
     }
 
-    /// The next asker attaches the branch anew. Its stream is closed; what is only in memory is ingested again.
-    pub fn forget(&self, branch: &Branch) {
-        branch.close_feed();
+    /// The next asker attaches the branch anew.
+    pub(super) fn forget(&self, branch: &Branch) {
         let mut slots = self.slots.lock();
         let same = |slot: &Slot| slot.get().is_some_and(|known| known.id() == branch.id());
         if slots.get(branch.name()).is_some_and(same) {
@@ -173,8 +172,8 @@ impl Branches {
         if let Some((_, existing)) = self.shared.remote.manifest(name).await? {
             return same_branch(name, &existing, ancestor, at);
         }
-        if parent.deleted.load(Ordering::Acquire) {
-            return Err(StorageError::NoBranch(ancestor.clone()));
+        if parent.is_let_go() {
+            return Err(StorageError::Stale(ancestor.clone()));
         }
         // Now that no garbage can be collected.
         if !parent.is_kept(lsn) {

@@ -67,7 +67,7 @@ impl Branch {
     pub fn open_feed(self: &Arc<Self>) {
         let Some(source) = &self.shared.wal else { return };
         let mut feed = self.feed.lock();
-        if feed.is_some() || self.progress.borrow().stopped.is_some() || self.deleted.load(Ordering::Acquire) {
+        if feed.is_some() || self.progress.borrow().stopped.is_some() || self.is_let_go() {
             return;
         }
         let cancel = CancellationToken::new();
@@ -81,10 +81,13 @@ impl Branch {
         self.feed.lock().take();
     }
 
-    /// It takes no WAL and writes nothing out any more; the next asker attaches the branch anew, if it still exists.
+    /// It takes no WAL and writes nothing out any more, and who waits for it is told to ask again; the next asker attaches the
+    /// branch anew, if it still exists. What is only in memory is ingested again. The caller holds `flush`, or sees to it in
+    /// another way that nobody else writes under this generation before what is being written is.
     pub(super) fn retire(&self) {
-        self.deleted.store(true, Ordering::Release);
+        self.let_go.store(true, Ordering::Release);
         self.close_feed();
+        self.progress.send_modify(|_| {});
         if let Some(registry) = self.registry.upgrade() {
             registry.forget(self);
         }
@@ -164,7 +167,7 @@ impl Branch {
                     let chunk = match chunk {
                         Ok(chunk) => chunk,
                         Err(error @ WalReadError::Trimmed { .. }) => {
-                            self.forget_if_clean();
+                            self.forget_if_clean().await;
                             return FeedEnd::Failed(error.to_string());
                         }
                         Err(error) => return FeedEnd::Failed(error.to_string()),
@@ -207,18 +210,18 @@ impl Branch {
     }
 
     /// WAL that we would need was trimmed: a newer manifest must exist, which attaching again finds.
-    fn forget_if_clean(&self) {
-        if self.is_clean()
-            && let Some(registry) = self.registry.upgrade()
-        {
-            registry.forget(self);
+    async fn forget_if_clean(&self) {
+        let _nothing_is_written = self.flush.lock().await;
+        if self.is_clean() {
+            self.retire();
         }
     }
 
     /// Starts to decode anew at the end of the last record.
     async fn restart_ingest(self: &Arc<Self>) -> Result<(), StorageError> {
         let mut ingest = self.ingest.lock().await;
-        self.ingest_state(&mut ingest).await?.restart(self.tip().last_record_lsn);
+        let state = self.ingest_state(&mut ingest).await;
+        self.or_stale(state).await?.restart(self.tip().last_record_lsn);
         Ok(())
     }
 
@@ -241,6 +244,11 @@ impl Branch {
     /// Ingests WAL bytes that follow those before. Whole records are visible when it returns. WAL that can't be
     /// understood ends ingestion for good; other errors leave everything as after the last record that was applied.
     pub async fn ingest_wal(self: &Arc<Self>, begin: Lsn, bytes: &[u8]) -> Result<(), StorageError> {
+        let ingested = self.ingest_wal_here(begin, bytes).await;
+        self.or_stale(ingested).await
+    }
+
+    async fn ingest_wal_here(self: &Arc<Self>, begin: Lsn, bytes: &[u8]) -> Result<(), StorageError> {
         let mut slot = self.ingest.lock().await;
         let ingest = self.ingest_state(&mut slot).await?;
         let outcome = Box::pin(ingest.feed(self, begin, bytes)).await;

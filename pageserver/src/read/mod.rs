@@ -109,10 +109,7 @@ impl Branch {
             for (key, (_, value)) in branch.scan_own(first, last, at).await? {
                 all.entry(key).or_insert(value);
             }
-            let Some((ancestor, lsn)) = branch.ancestor_ready().await?.map(|(ancestor, lsn)| (ancestor.clone(), lsn))
-            else {
-                break;
-            };
+            let Some((ancestor, lsn)) = branch.ancestor_ready().await? else { break };
             at = at.min(lsn);
             branch = ancestor;
         }

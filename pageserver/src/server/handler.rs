@@ -64,11 +64,9 @@ impl Handler {
             return Err(PageserverError { kind: ErrorKind::Denied, message });
         }
         let mut answer = Box::pin(self.answer(&request.branch, request.body)).await;
-        if let Err(StorageError::Damaged { .. }) = answer
-            && self.branches.get(&request.branch).await?.forget_if_changed().await?
-        {
-            // Another pageserver had the branch until lately, and has put other layers in place of those we knew.
-            answer = Err(StorageError::Stale(request.branch.clone()));
+        if let Err(StorageError::Damaged { .. }) = answer {
+            // Perhaps another pageserver had the branch until lately, and has put other layers in place of those we knew.
+            answer = self.branches.get(&request.branch).await?.or_stale(answer).await;
         }
         answer.map_err(|error| {
             let error = PageserverError::from(error);
