@@ -117,6 +117,11 @@ impl Key {
         Key { block: tag.block, kind: Kind::RelPage, ..Key::rel_size(tag.rel) }
     }
 
+    /// True for what records are stored about: pages of relations and SLRU pages.
+    pub fn is_page(&self) -> bool {
+        matches!(self.kind, Kind::RelPage | Kind::SlruPage)
+    }
+
     /// A fork's size.
     pub fn rel_size(rel: RelTag) -> Key {
         Key { kind: Kind::RelSize, spc: rel.spc, db: rel.db, rel: rel.rel, fork: rel.fork as u8, block: 0 }

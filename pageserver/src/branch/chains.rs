@@ -2,9 +2,10 @@
 //!
 //! Postgres writes no full-page images here, so a page that is changed often would need ever more records. Each stored
 //! record carries how deep it may lie at most; as memory is written out, a record that would lie too deep is replaced by the
-//! page it makes, at the same position.
+//! page it makes, at the same position. In memory every 64th record of a page is replaced so, in the background: what needs
+//! records from memory and from layers needs no more than 64 of each.
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::Ordering};
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -15,7 +16,7 @@ use crate::{
     error::StorageError,
     layer::{BuiltLayer, Effort, LayerBuilder},
     read::{redo, zero_page},
-    storage::{Key, Kind, StoredRecord, Value},
+    storage::{Key, StoredRecord, Value},
 };
 
 /// Most records that are replayed to make a page from layers.
@@ -63,6 +64,37 @@ impl Branch {
         Ok(layer.finish())
     }
 
+    /// Makes the images that memory waits for, unless somebody does. What can't be made stays as it is: it is tried again as
+    /// memory is written out.
+    pub fn shorten_chains(self: &Arc<Self>) {
+        if !self.state.read().open.has_long_chains() || self.shortening.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let branch = self.clone();
+        tokio::spawn(async move {
+            loop {
+                let next = branch.state.write().open.take_long_chain();
+                let Some((key, lsn)) = next else { break };
+                match branch.read_page(key, lsn).await {
+                    Ok(page) => branch.replace_record(key, lsn, page),
+                    Err(error) => {
+                        tracing::debug!(branch = %branch.name, %key, %lsn, %error, "no image was made in memory")
+                    }
+                }
+                tokio::task::consume_budget().await;
+            }
+            branch.shortening.store(false, Ordering::Release);
+            // What came in between found it taken.
+            branch.shorten_chains();
+        });
+    }
+
+    fn replace_record(&self, key: Key, lsn: Lsn, page: Bytes) {
+        let mut state = self.state.write();
+        state.open.replace_record(key, lsn, page);
+        self.count_memory(&state);
+    }
+
     async fn build_part(
         self: &Arc<Self>,
         frozen: &Frozen,
@@ -72,7 +104,7 @@ impl Branch {
         let mut builder = LayerBuilder::with_effort(Effort::Little);
         let mut chain: Option<Chain> = None;
         for (key, lsn, value) in frozen.values.scan(first, last) {
-            if !matches!(key.kind, Kind::RelPage | Kind::SlruPage) {
+            if !key.is_page() {
                 builder.add(key, lsn, value);
                 continue;
             }

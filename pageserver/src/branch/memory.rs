@@ -1,10 +1,11 @@
 //! Values that are not in a layer file yet.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     sync::atomic::{AtomicUsize, Ordering},
 };
 
+use bytes::Bytes;
 use rustc_hash::FxHashMap;
 use types::Lsn;
 
@@ -29,21 +30,35 @@ const ENTRY_OVERHEAD_BYTES: usize = 96;
 /// What a key costs, about: its places in both maps, and the list of its values.
 const KEY_OVERHEAD_BYTES: usize = 192;
 
+/// A page gets an image in memory after so many records.
+const RECORDS_PER_IMAGE: u32 = 64;
+/// So many images wait to be made at most; the chains of other pages go on until there is room.
+const MOST_LONG_CHAINS: usize = 4096;
+
 /// Values by (key, LSN) in memory.
 #[derive(Default)]
 pub struct MemoryLayer {
     /// Where each key's values are. Most values are about a key that is here already: the order of keys is apart.
     places: FxHashMap<Key, usize>,
     order: BTreeMap<Key, usize>,
-    /// The values of each key, oldest first.
-    values: Vec<Vec<(Lsn, Value)>>,
+    values: Vec<Versions>,
     bytes: usize,
     max_lsn: Lsn,
+    /// Records that are to be replaced by the pages they make, oldest first.
+    long_chains: VecDeque<(Key, Lsn)>,
+}
+
+/// The values of a key.
+struct Versions {
+    /// Oldest first.
+    values: Vec<(Lsn, Value)>,
+    /// Records in memory since the last image, one that waits to be made included.
+    chain: u32,
 }
 
 impl MemoryLayer {
-    /// Adds a value, over one with the same key and LSN.
-    pub fn put(&mut self, put: Put) {
+    /// Adds a value, over one with the same key and LSN. `before` are the values in memory from before it.
+    pub fn put(&mut self, put: Put, before: Option<&MemoryLayer>) {
         let Put { key, lsn, value } = put;
         self.bytes += value.weight() + ENTRY_OVERHEAD_BYTES;
         self.max_lsn = self.max_lsn.max(lsn);
@@ -51,16 +66,44 @@ impl MemoryLayer {
             self.bytes += KEY_OVERHEAD_BYTES;
             self.order.insert(key, self.values.len());
             // Many have one value only.
-            self.values.push(Vec::with_capacity(1));
+            self.values.push(Versions { values: Vec::with_capacity(1), chain: before.map_or(0, |it| it.chain(key)) });
             self.values.len() - 1
         });
-        let values = &mut self.values[place];
-        if values.last().is_none_or(|(last, _)| *last < lsn) {
-            return values.push((lsn, value));
+        let versions = &mut self.values[place];
+        if versions.values.last().is_none_or(|(last, _)| *last < lsn) {
+            versions.chain = if value.is_initial() { 0 } else { versions.chain + 1 };
+            if versions.chain >= RECORDS_PER_IMAGE && key.is_page() && self.long_chains.len() < MOST_LONG_CHAINS {
+                versions.chain = 0;
+                self.long_chains.push_back((key, lsn));
+            }
+            return versions.values.push((lsn, value));
         }
-        match values.binary_search_by_key(&lsn, |(lsn, _)| *lsn) {
-            Ok(at) => values[at].1 = value,
-            Err(at) => values.insert(at, (lsn, value)),
+        match versions.values.binary_search_by_key(&lsn, |(lsn, _)| *lsn) {
+            Ok(at) => versions.values[at].1 = value,
+            Err(at) => versions.values.insert(at, (lsn, value)),
+        }
+    }
+
+    /// The next record that is to be replaced by the page it makes.
+    pub fn take_long_chain(&mut self) -> Option<(Key, Lsn)> {
+        self.long_chains.pop_front()
+    }
+
+    /// True when [`MemoryLayer::take_long_chain`] would tell one.
+    pub fn has_long_chains(&self) -> bool {
+        !self.long_chains.is_empty()
+    }
+
+    /// Replaces a record by the page that it makes. Nothing is changed when no record is there.
+    pub fn replace_record(&mut self, key: Key, lsn: Lsn, page: Bytes) {
+        let Some(place) = self.places.get(&key) else { return };
+        let values = &mut self.values[*place].values;
+        if let Ok(at) = values.binary_search_by_key(&lsn, |(lsn, _)| *lsn)
+            && let (_, value @ Value::Record(_)) = &mut values[at]
+        {
+            let weight = value.weight();
+            *value = Value::Image(page);
+            self.bytes = self.bytes - weight + value.weight();
         }
     }
 
@@ -96,7 +139,7 @@ impl MemoryLayer {
     /// Every value whose key lies in `first..=last`, in order.
     pub fn scan(&self, first: Key, last: Key) -> impl Iterator<Item = (Key, Lsn, &Value)> {
         let keys = self.order.range(first..=last);
-        keys.flat_map(|(key, place)| self.values[*place].iter().map(|(lsn, value)| (*key, *lsn, value)))
+        keys.flat_map(|(key, place)| self.values[*place].values.iter().map(|(lsn, value)| (*key, *lsn, value)))
     }
 
     /// Divides its keys into at most `parts` ranges with about as many each; together they are all that has values here.
@@ -112,7 +155,11 @@ impl MemoryLayer {
     }
 
     fn of(&self, key: Key) -> &[(Lsn, Value)] {
-        self.places.get(&key).map_or(&[], |place| &self.values[*place])
+        self.places.get(&key).map_or(&[], |place| &self.values[*place].values)
+    }
+
+    fn chain(&self, key: Key) -> u32 {
+        self.places.get(&key).map_or(0, |place| self.values[*place].chain)
     }
 }
 
@@ -140,7 +187,7 @@ mod tests {
         let mut layer = MemoryLayer::default();
         let key = Key::CHECKPOINT;
         for lsn in [8, 16, 24] {
-            layer.put(Put { key, lsn: Lsn(lsn), value: Value::rel_size(lsn as u32) });
+            layer.put(Put { key, lsn: Lsn(lsn), value: Value::rel_size(lsn as u32) }, None);
         }
         let find = |after, at| {
             let mut found = Vec::new();
@@ -158,9 +205,9 @@ mod tests {
     fn values_may_come_in_any_order_and_again() {
         let mut layer = MemoryLayer::default();
         for (key, lsn, blocks) in [(Key::CHECKPOINT, 16, 1), (Key::CONTROL_FILE, 8, 2), (Key::CHECKPOINT, 8, 3)] {
-            layer.put(Put { key, lsn: Lsn(lsn), value: Value::rel_size(blocks) });
+            layer.put(Put { key, lsn: Lsn(lsn), value: Value::rel_size(blocks) }, None);
         }
-        layer.put(Put { key: Key::CHECKPOINT, lsn: Lsn(16), value: Value::rel_size(4) });
+        layer.put(Put { key: Key::CHECKPOINT, lsn: Lsn(16), value: Value::rel_size(4) }, None);
         let all: Vec<_> = layer.scan(Key::MIN, Key::MAX).map(|(key, lsn, value)| (key, lsn.0, value.clone())).collect();
         let expected = [(Key::CONTROL_FILE, 8, 2), (Key::CHECKPOINT, 8, 3), (Key::CHECKPOINT, 16, 4)];
         assert_eq!(all, expected.map(|(key, lsn, blocks)| (key, lsn, Value::rel_size(blocks))));

@@ -134,6 +134,8 @@ pub struct Branch {
     /// Held by the one who merges layers and makes images. Taken before `flush`.
     compacting: tokio::sync::Mutex<()>,
     feed: Mutex<Option<wal_feed::Feed>>,
+    /// Somebody makes the images that memory waits for.
+    shortening: AtomicBool,
     last_used: Mutex<Instant>,
     base_files: Mutex<Option<Arc<BaseFiles>>>,
     logical_bytes: AtomicU64,
@@ -266,6 +268,7 @@ impl Branch {
             flush: tokio::sync::Mutex::new(flush::FlushState::new(&manifest)),
             compacting: tokio::sync::Mutex::new(()),
             feed: Mutex::new(None),
+            shortening: AtomicBool::new(false),
             last_used: Mutex::new(Instant::now()),
             base_files: Mutex::new(None),
             logical_bytes: AtomicU64::new(logical_bytes.unwrap_or(0)),
@@ -412,8 +415,10 @@ impl Branch {
     pub fn apply(&self, puts: impl IntoIterator<Item = Put>, tip: Tip) {
         {
             let mut state = self.state.write();
+            let State { open, frozen, .. } = &mut *state;
+            let before = frozen.back().map(|frozen| &frozen.values);
             for put in puts {
-                state.open.put(put);
+                open.put(put, before);
             }
             assert!(tip.last_record_lsn >= state.tip.last_record_lsn, "{}: ingestion went backwards", self.name);
             state.tip = tip;

@@ -138,21 +138,6 @@ impl Ingest {
             }
         }
         batch.apply(branch);
-        self.make_slru_images(branch).await?;
-        Ok(())
-    }
-
-    /// Puts an image where an SLRU page has gathered many records: those pages are read at each start of a compute.
-    async fn make_slru_images(&mut self, branch: &Arc<Branch>) -> Result<(), StorageError> {
-        let tip = branch.tip();
-        let mut images = Vec::new();
-        for key in self.planner.take_long_slru_chains() {
-            let page = branch.read_page(key, tip.last_record_lsn).await?;
-            images.push(Put { key, lsn: tip.last_record_lsn, value: Value::Image(page) });
-        }
-        if !images.is_empty() {
-            branch.apply(images, tip);
-        }
         Ok(())
     }
 }
@@ -192,9 +177,10 @@ impl Batch {
         self.puts.len() >= BATCH_PUTS || self.bytes >= BATCH_BYTES
     }
 
-    fn apply(&mut self, branch: &Branch) {
+    fn apply(&mut self, branch: &Arc<Branch>) {
         if std::mem::take(&mut self.has_records) {
             branch.apply(self.puts.drain(..), self.tip);
+            branch.shorten_chains();
             self.bytes = 0;
         }
     }

@@ -1,6 +1,6 @@
 //! What a record puts under which keys. Pure: the sizes and pages it has to know are kept here.
 
-use std::{collections::BTreeMap, ops::Range};
+use std::{collections::BTreeSet, ops::Range};
 
 use bytes::{Bytes, BytesMut};
 use rustc_hash::FxHashMap;
@@ -17,8 +17,6 @@ use crate::{
 const MAX_GAP_BLOCKS: BlockNumber = 1 << 22;
 /// Sizes of the first and of later pieces of memory that many records' bytes share: a branch with little WAL takes little.
 const ARENA_BYTES: Range<usize> = 2 << 10..64 << 10;
-/// An SLRU page gets an image after so many records.
-const SLRU_RECORDS_PER_IMAGE: u32 = 128;
 
 /// The record can't be ingested.
 #[derive(Debug, thiserror::Error)]
@@ -80,8 +78,8 @@ impl DatabaseCopy {
 pub struct Planner {
     /// Asked for each page that a record touches; walked through only when a database is copied or dropped.
     sizes: FxHashMap<RelTag, BlockNumber>,
-    /// Existing SLRU pages, and how many records each has had since its last image.
-    slru: BTreeMap<(SlruKind, u32), u32>,
+    /// Existing SLRU pages.
+    slru: BTreeSet<(SlruKind, u32)>,
     checkpoint: CheckPoint,
     last_commit_us: Option<i64>,
     logical_blocks: u64,
@@ -141,7 +139,7 @@ impl Planner {
     pub fn new(checkpoint: CheckPoint, last_commit_us: Option<i64>) -> Planner {
         Planner {
             sizes: FxHashMap::default(),
-            slru: BTreeMap::new(),
+            slru: BTreeSet::new(),
             checkpoint,
             last_commit_us,
             logical_blocks: 0,
@@ -157,7 +155,7 @@ impl Planner {
 
     /// An SLRU page that exists.
     pub fn load_slru(&mut self, slru: SlruKind, page: u32) {
-        self.slru.insert((slru, page), 0);
+        self.slru.insert((slru, page));
     }
 
     /// Sum of all forks' sizes.
@@ -173,16 +171,6 @@ impl Planner {
     /// Time of the latest commit.
     pub fn last_commit_us(&self) -> Option<i64> {
         self.last_commit_us
-    }
-
-    /// SLRU pages that should get an image now; counting starts anew.
-    pub fn take_long_slru_chains(&mut self) -> Vec<Key> {
-        let long = self.slru.iter_mut().filter(|(_, records)| **records >= SLRU_RECORDS_PER_IMAGE);
-        long.map(|((slru, page), records)| {
-            *records = 0;
-            Key::slru(*slru, *page)
-        })
-        .collect()
     }
 
     /// Appends what the record stores; `before` is the end of the record before it. Databases that have to be copied are
@@ -345,17 +333,16 @@ impl Planner {
 
     fn plan_slru_page(&mut self, slru: SlruKind, page: u32, will_init: bool, context: &mut Context<'_, '_>) {
         let key = Key::slru(slru, page);
-        let known = self.slru.contains_key(&(slru, page));
-        if !known && !will_init {
+        let is_new = self.slru.insert((slru, page));
+        if is_new && !will_init {
             context.put_zeroes_before(key);
         }
-        *self.slru.entry((slru, page)).or_insert(0) += 1;
         let value = context.stored(will_init);
         context.put(key, value);
     }
 
     fn truncate_slru(&mut self, slru: SlruKind, cutoff_page: u32, context: &mut Context<'_, '_>) {
-        let existing = self.slru.range((slru, 0)..=(slru, u32::MAX)).map(|((_, page), _)| *page);
+        let existing = self.slru.range((slru, 0)..=(slru, u32::MAX)).map(|(_, page)| *page);
         let segment = |page: u32| page / wal_redo::SLRU_PAGES_PER_SEGMENT;
         let gone: Vec<u32> =
             existing.filter(|page| wal_redo::truncation_removes(slru, segment(*page), cutoff_page)).collect();

@@ -1,5 +1,6 @@
 //! WAL made record by record, and pages that grow by it: each record writes where the one before left off, so that one that is
 //! missing, or that is applied twice or too early, shows.
+#![allow(dead_code)]
 
 use types::{Lsn, PAGE_BYTES, PageTag, XLOG_PAGE_BYTES};
 use wal::{

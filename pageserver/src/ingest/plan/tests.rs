@@ -149,18 +149,6 @@ fn slru_truncation_removes_whole_segments() {
 }
 
 #[test]
-fn slru_pages_with_many_records_are_named_once() {
-    let mut planner = planner();
-    let change = || Change::SlruPage { slru: SlruKind::Clog, page: 3, will_init: false };
-    for i in 0..u64::from(SLRU_RECORDS_PER_IMAGE) {
-        assert_eq!(planner.take_long_slru_chains(), []);
-        plan(&mut planner, 800 + i * 80, [change()]);
-    }
-    assert_eq!(planner.take_long_slru_chains(), [Key::slru(SlruKind::Clog, 3)]);
-    assert_eq!(planner.take_long_slru_chains(), []);
-}
-
-#[test]
 fn only_commits_later_than_all_before_are_indexed() {
     let mut planner = planner();
     let commit = |timestamp_us| Change::Commit { timestamp_us };
