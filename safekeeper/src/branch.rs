@@ -196,16 +196,17 @@ impl BranchActor {
     /// Carries out effects; what they promise is sent once they are done.
     async fn perform(&mut self, mut open: Box<Open>, effects: Vec<Effect>) -> State {
         let durable = open.store.durable_lsn();
+        let acknowledged = open.acceptor.state().flush_lsn;
         let performed = if effects.iter().any(needs_disk) {
             let lock = Arc::clone(&self.lock);
             spawn_blocking(move || {
                 let _lock = lock;
-                let replies = open.store.perform(effects);
+                let replies = open.store.perform(effects, acknowledged);
                 (open, replies)
             })
             .await
         } else {
-            let replies = open.store.perform(effects);
+            let replies = open.store.perform(effects, acknowledged);
             Ok((open, replies))
         };
         match performed {

@@ -5,6 +5,7 @@ mod harness;
 use std::{
     fs::{self, File},
     io::Write,
+    os::unix::fs::FileExt,
     time::{Duration, Instant},
 };
 
@@ -190,9 +191,50 @@ async fn a_torn_tail_is_cut_to_the_last_whole_record() {
     }
     let flush = async |index| cluster.status(index).await.flush_lsn;
     assert_eq!((flush(0).await, flush(1).await, flush(2).await), (end, before_last, end));
+    let doubtful = async |index| cluster.status(index).await.doubtful;
+    assert_eq!((doubtful(0).await, doubtful(1).await, doubtful(2).await), (false, true, false));
     assert_eq!(within(settle(cluster.proposer_config())).await.expect("settle"), end);
     assert!(cluster.read(START, end).await == compute.written);
+    cluster.until(1, |status| status.flush_lsn == end && !status.doubtful).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_lost_what_it_acknowledged_elects_nobody_until_it_is_repaired() {
+    let mut cluster = Cluster::never_idle(3).await;
+    let mut compute = cluster.elect().await;
+    compute.commit(5, 900).await;
+    cluster.kill(2).await;
+    // Only the first two have this.
+    let end = compute.commit(5, 900).await;
     cluster.until(1, |status| status.flush_lsn == end).await;
+    cluster.kill(0).await;
+    cluster.kill(1).await;
+    drop(compute.proposer);
+    let segment = cluster.branch_dir(1).join(START.segment_file_name());
+    let file = File::options().read(true).write(true).open(segment).expect("open");
+    let (mut byte, at) = ([0], end.segment_offset() - 500);
+    file.read_exact_at(&mut byte, at).and_then(|()| file.write_all_at(&[byte[0] ^ 1], at)).expect("a bit flips");
+
+    cluster.run(1).await;
+    cluster.run(2).await;
+    let status = cluster.status(1).await;
+    assert!(status.doubtful && status.flush_lsn < end, "{status:?}");
+    // Started again, it still knows, although what it has is whole.
+    cluster.kill(1).await;
+    cluster.run(1).await;
+    assert!(cluster.status(1).await.doubtful);
+    let without_the_first = WalProposer::elect(cluster.proposer_config());
+    assert!(tokio::time::timeout(Duration::from_secs(2), without_the_first).await.is_err(), "committed WAL is lost");
+
+    cluster.run(0).await;
+    let next = cluster.elect().await;
+    assert_eq!(next.end, end);
+    assert!(cluster.read(START, end).await == compute.written);
+    cluster.until(1, |status| status.flush_lsn == end && !status.doubtful).await;
+    drop(next.proposer);
+    // Now it can be the one that has it.
+    cluster.kill(0).await;
+    assert_eq!(cluster.elect().await.end, end);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -240,7 +282,12 @@ async fn what_was_known_to_be_committed_is_stored_when_a_compute_dies() {
     let mut cluster = Cluster::never_idle(3).await;
     let mut compute = cluster.elect().await;
     let end = compute.commit(5, 1000).await;
-    let control = |cluster: &Cluster| fs::read(cluster.branch_dir(0).join("control")).expect("control file");
+    // Its two slots; behind them is what is noted with each flush.
+    let control = |cluster: &Cluster| {
+        let mut bytes = fs::read(cluster.branch_dir(0).join("control")).expect("control file");
+        bytes.truncate(128 << 10);
+        bytes
+    };
     let before = control(&cluster);
     cluster.until(0, |status| status.commit_lsn == end).await;
     assert!(control(&cluster) == before, "nothing is stored on the way of a commit");

@@ -35,6 +35,8 @@ pub struct Acceptor {
     boundary: Lsn,
     /// The proposer's commit position, perhaps beyond what is here.
     leader_commit_lsn: Lsn,
+    /// The proposer that leads here has told it since this value was made.
+    commit_told: bool,
     /// True when bytes were written since the last flush.
     unflushed: bool,
     /// Who waits for an acknowledgement.
@@ -70,6 +72,9 @@ pub struct AcceptorState {
     pub commit_lsn: Lsn,
     /// Up to here the object store holds everything; may be beyond `flush_lsn`.
     pub remote_consistent_lsn: Lsn,
+    /// WAL that was acknowledged is missing: a restart found less than there was. Such a safekeeper's votes don't count
+    /// until it has everything that a leader knows to be committed.
+    pub doubtful: bool,
 }
 
 /// What the driver must do.
@@ -102,6 +107,7 @@ impl Acceptor {
             write_lsn: end,
             boundary: end,
             leader_commit_lsn: state.commit_lsn,
+            commit_told: false,
             unflushed: false,
             to_acknowledge: Vec::new(),
             leaving: Vec::new(),
@@ -137,6 +143,7 @@ impl Acceptor {
             commit_lsn: s.commit_lsn,
             remote_consistent_lsn: s.remote_consistent_lsn,
             log_start_lsn: s.log_start_lsn,
+            doubtful: s.doubtful,
         }
     }
 
@@ -161,8 +168,11 @@ impl Acceptor {
     pub fn end_batch(&mut self) -> Vec<Effect> {
         let mut effects = Vec::new();
         self.flush(&mut effects);
+        let is_sure_again = self.state.doubtful && self.has_all_committed();
+        self.state.doubtful &= !is_sure_again;
         let left = std::mem::take(&mut self.proposer_gone) || !self.leaving.is_empty();
-        if self.state.flush_lsn.0 >= self.persisted_flush_lsn.0 + PERSIST_EVERY_BYTES
+        if is_sure_again
+            || self.state.flush_lsn.0 >= self.persisted_flush_lsn.0 + PERSIST_EVERY_BYTES
             || (left && self.state.commit_lsn > self.persisted_commit_lsn)
         {
             self.persist(&mut effects);
@@ -226,6 +236,7 @@ impl Acceptor {
                 self.state.voted_for = Some(vote.proposer);
                 self.state.system_identifier = self.state.system_identifier.or(vote.system_identifier);
                 self.leader_commit_lsn = self.state.commit_lsn;
+                self.commit_told = false;
                 if !self.breaks(Mutation::VoteNotStored) {
                     self.persist(&mut effects);
                 }
@@ -240,6 +251,7 @@ impl Acceptor {
             commit_lsn: s.commit_lsn,
             log_start_lsn: s.log_start_lsn,
             remote_consistent_lsn: s.remote_consistent_lsn,
+            doubtful: s.doubtful,
         };
         effects.push(Effect::Reply { to: from, message: AcceptorMessage::Vote(reply) });
         effects
@@ -318,6 +330,7 @@ impl Acceptor {
         }
         self.boundary = self.boundary.max(append.boundary);
         self.leader_commit_lsn = self.leader_commit_lsn.max(append.commit_lsn);
+        self.commit_told = true;
         self.state.remote_consistent_lsn = self.state.remote_consistent_lsn.max(append.remote_consistent_lsn);
         if !self.to_acknowledge.contains(&from) {
             self.to_acknowledge.push(from);
@@ -381,6 +394,15 @@ impl Acceptor {
         }
         self.state.flush_lsn = self.boundary;
         self.state.commit_lsn = self.state.commit_lsn.max(self.leader_commit_lsn.min(self.state.flush_lsn));
+    }
+
+    /// True when this log is the leader's, has reached its term, and holds all that the leader has told to be committed: what was
+    /// committed with this safekeeper's help before it was restarted is among that, for the leader knew it when it told.
+    fn has_all_committed(&self) -> bool {
+        let s = &self.state;
+        let leader = s.history.entries().last().filter(|entry| entry.term == s.term);
+        self.commit_told
+            && leader.is_some_and(|entry| s.flush_lsn >= entry.start_lsn && s.flush_lsn >= self.leader_commit_lsn)
     }
 
     /// Removes bytes behind the last whole record, so that nothing but this term's WAL can ever be found there.

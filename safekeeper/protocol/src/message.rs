@@ -65,6 +65,8 @@ pub struct BranchStatus {
     pub remote_consistent_lsn: Lsn,
     /// Start of what it still holds.
     pub log_start_lsn: Lsn,
+    /// It has lost WAL that it acknowledged, and not got it back yet ([`VoteReply::doubtful`]).
+    pub doubtful: bool,
 }
 
 /// From a reader.
@@ -238,6 +240,8 @@ pub struct VoteReply {
     pub log_start_lsn: Lsn,
     /// Up to where the object store holds everything, as far as it was told.
     pub remote_consistent_lsn: Lsn,
+    /// It has lost WAL that it acknowledged: the vote does not count towards a majority, unless all members have voted.
+    pub doubtful: bool,
 }
 
 /// See [`AcceptorMessage::Append`].

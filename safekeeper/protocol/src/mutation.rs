@@ -13,6 +13,8 @@ pub enum Mutation {
     LongestLogWins,
     /// Proposer: in office, it takes another term although somebody else has written in between.
     ReelectAfterOthers,
+    /// Proposer: a vote counts although the voter has lost what it acknowledged.
+    CountDoubtfulVotes,
     /// Acceptor: a vote is answered before it is stored, and not stored at all.
     VoteNotStored,
     /// Acceptor: an append is acknowledged before it is flushed.

@@ -23,6 +23,8 @@ pub struct Disk {
     pub bytes: Vec<u8>,
     /// Bytes before this position are flushed.
     pub flushed: Lsn,
+    /// Up to where WAL was acknowledged, as written beside the stored state and not synced.
+    pub mark: Lsn,
     /// Where WAL was written, in order.
     writes: Vec<Lsn>,
     /// Bytes that have rotted.
@@ -45,20 +47,26 @@ impl Disk {
         self.writes.iter().copied().skip_while(|at| *at < lsn).min()
     }
 
-    /// Performs effects; stops before the `crash_at`-th, if that is reached.
+    /// Performs effects; stops before the `crash_at`-th, if that is reached. What is answered acknowledges WAL up to `acknowledged`.
     pub fn perform(
         &mut self,
         effects: Vec<Effect>,
         crash_at: Option<usize>,
+        acknowledged: Lsn,
     ) -> Result<Vec<(ConnectionId, AcceptorMessage)>, SimError> {
         let mut replies = Vec::new();
+        let mut marked = false;
         for (index, effect) in effects.into_iter().enumerate() {
             if crash_at == Some(index) {
-                break;
+                if !marked {
+                    replies.retain(|(_, reply)| !matches!(reply, AcceptorMessage::Append(_)));
+                }
+                return Ok(replies);
             }
             match effect {
                 Effect::Persist(state) => self.control = *state,
                 Effect::TruncateWal { at } => {
+                    self.mark = at;
                     self.cut(at);
                 }
                 Effect::DropWalBelow { lsn } => self.drop_below(lsn),
@@ -72,7 +80,10 @@ impl Disk {
                     self.bytes.extend_from_slice(&wal);
                     self.writes.push(at);
                 }
-                Effect::FlushWal => self.flushed = self.end(),
+                Effect::FlushWal => {
+                    self.flushed = self.end();
+                    (self.mark, marked) = (acknowledged, true);
+                }
                 Effect::SendWal { to, fetch } => {
                     if fetch.begin < self.start || fetch.end > self.flushed {
                         let has = format!("{}..{}", self.start, self.flushed);
@@ -85,6 +96,7 @@ impl Disk {
                 Effect::Reply { to, message } => replies.push((to, message)),
             }
         }
+        self.mark = acknowledged;
         Ok(replies)
     }
 
@@ -95,19 +107,17 @@ impl Disk {
         drop(self.rotten.split_off(&at));
     }
 
-    /// Flips a bit of WAL that was stored as committed, and so is on a majority, below what restarts look at; where.
+    /// Flips a bit of WAL: of what was stored as committed, and so is on a majority, below what restarts look at; or of what
+    /// was flushed since, which a restart takes for the log's end; where.
     pub fn rot(&mut self, place: u64) -> Option<Lsn> {
-        let settled = self
-            .control
-            .commit_lsn
-            .min(self.control.flush_lsn)
-            .min(self.flushed)
-            .checked_sub(self.start)
-            .filter(|bytes| *bytes > 0)?;
-        let at = place % settled;
-        self.bytes[at as usize] ^= 1 << (place % 7);
-        self.rotten.insert(self.start + at);
-        Some(self.start + at)
+        let settled = self.control.commit_lsn.min(self.control.flush_lsn).min(self.flushed);
+        let recent = self.control.flush_lsn.max(self.start);
+        let (begin, end) = if place & 1 == 0 { (self.start, settled) } else { (recent, self.flushed) };
+        let bytes = end.checked_sub(begin).filter(|bytes| *bytes > 0)?;
+        let at = begin + (place >> 1) % bytes;
+        self.bytes[(at.0 - self.start.0) as usize] ^= 1 << (place % 7);
+        self.rotten.insert(at);
+        Some(at)
     }
 
     /// Whether this byte is not what was written.
@@ -127,8 +137,16 @@ impl Disk {
         self.flushed = self.flushed.max(self.start);
     }
 
-    /// Loses unflushed bytes from a random place on, and tears what is left of them.
+    /// The process dies, and the machine keeps what was written; or the power goes: unflushed bytes are lost from a random place on,
+    /// and what is left of them is torn.
     pub fn crash(&mut self, rng: &mut Rng) {
+        if rng.chance(50) {
+            return;
+        }
+        // That both the mark and what it tells of are lost at once is not survived.
+        if rng.chance(50) && self.rotten.is_empty() {
+            self.mark = self.mark.min(self.control.flush_lsn);
+        }
         let unflushed = (self.end().0 - self.flushed.0.min(self.end().0)) as usize;
         let lost = rng.below(unflushed + 1);
         self.bytes.truncate(self.bytes.len() - lost);
@@ -162,7 +180,12 @@ impl Disk {
         while let Some(length) = whole_record(&self.bytes[(state.flush_lsn.0 - self.start.0) as usize..]) {
             state.flush_lsn += length as u64;
         }
+        if self.mark > state.flush_lsn {
+            state.doubtful = true;
+            self.control.doubtful = true;
+        }
         self.cut(state.flush_lsn);
+        self.mark = state.flush_lsn;
         Ok(state)
     }
 }

@@ -32,7 +32,8 @@ impl World {
         let first = effects.iter().position(writes);
         let Some(node) = self.nodes.get_mut(&id) else { return Ok(()) };
         let (known, persisted) = (node.disk.flushed, node.disk.control.flush_lsn);
-        let replies = node.disk.perform(effects, first)?;
+        let acknowledged = node.acceptor.as_ref().map_or(node.disk.mark, |acceptor| acceptor.state().flush_lsn);
+        let replies = node.disk.perform(effects, first, acknowledged)?;
         node.disk.cut(known.max(persisted));
         node.acceptor = None;
         for (to, message) in replies {
@@ -62,7 +63,8 @@ impl World {
         if node.full && effects.iter().any(writes) {
             return self.write_fails(node_id, effects);
         }
-        let replies = node.disk.perform(effects, crash_at)?;
+        let acknowledged = node.acceptor.as_ref().map_or(node.disk.mark, |acceptor| acceptor.state().flush_lsn);
+        let replies = node.disk.perform(effects, crash_at, acknowledged)?;
         for (to, message) in replies {
             if let Some(connection) = self.connections.get_mut(&to).filter(|c| !c.ghost) {
                 connection.to_compute.push_back(message);

@@ -7,7 +7,8 @@ use types::{Lsn, Term};
 use crate::{Disk, SimError};
 use safekeeper_protocol::ProposerId;
 
-/// The truth as an observer of everything knows it. A majority's holding something includes a copy that has rotted since.
+/// The truth as an observer of everything knows it. A majority's holding something includes a copy that has rotted since, or that
+/// its holder knows to have lost.
 #[derive(Debug, Clone)]
 pub(crate) struct Observer {
     start: Lsn,
@@ -79,13 +80,15 @@ impl Observer {
         Ok(())
     }
 
-    /// A majority holds everything committed, unchanged.
+    /// A majority holds everything committed, unchanged; or knows that it may have lost it.
     pub fn held(&self, disks: &[&Disk]) -> Result<(), SimError> {
         let end = self.committed_end();
         if self.committed.is_empty() {
             return Ok(());
         }
-        let holders = disks.iter().filter(|disk| disk.flushed >= end && self.agrees(disk, end)).count();
+        // Who knows to have lost what it had is not asked until it has it again.
+        let holds = |disk: &&&Disk| disk.control.doubtful || (disk.flushed >= end && self.agrees(disk, end));
+        let holders = disks.iter().filter(holds).count();
         if holders < disks.len() / 2 + 1 {
             return Err(SimError::Lost(format!(
                 "WAL was committed up to {end}, but only {holders} safekeepers hold it"

@@ -28,7 +28,7 @@ impl Safekeeper {
     fn tell(&mut self, message: ProposerMessage) -> Vec<AcceptorMessage> {
         let mut effects = self.acceptor.handle(CONNECTION, message);
         effects.extend(self.acceptor.end_batch());
-        let replies = self.disk.perform(effects, None).expect("disk");
+        let replies = self.disk.perform(effects, None, self.flush_lsn()).expect("disk");
         replies.into_iter().map(|(_, message)| message).collect()
     }
 

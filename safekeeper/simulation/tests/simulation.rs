@@ -62,6 +62,11 @@ fn choosing_the_longest_log_is_noticed() {
 }
 
 #[test]
+fn votes_of_those_who_lost_what_they_acknowledged_are_noticed() {
+    println!("{}", finds(Mutation::CountDoubtfulVotes).expect("must be noticed"));
+}
+
+#[test]
 fn a_reelection_after_somebody_else_has_led_is_noticed() {
     println!("{}", finds(Mutation::ReelectAfterOthers).expect("must be noticed"));
 }

@@ -4,6 +4,9 @@
 //! A slot: magic (u32), format version (u32), sequence number (u64), length of the body (u32), CRC32C of sequence, length
 //! and body (u32), body (postcard of `AcceptorState`); integers little-endian. The valid slot with the highest sequence
 //! counts.
+//!
+//! Behind the slots, the mark: up to where WAL has been acknowledged (u64), and its CRC32C (u32). It is written with each flush of
+//! WAL but not synced by itself, so that it costs next to nothing: exact as long as the machine stays up, and a lower bound after that.
 
 use std::{
     fs::{self, File},
@@ -12,16 +15,19 @@ use std::{
 };
 
 use safekeeper_protocol::AcceptorState;
+use types::Lsn;
 
 use super::{StorageError, sync_dir};
 
 const NAME: &str = "control";
 const TEMPORARY_NAME: &str = "control.new";
 const MAGIC: u32 = 0x4B53_4D44;
-const FORMAT_VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 2;
 const HEADER_BYTES: usize = 24;
 /// Holds the longest term history that is accepted (2,000 entries of at most 20 bytes).
 const SLOT_BYTES: u64 = 64 * 1024;
+const MARK_AT: u64 = 2 * SLOT_BYTES;
+const MARK_BYTES: usize = 12;
 
 pub(super) struct ControlFile {
     file: File,
@@ -51,7 +57,8 @@ impl ControlFile {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(StorageError::Io { action: "open", path, source }),
         };
-        let bytes = fs::read(&path).map_err(StorageError::io("read", &path))?;
+        let mut bytes = fs::read(&path).map_err(StorageError::io("read", &path))?;
+        bytes.truncate(MARK_AT as usize);
         let (first, second) = bytes.split_at(bytes.len().min(SLOT_BYTES as usize));
         let (first, second) = (decode(first), decode(second));
         let best = [&first, &second].into_iter().flatten().max_by_key(|(sequence, _)| *sequence).cloned();
@@ -72,6 +79,32 @@ impl ControlFile {
         self.sequence = sequence;
         Ok(())
     }
+
+    /// Notes up to where WAL has been acknowledged; not synced.
+    pub fn mark(&self, lsn: Lsn) -> Result<(), StorageError> {
+        self.file.write_all_at(&encode_mark(lsn), MARK_AT).map_err(StorageError::io("write", &self.path))
+    }
+
+    /// What was noted; `None` when there is nothing that can be read.
+    pub fn marked(&self) -> Option<Lsn> {
+        let mut mark = [0; MARK_BYTES];
+        self.file.read_exact_at(&mut mark, MARK_AT).ok()?;
+        decode_mark(&mark)
+    }
+}
+
+fn encode_mark(lsn: Lsn) -> [u8; MARK_BYTES] {
+    let mut mark = [0; MARK_BYTES];
+    mark[..8].copy_from_slice(&lsn.0.to_le_bytes());
+    let crc = crc32c::crc32c(&mark[..8]);
+    mark[8..].copy_from_slice(&crc.to_le_bytes());
+    mark
+}
+
+fn decode_mark(mark: &[u8; MARK_BYTES]) -> Option<Lsn> {
+    let (lsn, crc) = mark.split_at(8);
+    let is_good = crc == crc32c::crc32c(lsn).to_le_bytes();
+    Some(Lsn(u64::from_le_bytes(*lsn.first_chunk()?))).filter(|_| is_good)
 }
 
 fn encode(sequence: u64, state: &AcceptorState) -> Result<Vec<u8>, String> {
@@ -122,7 +155,7 @@ fn error_of(slot: &Result<(u64, AcceptorState), String>) -> &str {
 mod tests {
     use proptest::{collection::vec, option, prelude::*, sample::Index};
     use safekeeper_protocol::{ProposerId, TermHistory, TermStart, history::MAX_HISTORY_ENTRIES};
-    use types::{Lsn, Term};
+    use types::Term;
 
     use super::*;
 
@@ -152,6 +185,24 @@ mod tests {
         assert!(matches!(ControlFile::load(dir.path()), Err(StorageError::Corrupt { .. })));
     }
 
+    #[test]
+    fn a_mark_is_read_back_and_no_other() {
+        let dir = tempfile::tempdir().expect("dir");
+        let mut control = ControlFile::create(dir.path(), &state(1)).expect("create");
+        assert_eq!(control.marked(), None);
+        control.mark(Lsn(88)).expect("mark");
+        control.store(&state(2)).expect("store");
+        control.store(&state(3)).expect("store");
+        let (control, loaded) = ControlFile::load(dir.path()).expect("load").expect("there");
+        assert_eq!(loaded, state(3));
+        assert_eq!(control.marked(), Some(Lsn(88)));
+        for at in 0..MARK_BYTES {
+            let mut damaged = encode_mark(Lsn(88));
+            damaged[at] ^= 4;
+            assert_eq!(decode_mark(&damaged), None);
+        }
+    }
+
     /// A control file with these slots, each as long as its space.
     fn write_slots(directory: &Path, slots: [&[u8]; 2]) {
         let mut file = vec![0; 2 * SLOT_BYTES as usize];
@@ -165,8 +216,8 @@ mod tests {
     fn any_state() -> impl Strategy<Value = AcceptorState> {
         let entries = vec((any::<u64>(), any::<u64>()), 0..40);
         let voted_for = option::of(any::<u128>().prop_map(ProposerId));
-        (any::<[u64; 5]>(), voted_for, option::of(any::<u64>()), entries).prop_map(
-            |(numbers, voted_for, system_identifier, entries)| {
+        (any::<[u64; 5]>(), voted_for, option::of(any::<u64>()), entries, any::<bool>()).prop_map(
+            |(numbers, voted_for, system_identifier, entries, doubtful)| {
                 let [term, log_start, flush, commit, remote] = numbers;
                 let start = |(term, lsn)| TermStart { term: Term(term), start_lsn: Lsn(lsn) };
                 AcceptorState {
@@ -178,6 +229,7 @@ mod tests {
                     flush_lsn: Lsn(flush),
                     commit_lsn: Lsn(commit),
                     remote_consistent_lsn: Lsn(remote),
+                    doubtful,
                 }
             },
         )

@@ -51,6 +51,8 @@ pub(crate) struct BranchStore {
     stored: AcceptorState,
     segments: Segments,
     durable_lsn: Lsn,
+    /// What the mark says.
+    marked: Lsn,
 }
 
 type Replies = Vec<(ConnectionId, AcceptorMessage)>;
@@ -62,18 +64,29 @@ impl BranchStore {
             return Ok(Loaded::Deleted);
         }
         let mut segments = Segments::new(directory.clone());
-        let Some((control, mut state)) = ControlFile::load(&directory)? else {
+        let Some((mut control, mut state)) = ControlFile::load(&directory)? else {
             let stored = AcceptorState::default();
-            let store = BranchStore { directory, control: None, stored, segments, durable_lsn: Lsn::INVALID };
+            let none = Lsn::INVALID;
+            let store = BranchStore { directory, control: None, stored, segments, durable_lsn: none, marked: none };
             return Ok(Loaded::Branch { store: Box::new(store), state: AcceptorState::default() });
         };
-        let stored = state.clone();
         if let Some(limit) = distrust_beyond {
             segments.truncate(limit.max(state.flush_lsn))?;
         }
-        state.flush_lsn = recover_end(&mut segments, &state)?;
-        let durable_lsn = state.flush_lsn;
-        let store = BranchStore { directory, control: Some(control), stored, segments, durable_lsn };
+        let log = find_end(&segments, &state)?;
+        if let Some(acknowledged) = control.marked().filter(|lsn| *lsn > log.end && !state.doubtful) {
+            let directory = directory.display();
+            warn!(%directory, lsn = %log.end, %acknowledged, "WAL that was acknowledged is damaged; votes don't count until the other safekeepers have repaired it");
+            // Stored before the log is cut and the mark is moved.
+            state.doubtful = true;
+            control.store(&state)?;
+        }
+        let stored = state.clone();
+        cut_at_end(&mut segments, &state, &log)?;
+        state.flush_lsn = log.end;
+        control.mark(log.end)?;
+        let (durable_lsn, marked) = (log.end, log.end);
+        let store = BranchStore { directory, control: Some(control), stored, segments, durable_lsn, marked };
         Ok(Loaded::Branch { store: Box::new(store), state })
     }
 
@@ -107,20 +120,32 @@ impl BranchStore {
         self.durable_lsn = lsn;
     }
 
-    /// Performs effects in order, up to the first that fails. Answers may be sent even if a later effect failed.
-    pub fn perform(&mut self, effects: Vec<Effect>) -> (Replies, Result<(), StorageError>) {
+    /// Performs effects in order, up to the first that fails. Answers may be sent even if a later effect failed. `acknowledged` is
+    /// up to where the answers acknowledge WAL at most.
+    pub fn perform(&mut self, effects: Vec<Effect>, acknowledged: Lsn) -> (Replies, Result<(), StorageError>) {
         let mut replies = Vec::new();
-        let done = effects.into_iter().try_for_each(|effect| self.perform_one(effect, &mut replies));
+        let done = effects.into_iter().try_for_each(|effect| self.perform_one(effect, acknowledged, &mut replies));
+        // Also when only a boundary moved, over bytes that had been flushed before.
+        let marked = if done.is_ok() { self.mark(acknowledged) } else { Ok(()) };
+        if self.marked != acknowledged {
+            return (Vec::new(), done.and(marked));
+        }
         (replies, done)
     }
 
-    fn perform_one(&mut self, effect: Effect, replies: &mut Replies) -> Result<(), StorageError> {
+    fn perform_one(&mut self, effect: Effect, acknowledged: Lsn, replies: &mut Replies) -> Result<(), StorageError> {
         match effect {
             Effect::Persist(state) => self.persist(*state),
-            Effect::TruncateWal { at } => self.segments.truncate(at),
+            Effect::TruncateWal { at } => {
+                self.mark(at)?;
+                self.segments.truncate(at)
+            }
             Effect::DropWalBelow { lsn } => self.segments.drop_below(lsn),
             Effect::WriteWal { at, wal } => self.segments.write(at, &wal),
-            Effect::FlushWal => self.segments.flush(),
+            Effect::FlushWal => {
+                self.segments.flush()?;
+                self.mark(acknowledged)
+            }
             Effect::SendWal { to, fetch } => {
                 let wal = Bytes::from(self.segments.read(fetch.begin, fetch.end)?);
                 let fetched = Fetched { on_behalf_of: fetch.on_behalf_of, begin: fetch.begin, wal };
@@ -132,6 +157,16 @@ impl BranchStore {
                 Ok(())
             }
         }
+    }
+
+    fn mark(&mut self, lsn: Lsn) -> Result<(), StorageError> {
+        if let Some(control) = &self.control
+            && lsn != self.marked
+        {
+            control.mark(lsn)?;
+        }
+        self.marked = lsn;
+        Ok(())
     }
 
     fn persist(&mut self, state: AcceptorState) -> Result<(), StorageError> {
@@ -147,13 +182,19 @@ impl BranchStore {
     }
 }
 
-/// The end of the last whole record, found by decoding from the last stored position. What follows it is cut off.
-fn recover_end(segments: &mut Segments, state: &AcceptorState) -> Result<Lsn, StorageError> {
+/// Where a log ends.
+struct LogEnd {
+    /// End of the last whole record.
+    end: Lsn,
+    /// End of the bytes.
+    available: Lsn,
+}
+
+/// Finds the end of the last whole record by decoding from the last stored position.
+fn find_end(segments: &Segments, state: &AcceptorState) -> Result<LogEnd, StorageError> {
     if !state.flush_lsn.is_valid() {
-        segments.truncate(Lsn::INVALID)?;
-        return Ok(Lsn::INVALID);
+        return Ok(LogEnd { end: Lsn::INVALID, available: Lsn::INVALID });
     }
-    segments.drop_below(state.log_start_lsn)?;
     segments.check_covers(state.log_start_lsn, state.flush_lsn)?;
     let available = segments.contiguous_end(state.flush_lsn)?;
     let mut decoder = WalStreamDecoder::new(state.flush_lsn);
@@ -176,13 +217,22 @@ fn recover_end(segments: &mut Segments, state: &AcceptorState) -> Result<Lsn, St
             }
         }
     }
+    Ok(LogEnd { end, available })
+}
+
+/// Removes what is not part of the log, and makes the rest durable.
+fn cut_at_end(segments: &mut Segments, state: &AcceptorState, log: &LogEnd) -> Result<(), StorageError> {
+    if !log.end.is_valid() {
+        return segments.truncate(Lsn::INVALID);
+    }
+    segments.drop_below(state.log_start_lsn)?;
+    let LogEnd { end, available } = *log;
     if available > end {
-        warn!(lsn = %end, bytes = available.0 - end.0, "cutting off the tail of the log, which is not whole records");
+        info!(lsn = %end, bytes = available.0 - end.0, "cutting off the tail of the log, which is not whole records");
     }
     segments.truncate(end)?;
     // It may be in the page cache only, written by a process that died before its fsync.
-    segments.sync_range(state.flush_lsn, end)?;
-    Ok(end)
+    segments.sync_range(state.flush_lsn, end)
 }
 
 fn create_durably(directory: &Path) -> Result<(), StorageError> {

@@ -105,14 +105,34 @@ impl<S: RecordScanner> Proposer<S> {
         actions.extend(self.campaign());
     }
 
+    /// Begins another election in which a safekeeper's log is not looked at, for what it alone has is damaged; true when it did.
+    ///
+    /// The others must make a majority without it, so that whatever is committed is in one of their logs, and the term that
+    /// was won before must not have started: nothing was committed in it.
+    pub(super) fn elect_without(&mut self, damaged: NodeId, actions: &mut Vec<Action>) -> bool {
+        let Phase::Leader(leader) = &self.phase else { return false };
+        if leader.started || leader.in_office() || leader.donor != damaged {
+            return false;
+        }
+        let term = leader.term;
+        self.damaged.insert(damaged);
+        self.campaign_from(term);
+        actions.push(Action::RetryElection);
+        true
+    }
+
     fn count_votes(&mut self, actions: &mut Vec<Action>) {
         let Phase::Campaign { candidate, .. } = self.phase else { return };
         let replies: Vec<(NodeId, &VoteReply)> =
             self.peers.iter().filter_map(|(node, peer)| voted(peer).map(|reply| (*node, reply))).collect();
         let Some(highest) = replies.iter().map(|(_, reply)| reply.term).max() else { return };
         let term = candidate.unwrap_or(highest).max(highest);
-        let granted = replies.iter().filter(|(_, reply)| reply.granted && reply.term == term).count();
-        if granted >= self.majority() {
+        let granted =
+            replies.iter().filter(|(node, reply)| reply.granted && reply.term == term && !self.damaged.contains(node));
+        let counts = |reply: &VoteReply| !reply.doubtful || self.breaks(Mutation::CountDoubtfulVotes);
+        let sure = granted.clone().filter(|(_, reply)| counts(reply)).count();
+        // When all have voted, nobody who has more can be away.
+        if sure >= self.majority() || granted.count() == self.settings.members.len() {
             return self.become_leader(term, actions);
         }
         let refused = replies.iter().any(|(_, reply)| !reply.granted && reply.term >= term);
@@ -135,7 +155,7 @@ impl<S: RecordScanner> Proposer<S> {
         let best = self
             .peers
             .iter()
-            .filter(|(_, peer)| granted(peer))
+            .filter(|(node, peer)| granted(peer) && !self.damaged.contains(node))
             .filter_map(|(node, peer)| voted(peer).map(|reply| (*node, reply)))
             .max_by_key(|(_, reply)| self.log_rank(reply));
         let Some((donor, reply)) = best else { return };

@@ -4,7 +4,7 @@ mod buffer;
 mod campaign;
 mod streaming;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use types::{Lsn, NodeId, Term};
@@ -31,6 +31,8 @@ pub struct Proposer<S> {
     commit_lsn: Lsn,
     /// The highest position that any safekeeper knows to be in the object store.
     horizon: Lsn,
+    /// Safekeepers that are passed over in the election that goes on: their logs end in damage.
+    damaged: BTreeSet<NodeId>,
     /// Goodbye is said to everybody that has everything.
     finishing: bool,
     broken: Broken,
@@ -159,7 +161,8 @@ impl<S: RecordScanner> Proposer<S> {
         let peers = settings.members.iter().map(|node| (*node, Peer::Away)).collect();
         let phase = Phase::Campaign { candidate: None, office: None };
         let (commit_lsn, horizon) = (Lsn::INVALID, Lsn::INVALID);
-        Proposer { settings, phase, peers, commit_lsn, horizon, finishing: false, broken: Broken::default() }
+        let (damaged, finishing, broken) = (BTreeSet::new(), false, Broken::default());
+        Proposer { settings, phase, peers, commit_lsn, horizon, damaged, finishing, broken }
     }
 
     /// Breaks a rule from now on.

@@ -134,6 +134,7 @@ impl<S: RecordScanner> Proposer<S> {
         }
         self.commit_lsn = commit;
         if !std::mem::replace(&mut leader.started, true) {
+            self.damaged.clear();
             let (term, start_lsn) = (leader.term, leader.start_lsn);
             actions.push(match leader.earlier_terms.is_empty() {
                 true => Action::Started { term, start_lsn },
@@ -281,9 +282,16 @@ impl<S: RecordScanner> Proposer<S> {
         let follower = Follower { bad_donors, ..Follower::new(boundary, log_start_lsn) };
         self.peers.insert(node, Peer::Following(follower));
         let restart = self.restart_lsn();
-        if self.donor_for(node).is_none() && restart > boundary {
+        let nobody_has_it = self.donor_for(node).is_none();
+        if nobody_has_it && restart > boundary {
             // Nobody here has it undamaged, but the object store does.
             return self.follow(node, StreamStart::Restart(restart), restart, actions);
+        }
+        if nobody_has_it
+            && let Some(donor) = bad_donor
+            && self.elect_without(donor, actions)
+        {
+            return;
         }
         self.send_elected(node, StreamStart::Continue(boundary), actions);
         self.pump(node, actions);
