@@ -9,7 +9,7 @@ use control_plane_api::compute::{ComputeReady, ComputeSpec};
 use page_cache::{PageCache, PageCacheConfig};
 use pageserver_client::{ClientError, PageserverClient};
 use parking_lot::Mutex;
-use safekeeper_client::{Elected, ProposerConfig, WalProposer};
+use safekeeper_client::{Elected, ProposerConfig, WalProposer, WalReaderConfig};
 use shim_server::{ShimServer, required_settings, shim_environment};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -21,7 +21,8 @@ use crate::{
     backend::AgentBackend,
     catalog,
     compute_dir::{ComputeDir, ComputePaths},
-    data_dir::DataDir,
+    data_dir::{DataDir, DataDirError},
+    kept_files::KeptFiles,
     last_written::LastWritten,
     local_wal::LocalWal,
     opening::{Opening, open_term},
@@ -30,6 +31,7 @@ use crate::{
     postgres::{Postgres, PostgresCommand},
     settings::{ControlSettings, PG_HBA, postgresql_conf},
     shipper::WalShipper,
+    slots::Slots,
     timings::Timings,
 };
 
@@ -85,7 +87,7 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
     timings.step("elect");
     tracing::info!(term = %elected.term, lsn = %elected.start_lsn, "elected");
 
-    let base = base_files(&pageserver, spec, elected.start_lsn).await?;
+    let mut base = base_files(&pageserver, spec, elected.start_lsn).await?;
     warming.abort();
     timings.step("base_files");
     let control_settings = ControlSettings::of(&spec.settings);
@@ -94,8 +96,14 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
         .append(opening.record.begin, opening.record.bytes.clone())
         .map_err(|fenced| StartError::Fenced(fenced.0))?;
     timings.step("opening");
+    let kept_files = KeptFiles::of(&base.files);
+    let mut slots = Slots::take(&mut base.files, spec.branch_start_lsn);
     prepared.write(&base, &opening)?;
-    let backend = backend(spec, &dir, &elected, &opening, &proposer, pageserver, &prepared.cache);
+    let reader = wal_reader_config(spec);
+    slots.fetch_wal(&reader, &prepared.data, opening.system_identifier, elected.start_lsn).await?;
+    prepared.write_slots(&slots)?;
+    let local = local_wal(&dir, &elected, &opening, kept_files);
+    let backend = backend(spec, local, &proposer, pageserver, &prepared.cache);
     let server = ShimServer::bind(&dir.shim_socket(), backend.clone(), prepared.cache.clone())?;
     give(&dir.shim_socket(), owner)?;
     let shim_server = tokio::spawn(server.run(backend.stopping.clone()));
@@ -132,6 +140,14 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
     let shipper = backend.shipper.clone();
     let system_identifier = opening.system_identifier;
     Ok(Compute { postgres, backend, shipper, proposer, system_identifier, ready, shim_server, cache, page_file, dir })
+}
+
+fn wal_reader_config(spec: &ComputeSpec) -> WalReaderConfig {
+    WalReaderConfig {
+        branch: spec.branch.clone(),
+        safekeepers: spec.safekeepers.iter().map(|keeper| (keeper.node, keeper.address.clone())).collect(),
+        token: spec.token.clone(),
+    }
 }
 
 fn proposer_config(spec: &ComputeSpec) -> ProposerConfig {
@@ -199,26 +215,39 @@ impl Prepared {
         self.cache.set_shipped(base.lsn);
         Ok(())
     }
+
+    fn write_slots(&self, slots: &Slots) -> Result<(), DataDirError> {
+        slots.files().iter().try_for_each(|(path, content)| self.data.write_file(path, content))
+    }
+}
+
+/// What Postgres will write, and where the agent notes what that says about pages.
+fn local_wal(
+    dir: &ComputeDir,
+    elected: &Elected,
+    opening: &Opening,
+    kept_files: KeptFiles,
+) -> (LocalWal, Arc<LastWritten>) {
+    let last_written = Arc::new(LastWritten::new(elected.start_lsn));
+    let record = &opening.record;
+    let directory = dir.pgdata().join("pg_wal");
+    let wal = LocalWal::new(directory, record.end_lsn, record.start_lsn, last_written.clone(), kept_files);
+    (wal, last_written)
 }
 
 fn backend(
     spec: &ComputeSpec,
-    dir: &ComputeDir,
-    elected: &Elected,
-    opening: &Opening,
+    (wal, last_written): (LocalWal, Arc<LastWritten>),
     proposer: &WalProposer,
     pageserver: PageserverClient,
     cache: &PageCache,
 ) -> Arc<AgentBackend> {
-    let last_written = Arc::new(LastWritten::new(elected.start_lsn));
-    let record = &opening.record;
-    let wal = dir.pgdata().join("pg_wal");
-    let local = LocalWal::new(wal, record.end_lsn, record.start_lsn, last_written.clone());
     Arc::new(AgentBackend {
         branch: spec.branch.clone(),
         pageserver,
         proposer: proposer.clone(),
-        shipper: WalShipper::new(local, proposer.clone(), cache.clone()),
+        cache: cache.clone(),
+        shipper: WalShipper::new(wal, proposer.clone(), cache.clone()),
         last_written,
         storage_problem: Mutex::default(),
         give_up_reads: CancellationToken::new(),

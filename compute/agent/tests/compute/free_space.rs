@@ -1,0 +1,75 @@
+//! Free space maps over a sleep.
+
+use crate::world::{self, ComputeOptions, World};
+
+const QUIET: &[(&str, &str)] = &[("autovacuum", "off")];
+
+fn options() -> ComputeOptions {
+    ComputeOptions { settings: QUIET, ..ComputeOptions::default() }
+}
+
+const BLOCKS: &str = "SELECT pg_relation_size('t') / 8192";
+
+async fn run(sql: &tokio_postgres::Client, statements: &[&str]) {
+    for statement in statements {
+        sql.batch_execute(statement).await.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn freed_space_is_used_again_after_a_sleep() {
+    let world = World::start().await;
+    let mut compute = world.compute("f", options()).await;
+    let sql = compute.connect("postgres").await;
+    run(
+        &sql,
+        &[
+            "CREATE TABLE t (i int, filler text)",
+            "INSERT INTO t SELECT g, repeat('x', 400) FROM generate_series(1, 20000) g",
+            "DELETE FROM t WHERE i % 2 = 0",
+            "VACUUM t",
+        ],
+    )
+    .await;
+    let blocks = world::row(&sql, BLOCKS).await;
+    assert!(blocks[0] > 1000);
+    compute.stop().await;
+    let mut compute = world.compute("f", options()).await;
+    let sql = compute.connect("postgres").await;
+    run(&sql, &["INSERT INTO t SELECT g, repeat('y', 400) FROM generate_series(1, 9000) g"]).await;
+    assert_eq!(world::row(&sql, BLOCKS).await, blocks, "the table grew though half of it was free");
+    compute.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_map_offers_nothing_beyond_the_end_of_its_table() {
+    let world = World::start().await;
+    let mut compute = world.compute("f", options()).await;
+    let sql = compute.connect("postgres").await;
+    run(
+        &sql,
+        &[
+            "CREATE TABLE t (i int, filler text)",
+            "INSERT INTO t SELECT g, repeat('x', 400) FROM generate_series(1, 20000) g",
+            "DELETE FROM t WHERE i BETWEEN 2 AND 19999",
+            // The last row keeps the table as long as it is.
+            "VACUUM t",
+        ],
+    )
+    .await;
+    assert!(world::row(&sql, BLOCKS).await[0] > 1000);
+    compute.stop().await;
+    let mut compute = world.compute("f", options()).await;
+    let sql = compute.connect("postgres").await;
+    run(&sql, &["DELETE FROM t WHERE i = 20000", "VACUUM t", "CREATE TABLE synced (i int)"]).await;
+    assert_eq!(world::row(&sql, BLOCKS).await, [1]);
+    // The map as of the sleep is what storage has.
+    compute.kill().await;
+    let mut compute = world.compute("f", options()).await;
+    let sql = compute.connect("postgres").await;
+    assert_eq!(world::row(&sql, BLOCKS).await, [1]);
+    run(&sql, &["INSERT INTO t SELECT g, repeat('y', 400) FROM generate_series(1, 1000) g"]).await;
+    assert_eq!(world::row(&sql, "SELECT count(*) FROM t").await, [1001]);
+    assert!(world::row(&sql, BLOCKS).await[0] < 70);
+    compute.stop().await;
+}
