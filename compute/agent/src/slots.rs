@@ -54,7 +54,7 @@ impl Slots {
             }
             match SlotState::parse(&file.content) {
                 Ok(state) if !state.is_persistent() => {}
-                Ok(state) if state.needs_from().is_some_and(|lsn| lsn < branch_start) => {
+                Ok(state) if state.restart_lsn().is_some_and(|lsn| lsn < branch_start) => {
                     tracing::info!(path = file.path, "a replication slot of the branch's ancestor is left there");
                 }
                 Ok(state) => slots.push(Slot { path: file.path.clone(), state }),

@@ -9,7 +9,12 @@ use wal::{
     v15::{rmgr, xlog},
 };
 
-use crate::{AgentError, kept_files::KeptFiles, shipper::ShipError, start::Compute};
+use crate::{
+    AgentError,
+    kept_files::KeptFiles,
+    shipper::ShipError,
+    start::{Compute, cached_as_of},
+};
 
 /// Longest time for the HTTP server to send what it owes.
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(1);
@@ -58,8 +63,27 @@ pub async fn stop(compute: Compute) -> Result<Lsn, AgentError> {
         Ok(Err(error)) => Err(AgentError::Stop(error.to_string())),
         Err(_) => Err(AgentError::Stop(format!("no quorum held the last WAL within {} s", LAST_WAL_LIMIT.as_secs()))),
     };
+    if let Ok(end) = last
+        && compute.postgres.ended_well()
+    {
+        leave_cache_asleep(&compute, end).await;
+    }
     close(compute).await;
     last
+}
+
+/// Leaves the page cache to the next compute of this endpoint. Failing to costs that one's warmth only.
+async fn leave_cache_asleep(compute: &Compute, end: Lsn) {
+    if compute.sleeping_caches_bytes == 0 {
+        return;
+    }
+    let cache = compute.cache.clone();
+    let as_of = cached_as_of(&compute.backend.branch, end);
+    let asleep = tokio::task::spawn_blocking(move || cache.fall_asleep(end, &as_of)).await;
+    let left = asleep.map_err(io::Error::other).flatten();
+    if let Err(error) = left.and_then(|list| compute.page_file.leave_asleep(&list, compute.sleeping_caches_bytes)) {
+        tracing::warn!(%error, "the page cache is thrown away");
+    }
 }
 
 /// Ends Postgres at once; what it has not shipped is given up.
@@ -149,7 +173,7 @@ fn read_statistics(path: &Path) -> io::Result<Option<Vec<u8>>> {
     }
 }
 
-/// Lets everything go. The directory and the page cache are removed as they are dropped.
+/// Lets everything go. The directory and the page cache's file, unless it was left asleep, are removed as they are dropped.
 async fn close(compute: Compute) {
     let Compute { postgres, backend, shim_server, proposer, dir, page_file, .. } = compute;
     backend.stopping.cancel();

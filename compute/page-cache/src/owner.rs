@@ -79,6 +79,11 @@ impl PageCache {
         Ok(cache)
     }
 
+    #[cfg(test)]
+    pub(crate) fn shared_for_test(&self) -> Arc<Shared> {
+        self.shared.clone()
+    }
+
     fn make(config: &PageCacheConfig, max_rels: u32, replace: bool) -> io::Result<PageCache> {
         let most_clean = config.clean_bytes.saturating_mul(CLEAN_HEADROOM);
         let sizes = Sizes::new(most_clean, config.kept_bytes, max_rels)?;

@@ -4,4 +4,5 @@ mod backpressure;
 mod free_space;
 mod lifetime;
 mod replication;
+mod warm_cache;
 mod world;

@@ -18,7 +18,6 @@ use types::{BranchId, BranchRef, Generation, Lsn, NodeId, ProjectId};
 use wire::{Scope, TokenSigner, auth::TokenKeys, pageserver::BranchPoint};
 
 pub use compute::{Compute, ComputeOptions};
-pub use stock::Stock;
 
 const BIN_DIR: &str = "/usr/lib/postgresql/15/bin";
 const LIFETIME: Duration = Duration::from_secs(3600);
@@ -42,7 +41,8 @@ pub struct World {
     branch: BranchRef,
     branch_start: Lsn,
     safekeepers: Vec<SocketAddr>,
-    pageserver: SocketAddr,
+    /// To the pageserver.
+    pageserver: link::Link,
     /// What the pageserver hears of the safekeepers goes through these.
     links: Vec<link::Link>,
     token: String,
@@ -107,11 +107,11 @@ impl World {
         }
         config.safekeepers = links.iter().map(|link| &link.address).enumerate().map(address).collect();
         let server = pageserver::Server::bind(config).await.expect("pageserver");
-        let pageserver = server.local_addr();
+        let pageserver = link::Link::to(server.local_addr()).await;
         services.spawn(server.run(shutdown.clone()));
 
         let branch = branch_ref("p", "main");
-        let client = PageserverClient::new(pageserver.to_string(), service);
+        let client = PageserverClient::new(pageserver.address.to_string(), service);
         let branch_start = client.create_branch(&branch, &template, BranchPoint::Head).await.expect("branch");
         let token = signer.sign(Scope::Branch { branch: branch.clone() }, LIFETIME).expect("token");
         World { branch, branch_start, safekeepers, pageserver, links, token, runtime, disk, shutdown, services }
@@ -122,6 +122,16 @@ impl World {
     /// The pageserver gets no WAL any more, or gets it again.
     pub fn stall_ingestion(&self, stalled: bool) {
         self.links.iter().for_each(|link| link.stall(stalled));
+    }
+
+    /// Bytes that the pageserver has sent so far.
+    pub fn bytes_served(&self) -> u64 {
+        self.pageserver.bytes_back()
+    }
+
+    /// Where the page cache of a compute of this name is, and what it leaves.
+    pub fn cache_dir(&self, name: &str) -> PathBuf {
+        self.disk.path().join("cache").join(name)
     }
 
     /// Where the WAL begins that any safekeeper still has.
