@@ -101,7 +101,7 @@ pub(crate) fn smgr(record: &DecodedRecord<'_>) -> Changes {
 }
 
 /// `smgr_redo`, `visibilitymap_prepare_truncate`, `FreeSpaceMapPrepareTruncateRel`. The map's last page loses bits too; that of
-/// the free space map, of which WAL tells nothing else, is left as it is: who reads it cuts it.
+/// the free space map is left as it is: Postgres checks what it says.
 fn smgr_truncate(truncate: &SmgrTruncate) -> ChangeList {
     let main = { truncate.rnode }.fork(ForkNumber::Main);
     let (blocks, flags) = (truncate.blkno, truncate.flags);

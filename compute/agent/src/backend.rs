@@ -4,17 +4,16 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use page_cache::{Page, PageCache};
+use page_cache::PageCache;
 use pageserver_client::{ClientError, PageserverClient};
 use parking_lot::Mutex;
 use safekeeper_client::WalProposer;
 use shim_server::{BackendError, ShimBackend};
 use tokio_util::sync::CancellationToken;
-use types::{BlockNumber, BranchRef, ForkNumber, Lsn, Oid, PageTag, RelTag};
+use types::{BlockNumber, BranchRef, Lsn, Oid, PageTag, RelTag};
 use wire::pageserver::ReadLsn;
 
 use crate::{
-    free_space,
     last_written::LastWritten,
     shipper::{ShipError, WalShipper},
 };
@@ -101,24 +100,8 @@ impl AgentBackend {
         let at = self.read_at(last_change);
         let what = tags.first().map_or_else(String::new, PageTag::to_string);
         let call = || self.pageserver.get_pages(&self.branch, tags.to_vec(), at);
-        let mut pages = self.retrying(&what, call).await?;
-        for (tag, page) in tags.iter().zip(&mut pages).filter(|(tag, _)| tag.rel.fork == ForkNumber::Fsm) {
-            *page = self.cut_free_space(tag, page).await?;
-        }
+        let pages = self.retrying(&what, call).await?;
         Ok((at.request, pages))
-    }
-
-    /// A map from storage may offer blocks that its table does not have any more.
-    async fn cut_free_space(&self, tag: &PageTag, page: &Bytes) -> Result<Bytes, BackendError> {
-        let Ok(mut page) = Page::try_from(&page[..]) else { return Ok(page.clone()) };
-        let table = tag.rel.with_fork(ForkNumber::Main);
-        let known = self.cache.rel_blocks(table).map_err(|error| BackendError::Storage(error.to_string()))?;
-        let blocks = match known {
-            Some(blocks) => blocks,
-            None => self.rel_size(table).await?.unwrap_or(0),
-        };
-        free_space::cut(&mut page, tag.block, blocks);
-        Ok(Bytes::copy_from_slice(&page))
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! - [`run`], [`main_from_stdin`]: a compute's whole life.
 //! - `start`: from a spec to a Postgres that takes connections; `opening`, `data_dir`, `settings`, `postgres` are its parts.
-//! - `backend`, `free_space`, `last_written`: answer the shim's reads from the pageserver.
+//! - `backend`, `last_written`: answer the shim's reads from the pageserver.
 //! - `shipper`, `local_wal`, `transactions`, `backpressure`: turn WAL syncs into quorum commits.
 //! - `http`, `activity`, `catalog`: what the control plane sees and wants.
 //! - `slots`, `kept_files`: what logical replication needs of the past.
@@ -14,7 +14,6 @@ mod backpressure;
 mod catalog;
 mod compute_dir;
 mod data_dir;
-mod free_space;
 mod http;
 mod kept_files;
 mod last_written;

@@ -94,18 +94,13 @@ impl PageCache {
     }
 
     /// For when Postgres has ended and storage has all WAL up to `end`: leaves in the pages file only what is as WAL says at
-    /// `end`, and answers the list of it, which `label` goes into. Free space maps are left out: they may be ahead of their
-    /// tables' sizes as storage has them.
+    /// `end`, and answers the list of it, which `label` goes into.
     pub fn fall_asleep(&self, end: Lsn, label: &str) -> io::Result<Vec<u8>> {
         self.set_horizon(end);
         self.shared.release(u32::MAX)?;
         while self.shared.trim(TRIM_PAGES)? > 0 {}
         let mut entries = Vec::new();
-        self.shared.for_each_clean(|tag, slot, crc| {
-            if tag.rel.fork != ForkNumber::Fsm {
-                entries.push(Entry { tag, slot, crc });
-            }
-        });
+        self.shared.for_each_clean(|tag, slot, crc| entries.push(Entry { tag, slot, crc }));
         self.shared.give_back_others()?;
         Ok(asleep::encode(label, &entries))
     }

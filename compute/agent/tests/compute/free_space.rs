@@ -58,7 +58,7 @@ async fn freed_space_is_used_again_after_a_sleep() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_map_offers_nothing_beyond_the_end_of_its_table() {
+async fn a_map_that_is_ahead_of_its_table_does_no_harm() {
     let world = World::start().await;
     let mut compute = world.compute("f", options()).await;
     let sql = compute.connect("postgres").await;
@@ -89,7 +89,7 @@ async fn a_map_offers_nothing_beyond_the_end_of_its_table() {
     }
     run(&sql, &["CREATE TABLE synced (i int)"]).await;
     assert_eq!(world::row(&sql, BLOCKS).await, [1]);
-    // The map as of the sleep is what storage has.
+    // The map as of the sleep is what storage has: it is Postgres that must not believe it.
     compute.kill().await;
     let mut compute = world.compute("f", options()).await;
     let sql = compute.connect("postgres").await;
