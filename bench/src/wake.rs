@@ -11,7 +11,7 @@ pub async fn run(rounds: usize) -> anyhow::Result<()> {
     println!(
         "wake: {rounds} wakes through the proxy (TLS, SCRAM), in turn with a stock postgres from exec to first row"
     );
-    let mut cluster = Cluster::start(ClusterOptions::default()).await?;
+    let mut cluster = Cluster::start(ClusterOptions { warm: true, ..ClusterOptions::default() }).await?;
     let bare_server = BareServer::create()?;
     let api = cluster.api()?;
     let project = api.create_project("wake").await?;

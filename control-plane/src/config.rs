@@ -77,6 +77,10 @@ pub struct PageCacheLimits {
     /// Most evicted dirty pages that a compute keeps on local disk, MiB; over it statements fail with "disk full".
     #[arg(long, default_value_t = 8192, env = "DORMOUSE_KEPT_PAGES_MIB")]
     pub kept_pages_mib: u64,
+    /// Most that the clean pages of sleeping computes take on local disk, all together, MiB: their next wake on this host is
+    /// warm. The oldest make way. 0: nothing stays.
+    #[arg(long, default_value_t = 4096, env = "DORMOUSE_SLEEPING_CACHES_MIB")]
+    pub sleeping_caches_mib: u64,
 }
 
 impl Config {

@@ -186,6 +186,7 @@ fn compute_settings(config: &Config, shim: &Path) -> anyhow::Result<ComputeSetti
         postgres_user: host::postgres_user(config.postgres_user.as_deref())?,
         page_cache_bytes: config.page_cache.page_cache_mib.saturating_mul(MIB),
         kept_pages_bytes: config.page_cache.kept_pages_mib.saturating_mul(MIB),
+        sleeping_caches_bytes: config.page_cache.sleeping_caches_mib.saturating_mul(MIB),
         wake_timeout: config.wake_timeout(),
     })
 }

@@ -65,6 +65,10 @@ pub struct Config {
     #[arg(long, default_value_t = 300, env = "DORMOUSE_IDLE_DETACH_SECONDS", value_name = "SECONDS")]
     pub idle_detach: u32,
 
+    /// The most WAL, in MiB for each branch, that a replication slot may keep on the safekeepers. A slot that needs more is lost.
+    #[arg(long, default_value_t = 2048, value_name = "MIB")]
+    pub max_slot_wal_mib: u32,
+
     /// Memory for pages as they were last made, in MiB.
     #[arg(long, default_value_t = 128, value_name = "MIB")]
     pub page_cache_mib: u32,
@@ -110,6 +114,7 @@ impl Config {
             ingest_memory_mib: 1024,
             idle_flush: 5,
             idle_detach: 300,
+            max_slot_wal_mib: 2048,
             page_cache_mib: 128,
             block_cache_mib: 128,
             disk_cache_mib: 10_240,
@@ -123,6 +128,7 @@ impl Config {
             ingest_memory_bytes: (self.ingest_memory_mib.max(1) as usize) << 20,
             idle_flush: Duration::from_secs(u64::from(self.idle_flush)),
             idle_detach: Duration::from_secs(u64::from(self.idle_detach)),
+            max_slot_wal_bytes: u64::from(self.max_slot_wal_mib) << 20,
             ..Tuning::default()
         }
     }

@@ -7,6 +7,7 @@
 //! |---|---|---|---|
 //! | [`Kind::ControlFile`] | – | `pg_control` as `initdb` left it | template import |
 //! | [`Kind::CheckPoint`] | – | `CheckPoint` struct, 88 bytes | each record that moves a counter |
+//! | [`Kind::CheckPoint`] | rel = a replication origin's number | LSN at the origin, `u64`: applied so far | what a subscription applies |
 //! | [`Kind::RelationMap`] | spc, db | `pg_filenode.map`, 512 bytes | relation map records |
 //! | [`Kind::Database`] | spc, db | empty: the directory exists | database records |
 //! | [`Kind::Tablespace`] | spc | its path | tablespace records |
@@ -33,7 +34,7 @@ use wal_redo::SlruKind;
 pub enum Kind {
     /// The whole `pg_control`.
     ControlFile = 0,
-    /// The counters of the `CheckPoint` struct.
+    /// The counters of the `CheckPoint` struct, and replication origins' progress.
     CheckPoint = 1,
     /// A `pg_filenode.map`.
     RelationMap = 2,
@@ -150,6 +151,17 @@ impl Key {
     /// A prepared transaction.
     pub fn two_phase(xid: u32) -> Key {
         Key { rel: xid, ..Key::of(Kind::TwoPhase) }
+    }
+
+    /// A replication origin's progress. Origins are numbered from 1.
+    pub fn origin(origin: u16) -> Key {
+        Key { rel: u32::from(origin), ..Key::CHECKPOINT }
+    }
+
+    /// The origin, for keys of origins' progress.
+    pub fn origin_number(&self) -> Option<u16> {
+        let number = u16::try_from(self.rel).ok()?;
+        (self.kind == Kind::CheckPoint && number != 0).then_some(number)
     }
 
     /// A file kept by the agent.
@@ -299,6 +311,11 @@ impl Value {
     /// A page of zeroes.
     pub const ZERO_PAGE: Value = Value::Image(Bytes::new());
 
+    /// A replication origin's progress.
+    pub fn origin(remote_lsn: Lsn) -> Value {
+        Value::Image(Bytes::copy_from_slice(&remote_lsn.0.to_le_bytes()))
+    }
+
     /// A fork's size.
     pub fn rel_size(blocks: BlockNumber) -> Value {
         Value::Image(Bytes::copy_from_slice(&blocks.to_le_bytes()))
@@ -367,6 +384,11 @@ impl Value {
 /// The value under a [`Kind::RelSize`] key.
 pub fn decode_rel_size(content: &[u8]) -> Option<BlockNumber> {
     content.try_into().ok().map(u32::from_le_bytes)
+}
+
+/// The value under an origin's key ([`Key::origin`]).
+pub fn decode_origin(content: &[u8]) -> Option<Lsn> {
+    content.try_into().ok().map(|bytes| Lsn(u64::from_le_bytes(bytes)))
 }
 
 /// A commit later than every one before it on its branch.

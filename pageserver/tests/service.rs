@@ -117,6 +117,9 @@ async fn tokens_bound_what_may_be_asked() {
     service.client(Scope::Service).create_branch(&own, &root, BranchPoint::Head).await.expect("create");
     let compute = service.client(Scope::Branch { branch: own.clone() });
     assert_eq!(compute.rel_size(&own, REL, LATEST).await.expect("own"), None);
+    // What is not ingested yet is not waited for.
+    assert_eq!(compute.ingested(&own, Lsn(0x9000)).await.expect("own"), Lsn(0x1000));
+    assert_eq!(kind(compute.ingested(&root, Lsn(0)).await.expect_err("denied")), ErrorKind::Denied);
     assert_eq!(kind(compute.rel_size(&root, REL, LATEST).await.expect_err("denied")), ErrorKind::Denied);
     let denied = compute.create_branch(&other, &own, BranchPoint::Head).await.expect_err("denied");
     assert_eq!(kind(denied), ErrorKind::Denied);

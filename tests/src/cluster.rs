@@ -25,6 +25,9 @@ pub struct ClusterOptions {
     pub environment: Vec<(String, String)>,
     /// More arguments for `dormouse up`.
     pub arguments: Vec<String>,
+    /// Page caches stay while computes sleep, as they do by default. Without it what is read after a sleep comes from storage,
+    /// which is what most tests are about.
+    pub warm: bool,
 }
 
 /// A running installation. Stopped, and its directories removed, when dropped.
@@ -72,6 +75,9 @@ impl Cluster {
         command.args(["--base-port", &self.base_port.to_string()]);
         if let Some(store) = &self.options.object_store {
             command.args(["--object-store", store]);
+        }
+        if !self.options.warm {
+            command.args(["--sleeping-caches-mib", "0"]);
         }
         command.args(&self.options.arguments);
         command.envs(self.options.environment.iter().cloned());

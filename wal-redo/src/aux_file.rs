@@ -1,4 +1,5 @@
-//! Small files that Dormouse keeps in a branch's WAL (statistics): logical messages that the agent writes.
+//! Small files that Dormouse keeps in a branch's WAL (statistics, replication slots): logical messages that the agent and the
+//! shim write.
 
 use smallvec::smallvec;
 use wal::{
@@ -39,11 +40,12 @@ pub fn aux_file_record(main_data: &[u8]) -> RecordToWrite<'_> {
 }
 
 /// Messages of users (`pg_logical_emit_message`) have no effect, whatever their prefix: theirs carry the database they were
-/// sent from, the agent's carry none, so that SQL cannot forge a file.
+/// sent from, those of the agent and the shim carry none, so that SQL cannot forge a file. The shim's may be in a transaction,
+/// and count whatever becomes of it, as files do.
 pub(crate) fn changes(record: &DecodedRecord<'_>) -> Changes {
     let header = LogicalMessage::from_prefix(record.main_data).ok_or(CUT_SHORT)?;
     let (prefix, message) = LogicalMessage::parse(record.main_data).ok_or(CUT_SHORT)?;
-    if header.db_id != 0 || record.xid != 0 {
+    if header.db_id != 0 {
         return Ok(ChangeList::new());
     }
     let Some(path) = prefix.strip_prefix(AUX_FILE_PREFIX.as_bytes()) else { return Ok(ChangeList::new()) };

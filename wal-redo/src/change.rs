@@ -1,6 +1,6 @@
 //! What a WAL record changes, in terms of stored things.
 
-use types::{BlockNumber, Oid, PageTag, RelTag};
+use types::{BlockNumber, Lsn, Oid, PageTag, RelTag};
 
 /// A simple LRU area of Postgres (`access/slru.h`), as far as WAL describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
@@ -88,6 +88,11 @@ pub enum Change {
     DropTablespace { oid: Oid },
     /// A transaction committed at this time (microseconds since 2000-01-01 UTC).
     Commit { timestamp_us: i64 },
+    /// Transactions of a replication origin have been applied up to here, as the origin counts. `force`: also where that
+    /// goes back.
+    AdvanceOrigin { origin: u16, remote_lsn: Lsn, force: bool },
+    /// A replication origin is forgotten.
+    DropOrigin { origin: u16 },
     /// Content of a small file that Dormouse keeps with the branch (statistics): from a logical message that the agent wrote
     /// with the prefix [`crate::AUX_FILE_PREFIX`]. Empty content removes it.
     AuxFile { path: Box<str>, content: Box<[u8]> },

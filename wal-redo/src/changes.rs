@@ -75,8 +75,7 @@ fn rmgr_changes(record: &DecodedRecord<'_>, f: &mut impl FnMut(Change)) -> Resul
         // The highest bit tells that a page is initialised.
         rmgr::BRIN => pages_if(record, info & 0x70 <= 0x50, f),
         rmgr::COMMIT_TS => state_changes::commit_ts(record).map(|changes| changes.into_iter().for_each(f)),
-        // Progress of logical replication: it lives in files that this compute's successor doesn't get.
-        rmgr::REPLORIGIN => if_known([state::replorigin::SET, state::replorigin::DROP].contains(&info)),
+        rmgr::REPLORIGIN => state_changes::replication_origin(record).map(|changes| changes.into_iter().for_each(f)),
         rmgr::GENERIC => pages_if(record, info == 0x00, f),
         rmgr::LOGICALMSG => {
             if_known(info == state::logicalmsg::MESSAGE)?;

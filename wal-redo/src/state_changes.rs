@@ -1,16 +1,16 @@
 //! Changes by the records that are not about index or heap pages: transactions, storage, SLRUs, databases, relation maps.
 
 use smallvec::smallvec;
-use types::ForkNumber;
+use types::{ForkNumber, Lsn};
 use wal::{
     DecodedRecord,
     v15::{
         heap::vm,
         state::{
             self, ClogTruncate, CommitTsTruncate, DbaseCreateFileCopy, DbaseCreateWalLog, DbaseDrop, MultiXactCreate,
-            MultiXactTruncate, RelmapUpdate, SmgrCreate, SmgrTruncate, clog as clog_format,
-            commit_ts as commit_ts_format, dbase as dbase_format, multixact as multixact_format,
-            relmap as relmap_format, smgr as smgr_format, tblspc as tblspc_format,
+            MultiXactTruncate, RelmapUpdate, ReplOriginDrop, ReplOriginSet, SmgrCreate, SmgrTruncate,
+            clog as clog_format, commit_ts as commit_ts_format, dbase as dbase_format, multixact as multixact_format,
+            relmap as relmap_format, replorigin as origin_format, smgr as smgr_format, tblspc as tblspc_format,
         },
         xact::{self as xact_format, info},
     },
@@ -33,7 +33,9 @@ pub(crate) fn xact(record: &DecodedRecord<'_>) -> Changes {
         info::PREPARE => {
             let prepare = xact_format::parse_prepare(record)?.ok_or(UNKNOWN_INFO)?;
             let content = two_phase_file(record.main_data);
-            Ok(smallvec![Change::TwoPhaseCreate { xid: prepare.xid, content }])
+            let mut changes: ChangeList = smallvec![Change::TwoPhaseCreate { xid: prepare.xid, content }];
+            changes.extend(record.origin.and_then(|origin| advance_origin(origin, prepare.origin_lsn, false)));
+            Ok(changes)
         }
         // Which subtransactions belong together, and what to invalidate: nothing that outlives the server's memory.
         info::ASSIGNMENT | info::INVALIDATIONS => Ok(ChangeList::new()),
@@ -49,10 +51,34 @@ fn xact_end(record: &DecodedRecord<'_>) -> Changes {
         .collect();
     changes.extend(end.rels.iter().map(|rel| Change::DropRel(*rel)));
     changes.extend(end.twophase_xid.map(|xid| Change::TwoPhaseRemove { xid }));
+    if let (Some(origin), Some((remote_lsn, _))) = (record.origin, end.origin) {
+        changes.extend(advance_origin(origin, remote_lsn, false));
+    }
     if end.committed {
         changes.push(Change::Commit { timestamp_us: end.timestamp_us });
     }
     Ok(changes)
+}
+
+/// What recovery notes of a transaction that came from elsewhere (`replorigin_advance` in `xact_redo` and `PrepareRedoAdd`).
+fn advance_origin(origin: u16, remote_lsn: u64, force: bool) -> Option<Change> {
+    let tracked = origin != 0 && origin != origin_format::DO_NOT_REPLICATE;
+    tracked.then_some(Change::AdvanceOrigin { origin, remote_lsn: Lsn(remote_lsn), force })
+}
+
+/// `replorigin_redo`.
+pub(crate) fn replication_origin(record: &DecodedRecord<'_>) -> Changes {
+    match record.rmgr_info() {
+        origin_format::SET => {
+            let set = ReplOriginSet::from_prefix(record.main_data).ok_or(CUT_SHORT)?;
+            Ok(advance_origin(set.node_id, set.remote_lsn, set.force != 0).into_iter().collect())
+        }
+        origin_format::DROP => {
+            let drop = ReplOriginDrop::from_prefix(record.main_data).ok_or(CUT_SHORT)?;
+            Ok(smallvec![Change::DropOrigin { origin: drop.node_id }])
+        }
+        _ => Err(UNKNOWN_INFO),
+    }
 }
 
 /// A `pg_twophase` file is the record's main data and its CRC (`RecreateTwoPhaseFile`).

@@ -1,5 +1,7 @@
 //! Records that Dormouse itself writes, laid out on WAL pages as `XLogInsertRecord` would (`access/transam/xlog.c`).
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
 use types::{Lsn, PAGE_BYTES, PageTag, XLOG_PAGE_BYTES};
 use zerocopy::IntoBytes;
@@ -80,16 +82,37 @@ pub fn encode_record(at: Lsn, prev_lsn: Lsn, system_identifier: u64, record: &Re
     EncodedRecord { start_lsn: record_start_at(at), end_lsn, begin: at, bytes: bytes.into() }
 }
 
+/// A page as it stands in a record.
+struct Image<'a> {
+    bytes: Cow<'a, [u8]>,
+    /// A flag of [`bkpimage`], or none.
+    compression: u8,
+}
+
+impl Image<'_> {
+    /// Compressed when that makes it smaller, as Postgres does with `wal_compression = lz4`. No hole is left out: pages of
+    /// a free space map have content where others have free space.
+    fn of(page: &[u8; PAGE_BYTES]) -> Image<'_> {
+        let compressed = lz4_flex::block::compress(page);
+        if compressed.len() < PAGE_BYTES {
+            Image { bytes: compressed.into(), compression: bkpimage::COMPRESS_LZ4 }
+        } else {
+            Image { bytes: Cow::Borrowed(page), compression: 0 }
+        }
+    }
+}
+
 /// The record without pages around it, checksum and all.
 fn record_bytes(prev_lsn: Lsn, record: &RecordToWrite<'_>) -> Vec<u8> {
     let mut raw = vec![0; RECORD_HEADER_BYTES];
-    for (id, block) in record.blocks.iter().enumerate() {
+    let images: Vec<_> = record.blocks.iter().map(|block| Image::of(block.page)).collect();
+    for (id, (block, image)) in record.blocks.iter().zip(&images).enumerate() {
         raw.push(id as u8);
         raw.push(block.tag.rel.fork as u8 | bkpblock::HAS_IMAGE);
         raw.extend_from_slice(&0u16.to_le_bytes());
-        raw.extend_from_slice(&(PAGE_BYTES as u16).to_le_bytes());
+        raw.extend_from_slice(&(image.bytes.len() as u16).to_le_bytes());
         raw.extend_from_slice(&0u16.to_le_bytes());
-        raw.push(bkpimage::APPLY);
+        raw.push(bkpimage::APPLY | image.compression);
         for number in [block.tag.rel.spc, block.tag.rel.db, block.tag.rel.rel, block.tag.block] {
             raw.extend_from_slice(&number.to_le_bytes());
         }
@@ -102,8 +125,8 @@ fn record_bytes(prev_lsn: Lsn, record: &RecordToWrite<'_>) -> Vec<u8> {
             raw.extend_from_slice(&(record.main_data.len() as u32).to_le_bytes());
         }
     }
-    for block in &record.blocks {
-        raw.extend_from_slice(block.page);
+    for image in &images {
+        raw.extend_from_slice(&image.bytes);
     }
     raw.extend_from_slice(record.main_data);
     let mut header = RecordHeader {

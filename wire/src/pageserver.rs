@@ -67,6 +67,9 @@ pub enum RequestBody {
     /// Serve `Request::branch`'s project from now on, writing under this generation, which is higher than any before:
     /// claims all its branches. Services only.
     TakeOver { generation: Generation },
+    /// How far the branch has ingested WAL, of which there is some up to `committed`; answered with [`ResponseBody::Lsn`] at
+    /// once. What is missing is fetched meanwhile.
+    Ingested { committed: Lsn },
 }
 
 /// Most branches in one [`RequestBody::Sizes`].

@@ -6,11 +6,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use page_cache::PageCache;
 use parking_lot::Mutex;
 use tokio_postgres::{Client, Statement};
 
-use crate::catalog::{ADMIN_DATABASE, connect};
+use crate::{
+    backend::AgentBackend,
+    catalog::{ADMIN_DATABASE, connect},
+};
 
 /// How often Postgres is asked.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -19,8 +21,8 @@ const PERIOD: Duration = Duration::from_secs(1);
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 /// One row: client connections, whether anything is active, milliseconds since the last change of any connection, how
-/// many connections there ever were (so that one which came and went between two questions is seen), and the page cache's
-/// limit, which may be changed at run time.
+/// many connections there ever were (so that one which came and went between two questions is seen), and two settings that
+/// may be changed at run time: the page cache's limit, and how far the pageserver may be behind.
 const QUESTION: &str = "\
 SELECT count(*) FILTER (WHERE backend_type = 'client backend')::int8, \
   coalesce(bool_or(backend_type IN ('walsender', 'logical replication worker') \
@@ -28,7 +30,7 @@ SELECT count(*) FILTER (WHERE backend_type = 'client backend')::int8, \
   extract(epoch FROM clock_timestamp() - max(greatest(state_change, backend_start)) \
     FILTER (WHERE backend_type = 'client backend'))::float8 * 1000, \
   (SELECT coalesce(sum(sessions), 0)::int8 FROM pg_stat_database), \
-  current_setting('dormouse.page_cache_mib', true) \
+  current_setting('dormouse.page_cache_mib', true), current_setting('dormouse.max_ingest_lag_mib', true) \
 FROM pg_stat_activity WHERE pid <> pg_backend_pid()";
 
 /// What Postgres said.
@@ -44,6 +46,8 @@ pub struct Observation {
     pub sessions: i64,
     /// `dormouse.page_cache_mib`, when it is a number.
     pub page_cache_mib: Option<u64>,
+    /// `dormouse.max_ingest_lag_mib`, when it is a number.
+    pub max_ingest_lag_mib: Option<u64>,
 }
 
 /// Answers how long the compute has been idle. Pure but for the moments it is given.
@@ -94,8 +98,9 @@ impl Activity {
 
 /// Asks Postgres again and again. Ends only when it is dropped.
 ///
-/// The page cache's limit is what Postgres's configuration says, and the cache is cut back to it.
-pub async fn watch(socket_dir: PathBuf, activity: Arc<Mutex<Activity>>, cache: PageCache) {
+/// The page cache's limit, and how far the pageserver may be behind, are what Postgres's configuration says.
+pub async fn watch(socket_dir: PathBuf, activity: Arc<Mutex<Activity>>, backend: Arc<AgentBackend>) {
+    let cache = &backend.cache;
     let mut monitor = None;
     let mut damaged_pages = 0;
     let mut ticks = tokio::time::interval(PERIOD);
@@ -109,6 +114,9 @@ pub async fn watch(socket_dir: PathBuf, activity: Arc<Mutex<Activity>>, cache: P
                 activity.lock().observe(Instant::now(), &seen);
                 if let Some(mib) = seen.page_cache_mib {
                     cache.set_clean_bytes(mib.saturating_mul(1024 * 1024));
+                }
+                if let Some(mib) = seen.max_ingest_lag_mib {
+                    backend.shipper.backpressure().set_max_lag_bytes(mib.saturating_mul(1024 * 1024));
                 }
             }
             Ok(Err(error)) => {
@@ -147,12 +155,14 @@ async fn ask(
         }
     };
     let row = client.query_one(&statement, &[]).await?;
+    let number = |column| row.get::<_, Option<String>>(column).and_then(|text| text.trim().parse().ok());
     let seen = Observation {
         connections: u32::try_from(row.get::<_, i64>(0)).unwrap_or(u32::MAX),
         active: row.get(1),
         quiet_ms: row.get(2),
         sessions: row.get(3),
-        page_cache_mib: row.get::<_, Option<String>>(4).and_then(|text| text.trim().parse().ok()),
+        page_cache_mib: number(4),
+        max_ingest_lag_mib: number(5),
     };
     Ok(((client, statement), seen))
 }
@@ -162,7 +172,14 @@ mod tests {
     use super::*;
 
     fn quiet(quiet_ms: Option<f64>, sessions: i64) -> Observation {
-        Observation { connections: 1, active: false, quiet_ms, sessions, page_cache_mib: None }
+        Observation {
+            connections: 1,
+            active: false,
+            quiet_ms,
+            sessions,
+            page_cache_mib: None,
+            max_ingest_lag_mib: None,
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use page_cache::PageCache;
 use pageserver_client::{ClientError, PageserverClient};
 use parking_lot::Mutex;
 use safekeeper_client::WalProposer;
@@ -29,6 +30,8 @@ pub struct AgentBackend {
     pub pageserver: PageserverClient,
     /// The term's proposer.
     pub proposer: WalProposer,
+    /// What the compute knows of pages and sizes.
+    pub cache: PageCache,
     /// Ships WAL.
     pub shipper: Arc<WalShipper>,
     /// Which reads must wait for which WAL.

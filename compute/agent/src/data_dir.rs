@@ -6,7 +6,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use types::WAL_SEGMENT_BYTES;
+use types::{Lsn, WAL_SEGMENT_BYTES};
 use wire::pageserver::BaseFiles;
 
 use crate::{
@@ -150,6 +150,25 @@ impl DataDir {
         write_pieces().map_err(|source| DataDirError::Io { path: path.clone(), source })
     }
 
+    /// Writes WAL at its place in segment files, which are made where they are missing.
+    pub fn write_wal(&self, at: Lsn, mut bytes: &[u8]) -> Result<(), DataDirError> {
+        let mut at = at;
+        while !bytes.is_empty() {
+            let room = (WAL_SEGMENT_BYTES - at.segment_offset()) as usize;
+            let (piece, rest) = bytes.split_at(bytes.len().min(room));
+            let path = self.root.join("pg_wal").join(at.segment_file_name());
+            if !path.exists() {
+                self.write_segment(&WalSegment { name: at.segment_file_name(), pieces: Vec::new() })?;
+            }
+            let file = std::fs::OpenOptions::new().write(true).open(&path);
+            let written = file.and_then(|file| file.write_all_at(piece, at.segment_offset()));
+            written.map_err(|source| DataDirError::Io { path, source })?;
+            at += piece.len() as u64;
+            bytes = rest;
+        }
+        Ok(())
+    }
+
     /// Makes a directory below the data directory, each step of its path private and Postgres's own.
     fn make_relative_dir(&self, relative: &str) -> Result<(), DataDirError> {
         let mut path = self.root.clone();
@@ -180,7 +199,6 @@ mod tests {
     use super::*;
     use crate::compute_dir::ComputeDir;
     use bytes::Bytes;
-    use types::Lsn;
     use wire::pageserver::BaseFile;
 
     fn base(files: &[(&str, &str)], tablespaces: &[u32]) -> BaseFiles {

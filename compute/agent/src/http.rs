@@ -80,7 +80,7 @@ fn problem(backend: &AgentBackend) -> Option<String> {
     if waiting_ms > SLOW_QUORUM_MS {
         return Some(format!("WAL has been waiting for a majority of safekeepers for {} s", waiting_ms / 1000));
     }
-    backend.storage_problem.lock().clone()
+    backend.shipper.backpressure().problem().or_else(|| backend.storage_problem.lock().clone())
 }
 
 async fn stop(State(api): State<Arc<AgentApi>>) -> Response {

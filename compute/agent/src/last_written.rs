@@ -76,6 +76,8 @@ impl LastWritten {
             | Change::TwoPhaseRemove { .. }
             | Change::CreateTablespace { .. }
             | Change::Commit { .. }
+            | Change::AdvanceOrigin { .. }
+            | Change::DropOrigin { .. }
             | Change::AuxFile { .. } => {}
         }
     }

@@ -2,17 +2,20 @@
 //!
 //! - [`run`], [`main_from_stdin`]: a compute's whole life.
 //! - `start`: from a spec to a Postgres that takes connections; `opening`, `data_dir`, `settings`, `postgres` are its parts.
-//! - `backend`, `prefetch`, `last_written`: answer the shim's reads from the pageserver.
-//! - `shipper`, `local_wal`, `transactions`: turn WAL syncs into quorum commits.
+//! - `backend`, `last_written`: answer the shim's reads from the pageserver.
+//! - `shipper`, `local_wal`, `transactions`, `backpressure`: turn WAL syncs into quorum commits.
 //! - `http`, `activity`, `catalog`: what the control plane sees and wants.
+//! - `slots`, `kept_files`: what logical replication needs of the past.
 //! - `stop`: the end.
 
 mod activity;
 mod backend;
+mod backpressure;
 mod catalog;
 mod compute_dir;
 mod data_dir;
 mod http;
+mod kept_files;
 mod last_written;
 mod local_wal;
 mod opening;
@@ -21,6 +24,7 @@ mod page_file;
 mod postgres;
 mod settings;
 mod shipper;
+mod slots;
 mod start;
 mod stop;
 mod timings;
@@ -45,6 +49,7 @@ use types::Lsn;
 
 use crate::{
     activity::Activity,
+    backend::AgentBackend,
     compute_dir::ComputeDir,
     http::{AgentApi, StopRequest},
     owner::{Owner, give},
@@ -59,6 +64,7 @@ pub use owner::OwnerError;
 pub use postgres::PostgresError;
 pub use settings::SettingError;
 pub use shipper::ShipError;
+pub use slots::SlotWalError;
 
 /// Longest spec, bytes.
 const MAX_SPEC_BYTES: u64 = 4 * 1024 * 1024;
@@ -87,6 +93,9 @@ pub enum StartError {
     /// The data directory.
     #[error(transparent)]
     DataDir(#[from] DataDirError),
+    /// The WAL that replication slots need.
+    #[error(transparent)]
+    SlotWal(#[from] SlotWalError),
     /// Other files and sockets.
     #[error("starting the compute: {0}")]
     Io(#[from] std::io::Error),
@@ -205,7 +214,8 @@ fn print_event(event: &AgentEvent) {
 async fn serve(compute: Compute, listener: UnixListener, mut signals: Signals) -> Result<Lsn, AgentError> {
     let activity = Arc::new(Mutex::new(Activity::new(Instant::now())));
     let watching =
-        tokio::spawn(activity::watch(compute.dir.root().to_owned(), activity.clone(), compute.cache.clone()));
+        tokio::spawn(activity::watch(compute.dir.root().to_owned(), activity.clone(), compute.backend.clone()));
+    let pressure = tokio::spawn(watch_pageserver(compute.backend.clone()));
     let (stops, mut stop_requests) = mpsc::channel::<StopRequest>(16);
     let api = AgentApi {
         paths: (*compute.dir).clone(),
@@ -225,6 +235,7 @@ async fn serve(compute: Compute, listener: UnixListener, mut signals: Signals) -
         () = signals.any() => Ok(()),
     };
     watching.abort();
+    pressure.abort();
     let ended = match ended {
         Ok(()) => stop::stop(compute).await,
         Err(error) => {
@@ -240,6 +251,10 @@ async fn serve(compute: Compute, listener: UnixListener, mut signals: Signals) -
     shutdown.cancel();
     let _ = tokio::time::timeout(stop::ANSWER_LIMIT, http).await;
     ended
+}
+
+async fn watch_pageserver(backend: Arc<AgentBackend>) {
+    backend.shipper.backpressure().watch(backend.pageserver.clone(), backend.branch.clone()).await;
 }
 
 /// The signals that stop a compute.

@@ -5,8 +5,10 @@ use std::{fs::File, io, os::unix::fs::FileExt, path::PathBuf, sync::Arc};
 use bytes::{Bytes, BytesMut};
 use types::{Lsn, WAL_SEGMENT_BYTES, XLOG_PAGE_BYTES};
 use wal::{DecodedRecord, WalDecodeError, WalStreamDecoder};
+use wal_redo::Change;
 
 use crate::{
+    kept_files::KeptFiles,
     last_written::LastWritten,
     transactions::{TransactionEvent, Transactions},
 };
@@ -27,9 +29,15 @@ pub struct LocalWal {
     decoder: WalStreamDecoder,
     /// The open segment file and its number.
     segment: Option<(u64, File)>,
+    notes: Notes,
+    last_record: Lsn,
+}
+
+/// What records that are given out say and somebody wants to know later.
+struct Notes {
     transactions: Transactions,
     last_written: Arc<LastWritten>,
-    last_record: Lsn,
+    kept_files: KeptFiles,
 }
 
 /// The local WAL cannot be read any further. It must not be taken for shipped.
@@ -67,16 +75,21 @@ enum Pause {
 }
 
 impl LocalWal {
-    /// The WAL in `directory` behind `start`, the end of the record that starts at `last_record`.
-    pub fn new(directory: PathBuf, start: Lsn, last_record: Lsn, last_written: Arc<LastWritten>) -> Self {
-        Self {
-            directory,
-            decoder: WalStreamDecoder::new(start),
-            segment: None,
-            transactions: Transactions::default(),
-            last_written,
-            last_record,
-        }
+    /// The WAL in `directory` behind `start`, the end of the record that starts at `last_record`. `kept_files`: as of there.
+    pub fn new(
+        directory: PathBuf,
+        start: Lsn,
+        last_record: Lsn,
+        last_written: Arc<LastWritten>,
+        kept_files: KeptFiles,
+    ) -> Self {
+        let notes = Notes { transactions: Transactions::default(), last_written, kept_files };
+        Self { directory, decoder: WalStreamDecoder::new(start), segment: None, notes, last_record }
+    }
+
+    /// The files that WAL keeps, by the records given out.
+    pub fn kept_files(&self) -> &KeptFiles {
+        &self.notes.kept_files
     }
 
     /// End of the last record given out.
@@ -91,7 +104,7 @@ impl LocalWal {
 
     /// Start of the oldest transaction in progress, by the records given out; their end when there is none.
     pub fn horizon(&self) -> Lsn {
-        self.transactions.horizon(self.position())
+        self.notes.transactions.horizon(self.position())
     }
 
     /// The next records, some [`BATCH_BYTES`] at most unless a single one is longer; `None` when there is no whole one yet.
@@ -134,7 +147,7 @@ impl LocalWal {
             self.decoder.feed(at, &wal[start..]);
             loop {
                 match self.decoder.poll_record() {
-                    Ok(Some(record)) => observe(&mut self.transactions, &self.last_written, &record),
+                    Ok(Some(record)) => self.notes.take(&record),
                     Ok(None) => break,
                     Err(error) => return Ok(Pause::NoRecord(error)),
                 }
@@ -189,19 +202,28 @@ impl LocalWal {
     }
 }
 
-/// Takes note of what a record that is about to be shipped begins, ends and changes.
-fn observe(transactions: &mut Transactions, last_written: &LastWritten, record: &DecodedRecord<'_>) {
-    let event = TransactionEvent::of(record).unwrap_or_else(|reason| {
-        // Its transaction then counts as open, which keeps pages longer than needed.
-        tracing::warn!(lsn = %record.start_lsn, reason, "a record about transactions is not understood");
-        TransactionEvent::None
-    });
-    transactions.observe(record.start_lsn, record.xid, &event);
-    match wal_redo::changes(record) {
-        Ok(changes) => changes.iter().for_each(|change| last_written.apply(record.end_lsn, change)),
-        Err(error) => {
-            tracing::error!(lsn = %record.start_lsn, %error, "a record is not understood: storage will stop here");
-            last_written.raise_floor(record.end_lsn);
+impl Notes {
+    /// Takes note of what a record that is about to be shipped begins, ends and changes.
+    fn take(&mut self, record: &DecodedRecord<'_>) {
+        let event = TransactionEvent::of(record).unwrap_or_else(|reason| {
+            // Its transaction then counts as open, which keeps pages longer than needed.
+            tracing::warn!(lsn = %record.start_lsn, reason, "a record about transactions is not understood");
+            TransactionEvent::None
+        });
+        self.transactions.observe(record.start_lsn, record.xid, &event);
+        match wal_redo::changes(record) {
+            Ok(changes) => changes.iter().for_each(|change| self.take_change(record.end_lsn, change)),
+            Err(error) => {
+                tracing::error!(lsn = %record.start_lsn, %error, "a record is not understood: storage will stop here");
+                self.last_written.raise_floor(record.end_lsn);
+            }
+        }
+    }
+
+    fn take_change(&mut self, end: Lsn, change: &Change) {
+        self.last_written.apply(end, change);
+        if let Change::AuxFile { path, content } = change {
+            self.kept_files.observe(path, content);
         }
     }
 }
@@ -236,7 +258,8 @@ mod tests {
                 file.set_len(WAL_SEGMENT_BYTES).expect("grow");
             }
             let last_written = Arc::new(LastWritten::new(START));
-            let local = LocalWal::new(directory.clone(), first.end_lsn, first.start_lsn, last_written);
+            let kept_files = KeptFiles::default();
+            let local = LocalWal::new(directory.clone(), first.end_lsn, first.start_lsn, last_written, kept_files);
             (Wal { directory, end: first.end_lsn, prev: first.start_lsn, pending: Vec::new() }, local)
         }
 

@@ -4,6 +4,8 @@ use std::{collections::BTreeMap, fmt::Write, path::Path};
 
 use types::EndpointId;
 
+use crate::backpressure::DEFAULT_MAX_LAG_MIB;
+
 /// Everyone who can reach the socket is trusted: its directory is private to Dormouse's user.
 pub const PG_HBA: &str = "local all all trust\nlocal replication all trust\n";
 
@@ -157,6 +159,7 @@ pub fn postgresql_conf(
     DEFAULTS.iter().for_each(|(name, value)| line(name, value));
     // A name that Postgres only remembers; the agent looks at it every second.
     line("dormouse.page_cache_mib", &(page_cache_bytes >> 20).max(1).to_string());
+    line("dormouse.max_ingest_lag_mib", &DEFAULT_MAX_LAG_MIB.to_string());
     wanted.iter().for_each(|(name, value)| line(name, value));
     FIXED.iter().chain(&required).for_each(|(name, value)| line(name, value));
     line("unix_socket_directories", &socket_dir.to_string_lossy());

@@ -3,14 +3,18 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use page_cache::{Page, PageCache};
+use page_cache::PageCache;
 use parking_lot::Mutex as SyncMutex;
 use safekeeper_client::WalProposer;
 use tokio::{sync::Mutex, time::Instant};
-use types::{Lsn, PageTag};
+use types::Lsn;
 use wal::encode::{RecordToWrite, encode_record};
 
-use crate::local_wal::{LocalWal, LocalWalError};
+use crate::{
+    backpressure::Backpressure,
+    kept_files::KeptFiles,
+    local_wal::{LocalWal, LocalWalError},
+};
 
 /// WAL cannot be made durable by waiting.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +33,7 @@ pub struct WalShipper {
     proposer: WalProposer,
     cache: PageCache,
     waits: SyncMutex<Waits>,
+    backpressure: Backpressure,
 }
 
 /// Where WAL comes from.
@@ -49,6 +54,7 @@ impl WalShipper {
     /// Ships what `local` reads, behind what `proposer` already has.
     pub fn new(local: LocalWal, proposer: WalProposer, cache: PageCache) -> Arc<Self> {
         Arc::new(Self {
+            backpressure: Backpressure::new(local.position()),
             local: Mutex::new(Source { wal: local, over: None }),
             proposer,
             cache,
@@ -56,8 +62,14 @@ impl WalShipper {
         })
     }
 
+    /// What holds WAL back when the pageserver is behind.
+    pub fn backpressure(&self) -> &Backpressure {
+        &self.backpressure
+    }
+
     /// Returns when a quorum holds every whole record in the local files: its end.
     pub async fn sync(&self) -> Result<Lsn, ShipError> {
+        self.backpressure.wait().await;
         let (end, horizon) = {
             let mut local = self.local.lock().await;
             self.check(&local)?;
@@ -69,6 +81,7 @@ impl WalShipper {
         self.wait(end).await?;
         self.cache.set_shipped(end);
         self.cache.set_horizon(horizon);
+        self.backpressure.note_committed(end);
         tracing::trace!(lsn = %end, %horizon, "WAL is committed");
         Ok(end)
     }
@@ -90,9 +103,9 @@ impl WalShipper {
         Ok(end)
     }
 
-    /// The sequences that Postgres has written and that WAL alone would leave ahead of where they were.
-    pub fn sequences(&self, limit: usize) -> std::io::Result<Vec<(PageTag, Page)>> {
-        self.cache.sequences(limit)
+    /// The files that the WAL shipped so far keeps.
+    pub async fn kept_files(&self) -> KeptFiles {
+        self.local.lock().await.wal.kept_files().clone()
     }
 
     /// How long the longest-waiting caller has been waiting for a quorum, in milliseconds; 0 when nobody waits.

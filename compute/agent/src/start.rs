@@ -9,11 +9,11 @@ use control_plane_api::compute::{ComputeReady, ComputeSpec};
 use page_cache::{PageCache, PageCacheConfig};
 use pageserver_client::{ClientError, PageserverClient};
 use parking_lot::Mutex;
-use safekeeper_client::{Elected, ProposerConfig, WalProposer};
+use safekeeper_client::{Elected, ProposerConfig, WalProposer, WalReaderConfig};
 use shim_server::{ShimServer, required_settings, shim_environment};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use types::{ForkNumber, Lsn, RelTag, oids};
+use types::{BranchRef, ForkNumber, Lsn, RelTag, oids};
 use wire::pageserver::{BaseFiles, ReadLsn};
 
 use crate::{
@@ -21,7 +21,8 @@ use crate::{
     backend::AgentBackend,
     catalog,
     compute_dir::{ComputeDir, ComputePaths},
-    data_dir::DataDir,
+    data_dir::{DataDir, DataDirError},
+    kept_files::KeptFiles,
     last_written::LastWritten,
     local_wal::LocalWal,
     opening::{Opening, open_term},
@@ -30,6 +31,7 @@ use crate::{
     postgres::{Postgres, PostgresCommand},
     settings::{ControlSettings, PG_HBA, postgresql_conf},
     shipper::WalShipper,
+    slots::Slots,
     timings::Timings,
 };
 
@@ -59,6 +61,8 @@ pub struct Compute {
     pub cache: PageCache,
     /// The page cache's file.
     pub page_file: PageFile,
+    /// The most that page caches of sleeping computes may take on this disk.
+    pub sleeping_caches_bytes: u64,
     /// The directory.
     pub dir: ComputeDir,
 }
@@ -69,6 +73,23 @@ struct Prepared {
     page_file: PageFile,
     cache: PageCache,
     cache_config: PageCacheConfig,
+    /// What the pages are of that the cache has from before a sleep.
+    cached_as_of: Option<String>,
+    owner: Option<Owner>,
+}
+
+/// What a sleeping cache's pages are of: the branch as of the end of its WAL. Every start of a compute writes more WAL, so
+/// where it is still the same, nobody has had the branch since.
+pub fn cached_as_of(branch: &BranchRef, end: Lsn) -> String {
+    format!("{branch} as of {end}")
+}
+
+/// The cache that fell asleep with this list; `None`, with a warning, when the list is damaged.
+fn woken_cache(config: &PageCacheConfig, list: &[u8]) -> Option<(PageCache, String)> {
+    let label = page_cache::decode_asleep(list).map(|(label, _)| label.to_owned());
+    let woken = PageCache::wake(config, list);
+    let woken = woken.inspect_err(|error| tracing::warn!(%error, "the page cache from before the sleep is of no use"));
+    Some((woken.ok()?, label?))
 }
 
 /// Starts the compute in `dir`.
@@ -81,11 +102,11 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
     let electing = WalProposer::elect(proposer_config(spec));
     let (elected, prepared) = tokio::join!(electing, prepare(spec, &dir, owner, conf));
     let (proposer, elected) = elected.map_err(|error| StartError::Elect(error.to_string()))?;
-    let prepared = prepared?;
+    let prepared = prepared?.check_cache(&spec.branch, elected.start_lsn)?;
     timings.step("elect");
     tracing::info!(term = %elected.term, lsn = %elected.start_lsn, "elected");
 
-    let base = base_files(&pageserver, spec, elected.start_lsn).await?;
+    let mut base = base_files(&pageserver, spec, elected.start_lsn).await?;
     warming.abort();
     timings.step("base_files");
     let control_settings = ControlSettings::of(&spec.settings);
@@ -94,8 +115,14 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
         .append(opening.record.begin, opening.record.bytes.clone())
         .map_err(|fenced| StartError::Fenced(fenced.0))?;
     timings.step("opening");
+    let kept_files = KeptFiles::of(&base.files);
+    let mut slots = Slots::take(&mut base.files, spec.branch_start_lsn);
     prepared.write(&base, &opening)?;
-    let backend = backend(spec, &dir, &elected, &opening, &proposer, pageserver, &prepared.cache);
+    let reader = wal_reader_config(spec);
+    slots.fetch_wal(&reader, &prepared.data, opening.system_identifier, elected.start_lsn).await?;
+    prepared.write_slots(&slots)?;
+    let local = local_wal(&dir, &elected, &opening, kept_files);
+    let backend = backend(spec, local, &proposer, pageserver, &prepared.cache);
     let server = ShimServer::bind(&dir.shim_socket(), backend.clone(), prepared.cache.clone())?;
     give(&dir.shim_socket(), owner)?;
     let shim_server = tokio::spawn(server.run(backend.stopping.clone()));
@@ -131,7 +158,28 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
     let Prepared { page_file, cache, .. } = prepared;
     let shipper = backend.shipper.clone();
     let system_identifier = opening.system_identifier;
-    Ok(Compute { postgres, backend, shipper, proposer, system_identifier, ready, shim_server, cache, page_file, dir })
+    let sleeping_caches_bytes = spec.sleeping_caches_bytes;
+    Ok(Compute {
+        postgres,
+        backend,
+        shipper,
+        proposer,
+        system_identifier,
+        ready,
+        shim_server,
+        cache,
+        page_file,
+        sleeping_caches_bytes,
+        dir,
+    })
+}
+
+fn wal_reader_config(spec: &ComputeSpec) -> WalReaderConfig {
+    WalReaderConfig {
+        branch: spec.branch.clone(),
+        safekeepers: spec.safekeepers.iter().map(|keeper| (keeper.node, keeper.address.clone())).collect(),
+        token: spec.token.clone(),
+    }
 }
 
 fn proposer_config(spec: &ComputeSpec) -> ProposerConfig {
@@ -180,15 +228,44 @@ async fn prepare(
         data.write_file("postgresql.auto.conf", b"")?;
         make_private_dir(&page_cache_dir, owner)?;
         let page_file = PageFile::claim(cache_config.pages_path.clone())?;
-        let cache = PageCache::create(&cache_config)?;
-        give(&cache_config.shm_path, owner)?;
-        give(&cache_config.pages_path, owner)?;
-        Ok(Prepared { data, page_file, cache, cache_config })
+        let (cache, cached_as_of) = match page_file.take_asleep().and_then(|list| woken_cache(&cache_config, &list)) {
+            Some((cache, as_of)) => (cache, Some(as_of)),
+            None => (PageCache::create(&cache_config)?, None),
+        };
+        let prepared = Prepared { data, page_file, cache, cache_config, cached_as_of, owner };
+        prepared.give_cache()?;
+        Ok(prepared)
     };
     tokio::task::spawn_blocking(work).await.map_err(|error| StartError::Io(std::io::Error::other(error)))?
 }
 
 impl Prepared {
+    fn give_cache(&self) -> std::io::Result<()> {
+        give(&self.cache_config.shm_path, self.owner)?;
+        give(&self.cache_config.pages_path, self.owner)
+    }
+
+    /// Throws away what the cache has from before a sleep unless it is of this branch as of `start`.
+    fn check_cache(self, branch: &BranchRef, start: Lsn) -> Result<Prepared, StartError> {
+        match &self.cached_as_of {
+            Some(as_of) if *as_of == cached_as_of(branch, start) => {
+                tracing::info!(bytes = self.cache.stats().clean_bytes, "the page cache is still warm");
+                Ok(self)
+            }
+            Some(as_of) => {
+                tracing::info!(as_of, "the branch was written to since the page cache fell asleep");
+                let Prepared { data, page_file, cache, cache_config, owner, .. } = self;
+                // The new one is made in the same files.
+                drop(cache);
+                let cache = PageCache::create(&cache_config)?;
+                let prepared = Prepared { data, page_file, cache, cache_config, cached_as_of: None, owner };
+                prepared.give_cache()?;
+                Ok(prepared)
+            }
+            None => Ok(self),
+        }
+    }
+
     fn write(&self, base: &BaseFiles, opening: &Opening) -> Result<(), StartError> {
         self.data.write_base_files(base)?;
         self.data.write_file("global/pg_control", &opening.control_file)?;
@@ -199,26 +276,39 @@ impl Prepared {
         self.cache.set_shipped(base.lsn);
         Ok(())
     }
+
+    fn write_slots(&self, slots: &Slots) -> Result<(), DataDirError> {
+        slots.files().iter().try_for_each(|(path, content)| self.data.write_file(path, content))
+    }
+}
+
+/// What Postgres will write, and where the agent notes what that says about pages.
+fn local_wal(
+    dir: &ComputeDir,
+    elected: &Elected,
+    opening: &Opening,
+    kept_files: KeptFiles,
+) -> (LocalWal, Arc<LastWritten>) {
+    let last_written = Arc::new(LastWritten::new(elected.start_lsn));
+    let record = &opening.record;
+    let directory = dir.pgdata().join("pg_wal");
+    let wal = LocalWal::new(directory, record.end_lsn, record.start_lsn, last_written.clone(), kept_files);
+    (wal, last_written)
 }
 
 fn backend(
     spec: &ComputeSpec,
-    dir: &ComputeDir,
-    elected: &Elected,
-    opening: &Opening,
+    (wal, last_written): (LocalWal, Arc<LastWritten>),
     proposer: &WalProposer,
     pageserver: PageserverClient,
     cache: &PageCache,
 ) -> Arc<AgentBackend> {
-    let last_written = Arc::new(LastWritten::new(elected.start_lsn));
-    let record = &opening.record;
-    let wal = dir.pgdata().join("pg_wal");
-    let local = LocalWal::new(wal, record.end_lsn, record.start_lsn, last_written.clone());
     Arc::new(AgentBackend {
         branch: spec.branch.clone(),
         pageserver,
         proposer: proposer.clone(),
-        shipper: WalShipper::new(local, proposer.clone(), cache.clone()),
+        cache: cache.clone(),
+        shipper: WalShipper::new(wal, proposer.clone(), cache.clone()),
         last_written,
         storage_problem: Mutex::default(),
         give_up_reads: CancellationToken::new(),

@@ -3,6 +3,7 @@
 //! The shim links this crate into `postgres`: [`Shared`] and everything below it allocate nothing, start no threads and
 //! make raw system calls only. [`PageCache`] is the agent's handle.
 
+mod asleep;
 mod layout;
 mod lock;
 mod owner;
@@ -15,6 +16,7 @@ mod sys;
 #[cfg(test)]
 mod tests;
 
+pub use asleep::decode as decode_asleep;
 pub use owner::{PageCache, PageCacheConfig, PageCacheStats};
 pub use page::{Keep, PageOrigin, is_zero, keep_for, normal_insert_lsn};
 pub use rels::{RelState, WaitingReset};

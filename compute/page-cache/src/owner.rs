@@ -12,6 +12,7 @@ use types::{BlockNumber, ForkNumber, Lsn, PAGE_BYTES, PageTag, RelTag};
 
 use crate::{
     Page,
+    asleep::{self, Entry},
     layout::{DEFAULT_MAX_RELS, Sizes},
     shared::Shared,
 };
@@ -65,12 +66,43 @@ impl PageCache {
 
     /// As [`PageCache::create`], for a chosen number of relation forks known at once (default 131072).
     pub fn create_with_max_rels(config: &PageCacheConfig, max_rels: u32) -> io::Result<PageCache> {
+        Self::make(config, max_rels, true)
+    }
+
+    /// Creates a cache that has the pages of one that fell asleep, whose list `asleep` is ([`PageCache::fall_asleep`]); its
+    /// pages file is in place. What is wrong with single pages is found when they are read.
+    pub fn wake(config: &PageCacheConfig, asleep: &[u8]) -> io::Result<PageCache> {
+        let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
+        let (_, entries) = asleep::decode(asleep).ok_or_else(invalid)?;
+        let cache = Self::make(config, DEFAULT_MAX_RELS, false)?;
+        cache.shared.adopt(entries.iter().map(|entry| (entry.tag, entry.slot, entry.crc)))?;
+        Ok(cache)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn shared_for_test(&self) -> Arc<Shared> {
+        self.shared.clone()
+    }
+
+    fn make(config: &PageCacheConfig, max_rels: u32, replace: bool) -> io::Result<PageCache> {
         let most_clean = config.clean_bytes.saturating_mul(CLEAN_HEADROOM);
         let sizes = Sizes::new(most_clean, config.kept_bytes, max_rels)?;
-        let shared = Shared::create(&c_path(&config.shm_path)?, &c_path(&config.pages_path)?, sizes)?;
+        let shared = Shared::create(&c_path(&config.shm_path)?, &c_path(&config.pages_path)?, sizes, replace)?;
         let cache = PageCache { shared: Arc::new(shared) };
         cache.set_clean_bytes(config.clean_bytes);
         Ok(cache)
+    }
+
+    /// For when Postgres has ended and storage has all WAL up to `end`: leaves in the pages file only what is as WAL says at
+    /// `end`, and answers the list of it, which `label` goes into.
+    pub fn fall_asleep(&self, end: Lsn, label: &str) -> io::Result<Vec<u8>> {
+        self.set_horizon(end);
+        self.shared.release(u32::MAX)?;
+        while self.shared.trim(TRIM_PAGES)? > 0 {}
+        let mut entries = Vec::new();
+        self.shared.for_each_clean(|tag, slot, crc| entries.push(Entry { tag, slot, crc }));
+        self.shared.give_back_others()?;
+        Ok(asleep::encode(label, &entries))
     }
 
     /// Changes the budget for pages that can be fetched again: at least a page, at most four times what the cache was made
@@ -130,10 +162,11 @@ impl PageCache {
         Ok(self.shared.deposit(&tag, page, as_of.0)?)
     }
 
-    /// The sequences that Postgres has written, as it left them; for when it has ended. At most `limit`.
-    pub fn sequences(&self, limit: usize) -> io::Result<Vec<(PageTag, Page)>> {
+    /// The pages that WAL does not fully tell, as Postgres left them: of sequences (main forks) or of free space maps. For
+    /// when it has ended. At most `limit`.
+    pub fn soft_pages(&self, fork: ForkNumber, limit: usize) -> io::Result<Vec<(PageTag, Page)>> {
         let mut pages = Vec::new();
-        self.shared.for_each_sequence(|tag, page| {
+        self.shared.for_each_soft(fork, |tag, page| {
             if pages.len() < limit {
                 pages.push((tag, *page));
             }

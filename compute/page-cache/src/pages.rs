@@ -87,7 +87,7 @@ impl Shared {
             && self.find(bucket, tag).is_none()
             && self.rel_takes_deposit(tag, as_of)?;
         if good {
-            self.link(bucket, fresh, tag, page, SlotState::Clean, Keep { lsn: 0, insert: 0, soft: false });
+            self.link(bucket, fresh, tag, crc32c(page), SlotState::Clean, Keep { lsn: 0, insert: 0, soft: false });
             self.header().clean_count.fetch_add(1, Relaxed);
             return Ok(true);
         }
@@ -114,19 +114,69 @@ impl Shared {
         if self.contains(tag)? { Ok(()) } else { self.keep(tag, page, keep) }
     }
 
-    /// Shows the kept pages of main forks whose loss would cost only a gap: sequences. For when Postgres has ended.
-    pub fn for_each_sequence(&self, mut visit: impl FnMut(PageTag, &Page)) -> Result<(), Errno> {
+    /// Shows the kept pages of a fork whose loss would cost only a gap or space: sequences (main forks) and free space maps.
+    /// For when Postgres has ended.
+    pub fn for_each_soft(&self, fork: ForkNumber, mut visit: impl FnMut(PageTag, &Page)) -> Result<(), Errno> {
         let used = self.header().fresh_slot.load(Relaxed).min(self.sizes.slots());
         let mut page = [0; PAGE_BYTES];
         for index in 0..used {
             let soft = self.slot(index).state.load(Relaxed) == SlotState::Soft as u32;
-            if let Some(tag) = self.peek(index).filter(|tag| soft && tag.rel.fork == ForkNumber::Main)
+            if let Some(tag) = self.peek(index).filter(|tag| soft && tag.rel.fork == fork)
                 && self.read(&tag, &mut page)?
             {
                 visit(tag, &page);
             }
         }
         Ok(())
+    }
+
+    /// Shows the clean pages: name, slot and checksum. For when Postgres has ended.
+    pub fn for_each_clean(&self, mut visit: impl FnMut(PageTag, u32, u32)) {
+        let used = self.header().fresh_slot.load(Relaxed).min(self.sizes.slots());
+        for index in 0..used {
+            let slot = self.slot(index);
+            if slot.state.load(Relaxed) == SlotState::Clean as u32
+                && let Some(tag) = self.peek(index)
+            {
+                visit(tag, index, slot.crc.load(Relaxed));
+            }
+        }
+    }
+
+    /// Gives the room of all slots that hold no clean page back to the file system. For when Postgres has ended.
+    pub fn give_back_others(&self) -> Result<(), Errno> {
+        let used = self.header().fresh_slot.load(Relaxed).min(self.sizes.slots());
+        let mut others = (0..used).filter(|index| self.slot(*index).state.load(Relaxed) != SlotState::Clean as u32);
+        others.try_for_each(|index| sys::punch(self.pages_fd, slot_offset(index), PAGE_BYTES as u64))
+    }
+
+    /// Takes over pages that are in the pages file already, each in a slot of its own, as clean ones; as many as there may
+    /// be. For before anybody else knows of the cache. `EINVAL` for slots that do not exist or come twice or out of order.
+    pub fn adopt(&self, pages: impl Iterator<Item = (PageTag, u32, u32)>) -> Result<u32, Errno> {
+        let (header, invalid) = (self.header(), Errno(libc::EINVAL));
+        let mut adopted = 0;
+        for (tag, index, crc) in pages.take(header.clean_bound.load(Relaxed) as usize) {
+            let mut fresh = header.fresh_slot.load(Relaxed);
+            if index < fresh || index >= self.sizes.slots() {
+                return Err(invalid);
+            }
+            while fresh <= index {
+                self.store_slot(fresh)?;
+                if fresh < index {
+                    self.free_slot(fresh)?;
+                }
+                fresh += 1;
+            }
+            header.fresh_slot.store(fresh, Relaxed);
+            let bucket = self.bucket_of(hash_page(&tag));
+            if self.find(bucket, &tag).is_some() {
+                return Err(invalid);
+            }
+            self.link(bucket, index, &tag, crc, SlotState::Clean, Keep { lsn: 0, insert: 0, soft: false });
+            adopted += 1;
+        }
+        header.clean_count.store(adopted, Relaxed);
+        Ok(adopted)
     }
 
     fn overwrite_kept(&self, tag: &PageTag, page: &Page, keep: Keep) -> Result<bool, Errno> {
@@ -162,14 +212,14 @@ impl Shared {
         let fresh = self.store_kept(page)?;
         let guard = self.lock_bucket(bucket)?;
         let Some(other) = self.find(bucket, tag) else {
-            self.link(bucket, fresh, tag, page, SlotState::Kept, keep);
+            self.link(bucket, fresh, tag, crc32c(page), SlotState::Kept, keep);
             self.set_keep(fresh, keep);
             return Ok(true);
         };
         // A deposit slipped in; it is older than what we bring.
         let was_clean = self.slot(other).state.load(Relaxed) == SlotState::Clean as u32;
         self.unlink_slot(bucket, other);
-        self.link(bucket, fresh, tag, page, SlotState::Kept, keep);
+        self.link(bucket, fresh, tag, crc32c(page), SlotState::Kept, keep);
         self.set_keep(fresh, keep);
         if was_clean {
             self.header().clean_count.fetch_sub(1, Relaxed);
@@ -256,9 +306,9 @@ impl Shared {
     }
 
     /// Puts a filled slot into its bucket; the bucket's lock is held.
-    fn link(&self, bucket: u32, index: u32, tag: &PageTag, page: &Page, state: SlotState, keep: Keep) {
+    fn link(&self, bucket: u32, index: u32, tag: &PageTag, crc: u32, state: SlotState, keep: Keep) {
         let slot = self.slot(index);
-        slot.crc.store(crc32c(page), Relaxed);
+        slot.crc.store(crc, Relaxed);
         slot.spc.store(tag.rel.spc, Relaxed);
         slot.db.store(tag.rel.db, Relaxed);
         slot.rel.store(tag.rel.rel, Relaxed);

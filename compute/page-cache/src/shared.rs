@@ -54,11 +54,12 @@ impl Shared {
         Ok((sys::map(fd, Offsets::new(&sizes).total)?, sizes))
     }
 
-    /// Creates an empty cache in two files, which are replaced.
-    pub fn create(index: &CStr, pages: &CStr, sizes: Sizes) -> Result<Shared, Errno> {
+    /// Creates an empty cache in two files, of which the index is replaced. With `replace` the pages are too, else what is
+    /// in their slots is still there.
+    pub fn create(index: &CStr, pages: &CStr, sizes: Sizes, replace: bool) -> Result<Shared, Errno> {
         let flags = libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC;
         let offsets = Offsets::new(&sizes);
-        let pages_fd = sys::open(pages, flags, 0o600)?;
+        let pages_fd = sys::open(pages, if replace { flags } else { libc::O_RDWR }, 0o600)?;
         let fd = sys::open(index, flags, 0o600).inspect_err(|_| sys::close(pages_fd))?;
         let mapped = sys::set_length(fd, offsets.total as u64)
             .and_then(|()| sys::allocate(fd, 0, offsets.sparse as u64))

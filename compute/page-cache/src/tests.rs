@@ -49,6 +49,74 @@ fn create(clean: u64, kept: u64, rels: u32) -> (PageCache, Arc<Shared>, std::fs:
     (owner, Arc::new(shared), file)
 }
 
+fn config(name: &str, clean: u64) -> PageCacheConfig {
+    let path =
+        |ending: &str| std::env::temp_dir().join(format!("dormouse-page-cache-{}-{name}.{ending}", std::process::id()));
+    PageCacheConfig {
+        shm_path: path("index"),
+        pages_path: path("pages"),
+        clean_bytes: clean * PAGE,
+        kept_bytes: 8 * PAGE,
+    }
+}
+
+#[test]
+fn a_cache_that_slept_has_what_wal_tells_and_nothing_else() {
+    let end = Lsn(1 << 30);
+    let logged = Keep { lsn: end.0 - 8, insert: end.0 - 8, soft: false };
+    let map = |block| PageTag { rel: REL.with_fork(ForkNumber::Fsm), block };
+    let config = config("asleep", 16);
+    let cache = PageCache::create(&config).expect("cache");
+    let shared = cache.shared_for_test();
+    for block in 0..4 {
+        assert!(shared.deposit(&tag(block), &filled(block as u8 + 1), 0).expect("deposit"));
+    }
+    shared.keep(&tag(4), &filled(5), logged).expect("keep");
+    shared.keep(&tag(5), &filled(6), Keep::FOR_EVER).expect("keep");
+    shared.keep(&map(0), &filled(7), Keep { lsn: 0, insert: 0, soft: true }).expect("keep");
+    assert!(shared.deposit(&map(1), &filled(8), 0).expect("deposit"));
+    shared.discard(&tag(1)).expect("discard");
+    let list = cache.fall_asleep(end, "b").expect("list");
+    assert_eq!(crate::decode_asleep(&list).expect("valid").0, "b");
+    drop((cache, shared));
+
+    let cache = PageCache::wake(&config, &list).expect("wakes");
+    let shared = cache.shared_for_test();
+    let found: Vec<_> = (0..7).map(|block| read(&shared, block)).collect();
+    assert_eq!(found, [Some(1), None, Some(3), Some(4), Some(5), None, None]);
+    assert!(!shared.contains(&map(0)).expect("look") && shared.contains(&map(1)).expect("look"));
+    // Slots in between are used again, those of its pages are not.
+    for block in 10..20 {
+        shared.deposit(&tag(block), &filled(block as u8), end.0).expect("deposit");
+    }
+    let found: Vec<_> = [0, 2, 3, 4].into_iter().filter_map(|block| read(&shared, block)).collect();
+    assert!(found.iter().all(|byte| [1, 3, 4, 5].contains(byte)), "{found:?}");
+    assert_eq!((10..20).filter(|block| read(&shared, *block) == Some(*block as u8)).count(), 10);
+
+    // A smaller cache takes what there is room for.
+    drop((cache, shared));
+    let small = PageCacheConfig { clean_bytes: 2 * PAGE, ..config.clone() };
+    let cache = PageCache::wake(&small, &list).expect("wakes");
+    assert_eq!(cache.stats().clean_bytes, 2 * PAGE);
+    for path in [&config.shm_path, &config.pages_path] {
+        std::fs::remove_file(path).expect("remove");
+    }
+}
+
+#[test]
+fn a_list_with_impossible_slots_is_refused() {
+    let config = config("impossible", 4);
+    drop(PageCache::create(&config).expect("cache"));
+    for slots in [[1, 1], [2, 1], [0, 1], [1, 1000]] {
+        let entry = |(block, slot)| crate::asleep::Entry { tag: tag(block), slot, crc: 0 };
+        let entries: Vec<_> = (0..).zip(slots).map(entry).collect();
+        assert!(PageCache::wake(&config, &crate::asleep::encode("b", &entries)).is_err(), "{slots:?}");
+    }
+    for path in [&config.shm_path, &config.pages_path] {
+        std::fs::remove_file(path).expect("remove");
+    }
+}
+
 fn read(shared: &Shared, block: u32) -> Option<u8> {
     let mut page = filled(0);
     shared.read(&tag(block), &mut page).expect("readable").then(|| {

@@ -10,6 +10,7 @@ mod dirs;
 mod fds;
 #[cfg(not(test))]
 mod hooks;
+mod kept_files;
 mod orphan;
 mod path;
 mod postgres;

@@ -85,11 +85,16 @@ impl Runtime {
 
     /// What a path names, if it is one of ours.
     fn name(&self, path: &[u8]) -> Named {
+        self.relative(path).map_or(Named::Other, path::parse)
+    }
+
+    /// A path below the data directory, relative to it; it may begin with a slash. `None` for one that is elsewhere.
+    pub fn relative<'a>(&self, path: &'a [u8]) -> Option<&'a [u8]> {
         if path.first() != Some(&b'/') {
-            return if CWD_IS_ROOT.load(Relaxed) { path::parse(path) } else { Named::Other };
+            return CWD_IS_ROOT.load(Relaxed).then_some(path);
         }
         let below = |root: &&[u8]| path.strip_prefix(*root).filter(|rest| rest.first() == Some(&b'/'));
-        self.roots.iter().find_map(below).map_or(Named::Other, path::parse)
+        self.roots.iter().find_map(below)
     }
 }
 

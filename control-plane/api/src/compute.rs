@@ -44,6 +44,10 @@ pub struct ComputeSpec {
     pub page_cache_bytes: u64,
     /// Limit of evicted dirty pages that must be kept, bytes; over it statements fail with "disk full".
     pub kept_pages_bytes: u64,
+    /// Limit of what page caches of sleeping computes take together in the directories beside `page_cache_dir`, bytes. 0: the
+    /// cache is removed when the compute stops.
+    #[serde(default)]
+    pub sleeping_caches_bytes: u64,
 }
 
 /// Where a safekeeper listens.

@@ -66,6 +66,8 @@ pub struct ComputeSettings {
     pub page_cache_bytes: u64,
     /// Limit of evicted dirty pages in each page cache, bytes.
     pub kept_pages_bytes: u64,
+    /// Limit of what page caches of sleeping computes take together, bytes.
+    pub sleeping_caches_bytes: u64,
     /// Longest wait for a compute to be ready.
     pub wake_timeout: Duration,
 }
@@ -363,6 +365,7 @@ impl Computes {
             catalog,
             page_cache_bytes: settings.page_cache_bytes,
             kept_pages_bytes: settings.kept_pages_bytes,
+            sleeping_caches_bytes: settings.sleeping_caches_bytes,
         })
     }
 

@@ -257,6 +257,7 @@ impl World {
             postgres_user: None,
             page_cache_bytes: 1,
             kept_pages_bytes: 1,
+            sleeping_caches_bytes: 0,
             wake_timeout: Duration::from_secs(1),
         };
         let launcher = Arc::new(FakeLauncher(Arc::clone(&fakes)));

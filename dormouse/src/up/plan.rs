@@ -167,6 +167,7 @@ fn control_plane(installation: &Installation) -> Service {
         .with("--postgres-bin-dir", &installation.postgres_bin_dir)
         .with("--page-cache-mib", arguments.page_cache.page_cache_mib.to_string())
         .with("--kept-pages-mib", arguments.page_cache.kept_pages_mib.to_string())
+        .with("--sleeping-caches-mib", arguments.page_cache.sleeping_caches_mib.to_string())
         .with_some("--postgres-user", installation.postgres_user.as_ref())
         .with_some("--runtime-dir", arguments.runtime_dir.as_ref())
         .with_some("--domain", arguments.domain.as_ref());

@@ -214,6 +214,12 @@ impl PageserverClient {
         expect_answer!(answer, "BranchInfo", ResponseBody::BranchInfo(info) => info)
     }
 
+    /// How far the branch has ingested WAL, of which there is some up to `committed`. Does not wait for it.
+    pub async fn ingested(&self, branch: &BranchRef, committed: Lsn) -> Result<Lsn, ClientError> {
+        let answer = self.call(branch, RequestBody::Ingested { committed }).await?;
+        expect_answer!(answer, "Ingested", ResponseBody::Lsn(lsn) => lsn)
+    }
+
     /// The last position all of whose commits are at or before `timestamp_us` (microseconds since 2000-01-01 UTC).
     pub async fn lsn_by_timestamp(&self, branch: &BranchRef, timestamp_us: i64) -> Result<Lsn, ClientError> {
         let answer = self.call(branch, RequestBody::LsnByTimestamp { timestamp_us }).await?;
@@ -276,6 +282,7 @@ fn timeout_of(body: &RequestBody) -> Duration {
         | RequestBody::RelSize { .. }
         | RequestBody::ListRels { .. }
         | RequestBody::BaseFiles { .. }
+        | RequestBody::Ingested { .. }
         | RequestBody::BranchInfo
         | RequestBody::LsnByTimestamp { .. }
         | RequestBody::TimestampByLsn { .. }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, TryStreamExt};
 use types::{ForkNumber, Lsn, Oid, PAGE_BYTES, RelTag, oids};
-use wal::CheckPoint;
+use wal::{CheckPoint, v15::replication::origins_file};
 use wal_redo::{SLRU_PAGES_PER_SEGMENT, SlruKind};
 use wire::pageserver::{BaseFile, BaseFiles};
 
@@ -13,7 +13,7 @@ use crate::{
     branch::Branch,
     error::StorageError,
     read::zero_page,
-    storage::{AuxFile, Key, Kind, Value},
+    storage::{AuxFile, Key, Kind, Value, decode_origin},
 };
 
 /// `PG_VERSION`'s content.
@@ -86,6 +86,7 @@ async fn build(branch: &Arc<Branch>, at: Lsn) -> Result<BaseFiles, StorageError>
             tree.add(key, content).map_err(|reason| malformed(branch, key, at, reason))?;
         }
     }
+    tree.add_origins();
     let pages = slru_pages(branch, at, values).await?;
     tree.files.extend(slru_files(pages, &counters));
     if tree.files.iter().map(|file| file.content.len()).sum::<usize>() > MAX_BYTES {
@@ -113,13 +114,15 @@ struct Tree {
     files: Vec<BaseFile>,
     directories: Vec<String>,
     tablespaces: Vec<(Oid, String)>,
+    /// Replication origins and how far each has been applied.
+    origins: Vec<(u16, Lsn)>,
 }
 
 impl Tree {
     fn new() -> Tree {
         let version = BaseFile { path: "PG_VERSION".to_owned(), content: Bytes::from_static(PG_VERSION) };
         let directories = DIRECTORIES.iter().map(|&directory| directory.to_owned()).collect();
-        Tree { files: vec![version], directories, tablespaces: Vec::new() }
+        Tree { files: vec![version], directories, tablespaces: Vec::new(), origins: Vec::new() }
     }
 
     fn add(&mut self, key: &Key, content: &Bytes) -> Result<(), &'static str> {
@@ -145,12 +148,24 @@ impl Tree {
                 }
                 self.file(file.path, file.content);
             }
+            Kind::CheckPoint => {
+                let origin = key.origin_number().ok_or("there is no such origin")?;
+                self.origins.push((origin, decode_origin(content).ok_or("it is not an LSN")?));
+            }
             Kind::SlruPage => {}
-            Kind::ControlFile | Kind::CheckPoint | Kind::RelSize | Kind::CommitTime | Kind::RelPage => {
+            Kind::ControlFile | Kind::RelSize | Kind::CommitTime | Kind::RelPage => {
                 return Err("it is not a base file");
             }
         }
         Ok(())
+    }
+
+    /// The file from which a start takes the origins' progress. There is none on most branches.
+    fn add_origins(&mut self) {
+        if !self.origins.is_empty() {
+            let content = origins_file(self.origins.drain(..));
+            self.file("pg_logical/replorigin_checkpoint".to_owned(), content.into());
+        }
     }
 
     fn file(&mut self, path: String, content: Bytes) {

@@ -337,7 +337,7 @@ impl Branch {
         self.state.write().remote_consistent_lsn = lsn;
         self.check_not_deposed(flush).await?;
         if let Some(feed) = self.feed.lock().as_ref() {
-            feed.report(lsn);
+            feed.report(self.forgettable_lsn());
         }
         Ok(())
     }

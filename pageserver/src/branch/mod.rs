@@ -81,6 +81,8 @@ pub struct Tuning {
     pub idle_detach: Duration,
     /// Longest wait for WAL on behalf of a request. Default 30 s.
     pub wal_wait: Duration,
+    /// The most WAL that a replication slot keeps on the safekeepers. Default 2 GiB.
+    pub max_slot_wal_bytes: u64,
     /// When layers are merged and images made.
     pub plan: PlanLimits,
     /// Layers that compaction makes are cut at this size. Default 64 MiB.
@@ -100,12 +102,16 @@ impl Default for Tuning {
             idle_close: Duration::from_secs(60),
             idle_detach: Duration::from_secs(300),
             wal_wait: Duration::from_secs(30),
+            max_slot_wal_bytes: 2 << 30,
             plan: PlanLimits::default(),
             layer_bytes: 64 << 20,
             removal_delay: Duration::from_secs(600),
         }
     }
 }
+
+/// All WAL may go, as far as replication slots are concerned.
+const NO_SLOT_NEEDS_WAL: u64 = u64::MAX;
 
 /// A branch that is attached to this pageserver.
 pub struct Branch {
@@ -143,6 +149,8 @@ pub struct Branch {
     /// It takes no WAL and writes nothing any more: the branch is deleted, or is to be attached anew. Set while `flush` is held,
     /// so that no write goes on when somebody else attaches it.
     let_go: AtomicBool,
+    /// Where the WAL begins that replication slots still need; [`NO_SLOT_NEEDS_WAL`], or 0 until that is known.
+    slots_need: AtomicU64,
     /// The manifest was written since it was copied to where attaching looks first.
     copy_is_old: AtomicBool,
 }
@@ -274,6 +282,7 @@ impl Branch {
             logical_bytes: AtomicU64::new(logical_bytes.unwrap_or(0)),
             logical_bytes_known: AtomicBool::new(logical_bytes.is_some()),
             let_go: AtomicBool::new(false),
+            slots_need: AtomicU64::new(0),
             copy_is_old: AtomicBool::new(false),
             name,
         })
@@ -446,6 +455,20 @@ impl Branch {
         self.progress.send_modify(|progress| {
             progress.stopped.get_or_insert(reason.into());
         });
+    }
+
+    /// Up to where the safekeepers may forget WAL: the object store has everything before, and no replication slot needs
+    /// it, whose compute would have to fetch it. Invalid until that is known.
+    pub fn forgettable_lsn(&self) -> Lsn {
+        self.remote_consistent_lsn().min(Lsn(self.slots_need.load(Ordering::Acquire)))
+    }
+
+    /// Publishes what ingestion knows of the branch as a whole.
+    fn note_ingest(&self, ingest: &Ingest) {
+        self.set_logical_bytes(ingest.logical_bytes());
+        // Whole segments: a standby asks for WAL from a segment's start.
+        let need = ingest.slots_need(self).map_or(NO_SLOT_NEEDS_WAL, |lsn| lsn.segment_start().0);
+        self.slots_need.store(need, Ordering::Release);
     }
 
     /// Publishes the sum of all relations' sizes.

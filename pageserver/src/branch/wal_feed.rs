@@ -71,7 +71,7 @@ impl Branch {
             return;
         }
         let cancel = CancellationToken::new();
-        let (report, reports) = watch::channel(self.remote_consistent_lsn());
+        let (report, reports) = watch::channel(Lsn::INVALID);
         *feed = Some(Feed { cancel: cancel.clone(), report });
         tokio::spawn(self.clone().run_feed(source.clone(), reports, cancel));
     }
@@ -156,7 +156,8 @@ impl Branch {
         let config =
             WalReaderConfig { branch: self.name.clone(), safekeepers: source.safekeepers, token: source.token };
         let mut reader = WalReader::new(config, self.tip().last_record_lsn);
-        reader.report(*reports.borrow_and_update());
+        // Known since ingestion was restarted; a branch that is not written to must be told too.
+        reader.report(self.forgettable_lsn());
         let mut last_progress = Instant::now();
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -232,7 +233,7 @@ impl Branch {
     ) -> Result<&'a mut Ingest, StorageError> {
         if ingest.is_none() {
             let loaded = Box::pin(Ingest::load(self)).await?;
-            self.set_logical_bytes(loaded.logical_bytes());
+            self.note_ingest(&loaded);
             *ingest = Some(Box::new(loaded));
         }
         match ingest {
@@ -252,9 +253,8 @@ impl Branch {
         let mut slot = self.ingest.lock().await;
         let ingest = self.ingest_state(&mut slot).await?;
         let outcome = Box::pin(ingest.feed(self, begin, bytes)).await;
-        let logical_bytes = ingest.logical_bytes();
         match outcome {
-            Ok(()) => self.set_logical_bytes(logical_bytes),
+            Ok(()) => self.note_ingest(ingest),
             Err(error) => {
                 *slot = None;
                 return match error {

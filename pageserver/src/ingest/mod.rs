@@ -2,6 +2,7 @@
 
 mod copy;
 mod plan;
+mod slots;
 
 pub use plan::{DatabaseCopy, PlanError, Planner};
 
@@ -13,7 +14,7 @@ use wal::{CheckPoint, DecodedRecord, ForEachError, WalStreamDecoder};
 use crate::{
     branch::{Branch, Put, Tip},
     error::StorageError,
-    storage::{Key, Kind, Value, decode_rel_size},
+    storage::{Key, Kind, Value, decode_origin, decode_rel_size},
 };
 
 /// A batch is applied when it has this many values...
@@ -85,6 +86,16 @@ impl Ingest {
                 _ => return Err(damaged(&key.to_string())),
             }
         }
+        for (key, value) in branch.scan(Key::of(Kind::CheckPoint), Key::last_of(Kind::CheckPoint), at).await? {
+            if let (Some(origin), Value::Image(content)) = (key.origin_number(), value) {
+                planner.load_origin(origin, decode_origin(&content).ok_or_else(|| damaged(&key.to_string()))?);
+            }
+        }
+        for (key, value) in branch.scan(Key::of(Kind::AuxFile), Key::last_of(Kind::AuxFile), at).await? {
+            if let Value::Image(content) = value {
+                planner.load_file(&postcard::from_bytes(&content).map_err(|_| damaged(&key.to_string()))?);
+            }
+        }
         for key in branch.scan(Key::of(Kind::SlruPage), Key::last_of(Kind::SlruPage), at).await?.into_keys() {
             planner.load_slru(key.slru_kind().ok_or_else(|| damaged(&key.to_string()))?, key.block);
         }
@@ -99,6 +110,13 @@ impl Ingest {
     /// Sum of all relations' sizes.
     pub fn logical_bytes(&self) -> u64 {
         self.planner.logical_blocks() * types::PAGE_BYTES as u64
+    }
+
+    /// The oldest WAL that the branch's own replication slots need; `None` when there are none.
+    pub fn slots_need(&self, branch: &Branch) -> Option<Lsn> {
+        let limit = branch.shared().tuning.max_slot_wal_bytes;
+        let oldest = Lsn(branch.tip().last_record_lsn.0.saturating_sub(limit));
+        self.planner.slots_need(branch.start_lsn().max(oldest))
     }
 
     /// Decodes the bytes that follow those before and applies all records that are whole now. After an error the state

@@ -1,6 +1,9 @@
 //! What a record puts under which keys. Pure: the sizes and pages it has to know are kept here.
 
-use std::{collections::BTreeSet, ops::Range};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 use bytes::{Bytes, BytesMut};
 use rustc_hash::FxHashMap;
@@ -8,6 +11,7 @@ use types::{BlockNumber, ForkNumber, Lsn, Oid, PAGE_BYTES, PageTag, RelTag};
 use wal::{CheckPoint, DecodedRecord};
 use wal_redo::{Change, SlruKind};
 
+use super::slots::Slots;
 use crate::{
     branch::Put,
     storage::{AuxFile, CommitTime, Key, StoredRecord, Value, just_before},
@@ -80,6 +84,9 @@ pub struct Planner {
     sizes: FxHashMap<RelTag, BlockNumber>,
     /// Existing SLRU pages.
     slru: BTreeSet<(SlruKind, u32)>,
+    /// How far each replication origin's transactions have been applied.
+    origins: BTreeMap<u16, Lsn>,
+    slots: Slots,
     checkpoint: CheckPoint,
     last_commit_us: Option<i64>,
     logical_blocks: u64,
@@ -140,6 +147,8 @@ impl Planner {
         Planner {
             sizes: FxHashMap::default(),
             slru: BTreeSet::new(),
+            origins: BTreeMap::new(),
+            slots: Slots::default(),
             checkpoint,
             last_commit_us,
             logical_blocks: 0,
@@ -151,6 +160,21 @@ impl Planner {
     pub fn load_rel(&mut self, rel: RelTag, blocks: BlockNumber) {
         self.logical_blocks += u64::from(blocks);
         self.sizes.insert(rel, blocks);
+    }
+
+    /// An origin's progress.
+    pub fn load_origin(&mut self, origin: u16, remote_lsn: Lsn) {
+        self.origins.insert(origin, remote_lsn);
+    }
+
+    /// A file that is kept.
+    pub fn load_file(&mut self, file: &AuxFile) {
+        self.slots.observe(&file.path, &file.content);
+    }
+
+    /// The oldest WAL from `start` on that a replication slot needs.
+    pub fn slots_need(&self, start: Lsn) -> Option<Lsn> {
+        self.slots.oldest(start)
     }
 
     /// An SLRU page that exists.
@@ -238,7 +262,16 @@ impl Planner {
             }
             Change::DropTablespace { oid } => context.put(Key::tablespace(oid), Value::Tombstone),
             Change::Commit { timestamp_us } => self.plan_commit(timestamp_us, context),
+            Change::AdvanceOrigin { origin, remote_lsn, force } => {
+                self.advance_origin(origin, remote_lsn, force, context);
+            }
+            Change::DropOrigin { origin } => {
+                if self.origins.remove(&origin).is_some() {
+                    context.put(Key::origin(origin), Value::Tombstone);
+                }
+            }
             Change::AuxFile { path, content } => {
+                self.slots.observe(&path, &content);
                 let key = Key::aux_file(&path);
                 let value = if content.is_empty() {
                     Value::Tombstone
@@ -349,6 +382,15 @@ impl Planner {
         for page in gone {
             self.slru.remove(&(slru, page));
             context.put(Key::slru(slru, page), Value::Tombstone);
+        }
+    }
+
+    /// `replorigin_advance`: the progress of an origin goes back only by force.
+    fn advance_origin(&mut self, origin: u16, remote_lsn: Lsn, force: bool, context: &mut Context<'_, '_>) {
+        let known = self.origins.get(&origin).copied();
+        if force || known.is_none_or(|known| known < remote_lsn) {
+            self.origins.insert(origin, remote_lsn);
+            context.put(Key::origin(origin), Value::origin(remote_lsn));
         }
     }
 

@@ -46,6 +46,7 @@ impl Handler {
             RequestBody::GetPages { .. }
             | RequestBody::RelSize { .. }
             | RequestBody::ListRels { .. }
+            | RequestBody::Ingested { .. }
             | RequestBody::BaseFiles { .. } => true,
             RequestBody::CreateBranch { .. }
             | RequestBody::DeleteBranch
@@ -96,6 +97,14 @@ impl Handler {
                 let branch = self.branches.get(name).await?;
                 let files = base_files(&branch, at).await?;
                 Ok(ResponseBody::BaseFiles(Box::new(files.as_ref().clone())))
+            }
+            RequestBody::Ingested { committed } => {
+                let branch = self.branches.get(name).await?;
+                let ingested = branch.tip().last_record_lsn;
+                if ingested < committed {
+                    branch.open_feed();
+                }
+                Ok(ResponseBody::Lsn(ingested))
             }
             RequestBody::CreateBranch { ancestor, at } => {
                 let lsn = self.branches.create(name, &ancestor, at).await?;

@@ -96,6 +96,7 @@ async fn demo(arguments: &Arguments, table: &mut Table) -> anyhow::Result<()> {
         object_store: server.as_ref().map(|_| format!("s3://{}/demo", s3::BUCKET)),
         environment: server.as_ref().map(s3::S3Server::environment).unwrap_or_default(),
         arguments: Vec::new(),
+        warm: true,
     };
     table.step(
         "dormouse up",

@@ -130,6 +130,8 @@ impl State {
                 assert!(timestamp_us > 0);
                 self.commits += 1;
             }
+            // A standby's file lags behind: it is as of its last restart point.
+            Change::AdvanceOrigin { .. } | Change::DropOrigin { .. } => {}
             Change::CreateTablespace { .. } => {}
             Change::DropTablespace { oid } => self.databases.retain(|(spc, _)| *spc != oid),
             // Only Dormouse's own computes write them.

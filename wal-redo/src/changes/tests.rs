@@ -99,10 +99,31 @@ fn only_the_agents_messages_keep_files() {
     let listed = changes(&record(rmgr::LOGICALMSG, 0, main_data.clone())).expect("known");
     let path = "pg_stat/pgstat.stat".into();
     assert_eq!(listed[..], [Change::AuxFile { path, content: (*b"content").into() }]);
+    // The shim's may come from a backend that is in a transaction.
+    assert_eq!(changes(&DecodedRecord { xid: 700, ..record(rmgr::LOGICALMSG, 0, main_data.clone()) }), Ok(listed));
     // What a user sends carries the user's database.
     let mut forged = main_data;
     forged[0] = 5;
     assert_eq!(changes(&record(rmgr::LOGICALMSG, 0, forged)), Ok(ChangeList::new()));
     let escape = wal::v15::state::LogicalMessage::main_data(&format!("{AUX_FILE_PREFIX}../x"), b"");
     assert!(changes(&record(rmgr::LOGICALMSG, 0, escape)).is_err());
+}
+
+#[test]
+fn transactions_of_an_origin_move_its_progress() {
+    let advance = |origin, remote_lsn, force| Change::AdvanceOrigin { origin, remote_lsn: Lsn(remote_lsn), force };
+    // A commit at time 9 with XACT_XINFO_HAS_ORIGIN: the origin's LSN and its time.
+    let main_data = [words(&[9, 0, 1 << 5]), words(&[0x77, 0, 8, 0])].concat();
+    let commit = DecodedRecord { origin: Some(3), ..record(rmgr::XACT, 0x80, main_data.clone()) };
+    let listed = changes(&commit).expect("known");
+    assert!(listed.contains(&advance(3, 0x77, false)), "{listed:?}");
+    let unmarked = DecodedRecord { origin: Some(u16::MAX), ..record(rmgr::XACT, 0x80, main_data) };
+    let listed = changes(&unmarked).expect("known");
+    assert!(!listed.iter().any(|change| matches!(change, Change::AdvanceOrigin { .. })), "{listed:?}");
+
+    let set = [words(&[0x88, 0]), vec![4, 0, 1, 0]].concat();
+    assert_eq!(changes(&record(rmgr::REPLORIGIN, 0x00, set)).expect("known")[..], [advance(4, 0x88, true)]);
+    let drop = changes(&record(rmgr::REPLORIGIN, 0x10, vec![4, 0])).expect("known");
+    assert_eq!(drop[..], [Change::DropOrigin { origin: 4 }]);
+    assert!(changes(&record(rmgr::REPLORIGIN, 0x20, vec![4, 0])).is_err());
 }

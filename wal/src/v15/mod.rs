@@ -6,6 +6,7 @@
 pub mod btree;
 pub mod heap;
 pub mod page;
+pub mod replication;
 pub mod state;
 pub mod wal;
 pub mod xact;

@@ -167,6 +167,16 @@ wire_struct! {
 pub mod replorigin {
     pub const SET: u8 = 0x00;
     pub const DROP: u8 = 0x10;
+    /// `DoNotReplicateId`: marks what must not be passed on, and has no progress.
+    pub const DO_NOT_REPLICATE: u16 = u16::MAX;
+}
+wire_struct! {
+    /// `xl_replorigin_set`.
+    pub struct ReplOriginSet { remote_lsn: u64, node_id: u16, force: u8, }
+}
+wire_struct! {
+    /// `xl_replorigin_drop`.
+    pub struct ReplOriginDrop { node_id: u16, }
 }
 
 /// Sequence (`commands/sequence.h`).

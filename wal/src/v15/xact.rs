@@ -170,6 +170,8 @@ pub struct ParsedPrepare {
     pub gid: String,
     /// Its subtransactions.
     pub subxacts: Vec<u32>,
+    /// Where it was prepared at its replication origin; 0 when it has none.
+    pub origin_lsn: u64,
 }
 
 /// Parses a `PREPARE` record. `Ok(None)` for any other record.
@@ -189,7 +191,7 @@ pub fn parse_prepare(record: &DecodedRecord<'_>) -> Result<Option<ParsedPrepare>
     };
     let subxacts = Reader(subxacts).xids(header.nsubxacts).ok_or("prepare record cut short")?;
     let gid = String::from_utf8_lossy(gid).trim_end_matches('\0').to_owned();
-    Ok(Some(ParsedPrepare { xid: header.xid, gid, subxacts }))
+    Ok(Some(ParsedPrepare { xid: header.xid, gid, subxacts, origin_lsn: header.origin_lsn }))
 }
 
 struct Reader<'a>(&'a [u8]);

@@ -8,6 +8,7 @@ use page_cache::Errno;
 use super::{LibcResult, set_errno};
 use crate::{
     fds::{self, Fd},
+    kept_files,
     path::{Named, Segment},
     real,
     relation::OpenMode,
@@ -155,7 +156,11 @@ pub unsafe extern "C" fn unlink(path: *const c_char) -> c_int {
     unsafe {
         match named(path) {
             Some((runtime, Named::Segment(segment))) => runtime.unlink_segment(&segment).libc(),
-            Some((_, Named::Wal | Named::Database(..) | Named::Other)) | None => real::unlink(path),
+            Some((_, Named::Other)) => match kept_files::before_unlink(path) {
+                Ok(()) => real::unlink(path),
+                error => error.libc(),
+            },
+            Some((_, Named::Wal | Named::Database(..))) | None => real::unlink(path),
         }
     }
 }
@@ -169,7 +174,10 @@ pub unsafe extern "C" fn rename(from: *const c_char, to: *const c_char) -> c_int
         if is_segment(from) || is_segment(to) {
             return Err(Errno(libc::EXDEV)).libc();
         }
-        real::rename(from, to)
+        match kept_files::before_rename(from, to) {
+            Ok(()) => real::rename(from, to),
+            error => error.libc(),
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Syncs: of WAL, a quorum's; of everything else nothing, since every local file is expendable.
+//! Syncs: of WAL, a quorum's; of everything else nothing, since every local file is expendable or its content is in WAL.
 
 use std::ffi::{c_int, c_uint};
 
@@ -8,7 +8,7 @@ use super::LibcResult;
 use crate::{
     agent,
     fds::{self, Fd},
-    real,
+    kept_files, real,
     runtime::runtime,
 };
 
@@ -17,7 +17,8 @@ fn sync(fd: c_int) -> Option<c_int> {
     let runtime = runtime()?;
     Some(match fds::get(fd) {
         Fd::Wal => agent::sync_wal(runtime.socket).libc(),
-        Fd::Segment(..) | Fd::Other => 0,
+        Fd::Other => kept_files::before_sync(fd).libc(),
+        Fd::Segment(..) => 0,
     })
 }
 

@@ -159,3 +159,42 @@ fn only_commits_later_than_all_before_are_indexed() {
     assert_eq!(plan(&mut planner, 960, [commit(6_000_000)]).len(), 1);
     assert_eq!(planner.last_commit_us(), Some(6_000_000));
 }
+
+#[test]
+fn an_origins_progress_goes_back_only_by_force() {
+    let mut planner = planner();
+    planner.load_origin(1, Lsn(0x500));
+    let advance = |remote_lsn, force| [Change::AdvanceOrigin { origin: 1, remote_lsn: Lsn(remote_lsn), force }];
+    let stored = |lsn, remote_lsn| [put(Key::origin(1), lsn, Value::origin(Lsn(remote_lsn)))];
+    assert_eq!(plan(&mut planner, 800, advance(0x400, false)), []);
+    assert_eq!(plan(&mut planner, 880, advance(0x600, false)), stored(880, 0x600));
+    assert_eq!(plan(&mut planner, 960, advance(0x100, true)), stored(960, 0x100));
+    let gone = put(Key::origin(1), 1040, Value::Tombstone);
+    assert_eq!(plan(&mut planner, 1040, [Change::DropOrigin { origin: 1 }]), [gone]);
+    assert_eq!(plan(&mut planner, 1120, [Change::DropOrigin { origin: 1 }]), [], "it is gone already");
+    assert_eq!(plan(&mut planner, 1200, advance(0x100, false)), stored(1200, 0x100));
+}
+
+#[test]
+fn a_slot_needs_wal_until_it_is_dropped_or_lost() {
+    use wal::v15::replication::{SlotFile, SlotState};
+    let slot = |restart_lsn| {
+        let zeroed = SlotFile::from_prefix(&[0; SlotFile::SIZE]).expect("size");
+        SlotState::new(SlotFile { restart_lsn, ..zeroed })
+    };
+    let file = |name: &str, content: Vec<u8>| {
+        let path = format!("pg_replslot/{name}/state").into();
+        [Change::AuxFile { path, content: content.into() }]
+    };
+    let mut planner = planner();
+    planner.load_file(&AuxFile { path: "pg_replslot/a/state".to_owned(), content: slot(0x7000).to_bytes().into() });
+    plan(&mut planner, 800, file("b", slot(0x5000).to_bytes()));
+    plan(&mut planner, 880, file("ancestors", slot(0x100).to_bytes()));
+    plan(&mut planner, 960, file("damaged", b"x".to_vec()));
+    assert_eq!(planner.slots_need(Lsn(0x1000)), Some(Lsn(0x5000)));
+    assert_eq!(planner.slots_need(Lsn(0x6000)), Some(Lsn(0x7000)));
+    plan(&mut planner, 1040, file("b", slot(0x5000).invalidated().to_bytes()));
+    assert_eq!(planner.slots_need(Lsn(0x1000)), Some(Lsn(0x7000)));
+    plan(&mut planner, 1120, file("a", Vec::new()));
+    assert_eq!(planner.slots_need(Lsn(0x1000)), None);
+}

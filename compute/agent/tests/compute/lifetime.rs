@@ -1,11 +1,9 @@
-//! Real computes, a process each, on real safekeepers and a pageserver.
-
-mod world;
+//! From a start to an end: what is there after a sleep, a crash, and on another compute.
 
 use std::time::Duration;
 
+use crate::world::{self, ComputeOptions, World};
 use tokio::time::timeout;
-use world::{ComputeOptions, World};
 
 const A_WHILE: Duration = Duration::from_secs(60);
 

@@ -30,6 +30,8 @@ pub struct ComputeOptions {
     pub catalog: bool,
     /// Limit of each of the page cache's two budgets.
     pub cache_bytes: Option<u64>,
+    /// Its page cache stays while it sleeps.
+    pub warm: bool,
     /// Instead of the branch's.
     pub token: Option<&'static str>,
 }
@@ -92,9 +94,9 @@ impl World {
             endpoint: EndpointId::new(&format!("ep-{name}")).expect("id"),
             branch_start_lsn: self.branch_start,
             compute_dir: directory.to_owned(),
-            page_cache_dir: self.disk.path().join("cache").join(name),
+            page_cache_dir: self.cache_dir(name),
             safekeepers: self.safekeepers.iter().enumerate().map(address).collect(),
-            pageserver: self.pageserver.to_string(),
+            pageserver: self.pageserver.address.to_string(),
             token: options.token.map_or_else(|| self.token.clone(), str::to_owned),
             postgres_bin_dir: BIN_DIR.into(),
             shim_path: shim_library(self.disk.path()),
@@ -103,6 +105,7 @@ impl World {
             catalog: catalog.map(|text| serde_json::from_str(&text).expect("catalog")),
             page_cache_bytes: options.cache_bytes.unwrap_or(64 << 20),
             kept_pages_bytes: options.cache_bytes.unwrap_or(256 << 20),
+            sleeping_caches_bytes: if options.warm { 1 << 30 } else { 0 },
         }
     }
 }

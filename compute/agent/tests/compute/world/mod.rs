@@ -1,6 +1,8 @@
 //! An object store, three safekeepers, a pageserver and a branch; computes on demand.
 
 mod compute;
+mod link;
+mod stock;
 
 use std::{
     net::SocketAddr,
@@ -15,17 +17,34 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use types::{BranchId, BranchRef, Generation, Lsn, NodeId, ProjectId};
 use wire::{Scope, TokenSigner, auth::TokenKeys, pageserver::BranchPoint};
 
-pub use compute::ComputeOptions;
+pub use compute::{Compute, ComputeOptions};
 
 const BIN_DIR: &str = "/usr/lib/postgresql/15/bin";
 const LIFETIME: Duration = Duration::from_secs(3600);
+
+/// What may differ between worlds.
+pub struct WorldOptions {
+    /// The pageserver writes out, and safekeepers forget, as soon as nothing happens for a second.
+    pub forgetful: bool,
+    /// The most WAL that a replication slot keeps, in MiB.
+    pub max_slot_wal_mib: u32,
+}
+
+impl Default for WorldOptions {
+    fn default() -> WorldOptions {
+        WorldOptions { forgetful: false, max_slot_wal_mib: 2048 }
+    }
+}
 
 /// The services run inside the test's process; all ends with it.
 pub struct World {
     branch: BranchRef,
     branch_start: Lsn,
     safekeepers: Vec<SocketAddr>,
-    pageserver: SocketAddr,
+    /// To the pageserver.
+    pageserver: link::Link,
+    /// What the pageserver hears of the safekeepers goes through these.
+    links: Vec<link::Link>,
     token: String,
     /// On tmpfs, for compute directories.
     runtime: tempfile::TempDir,
@@ -37,6 +56,11 @@ pub struct World {
 impl World {
     /// Starts everything, with one branch of a fresh template.
     pub async fn start() -> World {
+        World::start_with(WorldOptions::default()).await
+    }
+
+    /// As [`World::start`].
+    pub async fn start_with(options: WorldOptions) -> World {
         let _ = tracing_subscriber::fmt().with_env_filter("warn").with_test_writer().try_init();
         let (runtime, disk) = (open_dir(Path::new("/dev/shm")), open_dir(&std::env::temp_dir()));
         let keys = TokenKeys::generate().expect("keys");
@@ -52,7 +76,7 @@ impl World {
                 listen: SocketAddr::from(([127, 0, 0, 1], 0)),
                 data_dir: disk.path().join(format!("safekeeper-{id}")),
                 token_public_key: key_file.clone(),
-                idle_seconds: 30,
+                idle_seconds: if options.forgetful { 1 } else { 30 },
             };
             let server = safekeeper::Server::bind(config).await.expect("safekeeper");
             safekeepers.push(server.local_addr());
@@ -69,20 +93,55 @@ impl World {
         config.listen = SocketAddr::from(([127, 0, 0, 1], 0));
         config.generation = Some(Generation(1));
         config.token = service.clone();
+        config.max_slot_wal_mib = options.max_slot_wal_mib;
+        if options.forgetful {
+            config.idle_flush = 1;
+        }
         let address = |(index, address): (usize, &SocketAddr)| pageserver::SafekeeperAddress {
             id: NodeId(index as u64 + 1),
             address: address.to_string(),
         };
-        config.safekeepers = safekeepers.iter().enumerate().map(address).collect();
+        let mut links = Vec::new();
+        for address in &safekeepers {
+            links.push(link::Link::to(*address).await);
+        }
+        config.safekeepers = links.iter().map(|link| &link.address).enumerate().map(address).collect();
         let server = pageserver::Server::bind(config).await.expect("pageserver");
-        let pageserver = server.local_addr();
+        let pageserver = link::Link::to(server.local_addr()).await;
         services.spawn(server.run(shutdown.clone()));
 
         let branch = branch_ref("p", "main");
-        let client = PageserverClient::new(pageserver.to_string(), service);
+        let client = PageserverClient::new(pageserver.address.to_string(), service);
         let branch_start = client.create_branch(&branch, &template, BranchPoint::Head).await.expect("branch");
         let token = signer.sign(Scope::Branch { branch: branch.clone() }, LIFETIME).expect("token");
-        World { branch, branch_start, safekeepers, pageserver, token, runtime, disk, shutdown, services }
+        World { branch, branch_start, safekeepers, pageserver, links, token, runtime, disk, shutdown, services }
+    }
+}
+
+impl World {
+    /// The pageserver gets no WAL any more, or gets it again.
+    pub fn stall_ingestion(&self, stalled: bool) {
+        self.links.iter().for_each(|link| link.stall(stalled));
+    }
+
+    /// Bytes that the pageserver has sent so far.
+    pub fn bytes_served(&self) -> u64 {
+        self.pageserver.bytes_back()
+    }
+
+    /// Where the page cache of a compute of this name is, and what it leaves.
+    pub fn cache_dir(&self, name: &str) -> PathBuf {
+        self.disk.path().join("cache").join(name)
+    }
+
+    /// Where the WAL begins that any safekeeper still has.
+    pub async fn oldest_wal(&self) -> Lsn {
+        let mut oldest = Lsn::MAX;
+        for address in &self.safekeepers {
+            let status = safekeeper_client::branch_status(&address.to_string(), &self.token, &self.branch).await;
+            oldest = oldest.min(status.expect("status").log_start_lsn);
+        }
+        oldest
     }
 }
 

@@ -1,0 +1,8 @@
+//! Real computes, a process each, on real safekeepers and a pageserver.
+
+mod backpressure;
+mod free_space;
+mod lifetime;
+mod replication;
+mod warm_cache;
+mod world;
