@@ -79,6 +79,10 @@ pub struct Config {
     #[arg(long, default_value_t = 10 * 1024 * 1024, value_name = "BYTES")]
     pub http_response_max_bytes: usize,
 
+    /// Bytes of answers to HTTP requests that are kept, for requests and endpoints that ask for it. 0: none.
+    #[arg(long, default_value_t = 64 * 1024 * 1024, value_name = "BYTES")]
+    pub http_cache_bytes: u64,
+
     /// How clients of -pooler hosts are served that don't say pool_mode=transaction or pool_mode=session in their options.
     #[arg(long, default_value = "transaction", value_name = "MODE")]
     pub pool_mode: PoolMode,

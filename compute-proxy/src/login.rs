@@ -60,9 +60,8 @@ pub fn endpoint_in_password(password: &[u8], missing: impl FnOnce() -> Stop) -> 
 struct Candidate {
     endpoint: EndpointId,
     verifier: Verifier,
-    /// The verifier's text; `None` for a made-up one.
-    stored: Option<Arc<str>>,
-    enabled: bool,
+    /// What the control plane says; `None` when the verifier is made up.
+    auth: Option<Arc<RoleAuth>>,
     /// False when the verifier is remembered and may be out of date.
     fresh: bool,
 }
@@ -94,7 +93,7 @@ impl Login {
         self.check_limit(from, endpoint)?;
         let candidate = self.candidate(endpoint, user, self.fresh_for).await?;
         match exchange(stream, end_point, &candidate.verifier).await {
-            Ok(()) => candidate.admit(),
+            Ok(()) => candidate.admit(user).map(|_| ()),
             Err(LoginError::Scram(ScramError::WrongPassword)) => {
                 self.roles.doubt(endpoint, user);
                 self.limit.failed(self.begun.elapsed(), from, endpoint);
@@ -113,10 +112,10 @@ impl Login {
         user: &str,
         password: &[u8],
     ) -> Result<(), Stop> {
-        self.by_password_within(self.fresh_for, from, endpoint, user, password).await
+        self.by_password_within(self.fresh_for, from, endpoint, user, password).await.map(|_| ())
     }
 
-    /// The same, with another `fresh_for`.
+    /// The same, with another `fresh_for`; gives what the control plane says of the role.
     pub async fn by_password_within(
         &self,
         fresh_for: Duration,
@@ -124,7 +123,7 @@ impl Login {
         endpoint: &EndpointId,
         user: &str,
         password: &[u8],
-    ) -> Result<(), Stop> {
+    ) -> Result<Arc<RoleAuth>, Stop> {
         self.check_limit(from, endpoint)?;
         let mut candidate = self.candidate(endpoint, user, fresh_for).await?;
         let mut good = self.accepts(&candidate, password).await?;
@@ -137,7 +136,7 @@ impl Login {
             self.limit.failed(self.begun.elapsed(), from, endpoint);
             return Err(wrong_password(user));
         }
-        candidate.admit()
+        candidate.admit(user)
     }
 
     fn check_limit(&self, from: IpAddr, endpoint: &EndpointId) -> Result<(), Stop> {
@@ -152,7 +151,8 @@ impl Login {
     }
 
     async fn accepts(&self, candidate: &Candidate, password: &[u8]) -> Result<bool, Stop> {
-        let pair = candidate.stored.as_deref().map(|stored| self.remembered.pair(stored, password));
+        let stored = candidate.auth.as_ref().and_then(|auth| auth.scram_verifier.as_deref());
+        let pair = stored.map(|stored| self.remembered.pair(stored, password));
         let is_remembered = || pair.is_some_and(|pair| self.remembered.contains(pair));
         if is_remembered() {
             return Ok(true);
@@ -188,9 +188,8 @@ impl Login {
         let context = || [endpoint.as_str().as_bytes(), b"/", user.as_bytes()];
         Ok(Candidate {
             endpoint: endpoint.clone(),
-            stored: verifier.is_some().then(|| auth.as_deref()?.scram_verifier.as_deref().map(Arc::from)).flatten(),
+            auth: auth.filter(|_| verifier.is_some()),
             verifier: verifier.unwrap_or_else(|| Verifier::mock(&self.mock_secret, &context())),
-            enabled: auth.is_none_or(|auth| auth.enabled),
             fresh,
         })
     }
@@ -198,9 +197,11 @@ impl Login {
 
 impl Candidate {
     /// What follows a good login. Only now may a client learn that the endpoint is disabled.
-    fn admit(self) -> Result<(), Stop> {
-        if self.enabled {
-            return Ok(());
+    fn admit(self, user: &str) -> Result<Arc<RoleAuth>, Stop> {
+        // Nothing fits a made-up verifier.
+        let auth = self.auth.ok_or_else(|| wrong_password(user))?;
+        if auth.enabled {
+            return Ok(auth);
         }
         let error = FatalError {
             hint: Some("Enable it in the control plane, then connect again.".to_owned()),

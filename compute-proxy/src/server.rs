@@ -17,7 +17,7 @@ use crate::{
     cancel::CancelMap,
     config::Config,
     control::ControlPlane,
-    http,
+    http::{self, AnswerCache},
     login::Login,
     pooling::{PoolOptions, Pools},
     roles::Roles,
@@ -73,6 +73,8 @@ pub struct Shared {
     pub waker: Waker,
     /// Server connections that pooled clients share.
     pub pools: Pools,
+    /// Answers to HTTP requests.
+    pub answers: Arc<AnswerCache>,
     /// Sessions that can be cancelled.
     pub cancels: CancelMap,
     /// The proxy stops: no new sessions.
@@ -102,6 +104,7 @@ impl Server {
             login: Login::new(Roles::new(control.clone()), config.auth_cache),
             pools: Pools::new(pool_options(&config), waker.clone()),
             waker,
+            answers: Arc::new(AnswerCache::new(config.http_cache_bytes)),
             cancels: CancelMap::default(),
             draining: CancellationToken::new(),
             kill: CancellationToken::new(),

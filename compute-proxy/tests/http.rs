@@ -418,3 +418,148 @@ async fn the_port_speaks_postgres_to_those_who_name_it() {
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(said.contains("ALPN protocol: postgresql") && said.contains("Verify return code: 0"), "{said}");
 }
+
+/// What the cache did with a query that asks to be kept so, and the answer.
+async fn cached(http: &Http<'_>, wish: &str, text: &str) -> (String, Value) {
+    let request = http.client.post(http.url("/sql")).header("Neon-Connection-String", connection("alice"));
+    let request = request.header("Dormouse-Cache", wish).body(json!({"query": text}).to_string());
+    let response = request.send().await.expect("an answer");
+    let outcome = response.headers().get("dormouse-cache").map(|value| value.to_str().expect("text").to_owned());
+    (outcome.unwrap_or_default(), response.json().await.expect("JSON"))
+}
+
+#[tokio::test]
+async fn answers_are_kept_when_that_is_asked_for() {
+    let world = World::start(&["--http-auth-cache", "0s"]).await;
+    let http = Http::new(&world);
+    http.query("create table http_kept (a int)", json!([])).await;
+    http.query("insert into http_kept values (1)", json!([])).await;
+    let text = "select count(*)::int n from http_kept";
+    let n = |answer: &Value| answer["rows"][0]["n"].clone();
+    assert_eq!(cached(&http, "", text).await.0, "", "nobody asked");
+    assert_eq!(cached(&http, "max-age=60, tag=kept", text).await.0, "miss");
+    http.query("insert into http_kept values (2)", json!([])).await;
+    let (outcome, answer) = cached(&http, "max-age=60, tag=kept", text).await;
+    assert_eq!((outcome.as_str(), n(&answer)), ("hit", json!(1)));
+    assert_eq!(n(&http.query(text, json!([])).await), 2, "who does not ask for it gets a new one");
+
+    // A kept answer needs no compute, but a good password.
+    let wakes = world.wakes();
+    world.postgres.terminate_backends_of("alice");
+    assert_eq!(cached(&http, "max-age=60", text).await.0, "hit");
+    assert_eq!(world.wakes(), wakes, "it woke nothing");
+    let wrong = connection("alice").replace("wonder", "under");
+    let (status, error) =
+        http.send(&wrong, &[("Dormouse-Cache", "max-age=60")], json!({"query": text}).to_string()).await;
+    assert_eq!((status, &error["code"]), (StatusCode::BAD_REQUEST, &json!("28P01")));
+    let body = json!({"query": text}).to_string();
+    let (_, error) = http.send(&connection("carol"), &[("Dormouse-Cache", "max-age=60")], body).await;
+    assert_eq!(error["code"], "42501", "another role's answer is not given");
+
+    // Invalidation, by tag and all.
+    let endpoint = world.endpoint("ep-a");
+    endpoint.query_cache.lock().tags.insert("kept".to_owned(), 1);
+    let (outcome, answer) = cached(&http, "max-age=60, tag=kept", text).await;
+    assert_eq!((outcome.as_str(), n(&answer)), ("miss", json!(2)));
+    assert_eq!(cached(&http, "max-age=60", text).await.0, "hit");
+    endpoint.query_cache.lock().all += 1;
+    assert_eq!(cached(&http, "max-age=60", text).await.0, "miss");
+
+    // The endpoint's own setting, and a request that does not want it.
+    endpoint.query_cache.lock().settings =
+        Some(control_plane_api::v2::QueryCacheSettings { max_age: 60, stale_while_revalidate: 0 });
+    assert_eq!(cached(&http, "", text).await.0, "hit");
+    assert_eq!(cached(&http, "no-store", text).await.0, "");
+    let error = cached(&http, "max-age=forever", text).await.1;
+    assert_eq!(error["code"], "08P01");
+}
+
+#[tokio::test]
+async fn a_stale_answer_is_given_at_once_and_fetched_anew() {
+    let world = World::start(&[]).await;
+    let http = Http::new(&world);
+    let wish = "max-age=1, stale-while-revalidate=30";
+    let text = "select statement_timestamp()::text t";
+    let (_, first) = cached(&http, wish, text).await;
+    sleep(Duration::from_millis(1200)).await;
+    let (outcome, second) = cached(&http, wish, text).await;
+    assert_eq!((outcome.as_str(), &second), ("stale", &first));
+    for _ in 0..50 {
+        let (outcome, third) = cached(&http, wish, text).await;
+        if outcome == "hit" {
+            assert_ne!(third, first);
+            return;
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+    panic!("it was not fetched anew");
+}
+
+#[tokio::test]
+async fn only_reading_by_stable_functions_is_kept() {
+    let world = World::start(&[]).await;
+    let http = Http::new(&world);
+    for text in [
+        "create table http_stable (a int, b text)",
+        "create function http_volatile() returns int language sql volatile as 'select 1'",
+        "create function http_hidden() returns int language plpgsql volatile as 'begin return 1; end'",
+        "create function http_promised() returns int language plpgsql stable as 'begin return 1; end'",
+        "create view http_view as select random() r",
+        "create sequence http_sequence",
+        "create function http_equal(int, int) returns bool language plpgsql volatile as 'begin return true; end'",
+        "create operator === (leftarg = int, rightarg = int, function = http_equal)",
+    ] {
+        http.query(text, json!([])).await;
+    }
+    let wish = "max-age=60";
+    for text in [
+        "select a, count(*) from http_stable where b like 'x%' group by a order by 1",
+        "select now(), current_user, array_agg(a) over () from http_stable",
+        "select http_promised()",
+        "with x as (select 1 a) select * from x where (a, 1) < (2, 3) union select a from http_stable",
+        "values (1), (2)",
+        "select relname from pg_class limit 1",
+    ] {
+        assert_eq!(cached(&http, wish, text).await.0, "miss", "{text}");
+        assert_eq!(cached(&http, wish, text).await.0, "hit", "{text}");
+    }
+    for text in [
+        "select random()",
+        "select clock_timestamp()",
+        "select 1 limit (random() * 5)::int",
+        "select sum(1) over (rows (random() * 2)::int preceding)",
+        "select * from http_stable tablesample bernoulli (10)",
+        "select * from http_view",
+        "select http_volatile()",
+        "select http_hidden()",
+        "select 1 === 2",
+        "select nextval('http_sequence')::text",
+        "select pg_try_advisory_lock(5)",
+        "select * from http_stable for update",
+        "insert into http_stable values (1, 'x') returning a",
+        "with x as (insert into http_stable values (2, 'y') returning a) select * from x",
+        "update http_stable set b = 'z'",
+        "show work_mem",
+    ] {
+        assert_eq!(cached(&http, wish, text).await.0, "bypass", "{text}");
+        assert_eq!(cached(&http, wish, text).await.0, "bypass", "{text}");
+    }
+    assert_eq!(
+        http.value("select count(*)::int from http_stable where b = 'z'").await,
+        4,
+        "each was done once, when it was sent"
+    );
+    let (_, error) = cached(&http, wish, "select nonsense").await;
+    assert_eq!((&error["code"], &error["position"]), (&json!("42703"), &json!("8")));
+    let (_, error) = cached(&http, wish, "select 1 / 0").await;
+    assert_eq!(error["code"], "22012");
+
+    // Parameters, and the shape of the answer, make it another one.
+    let body = |number: i32| json!({"query": "select $1::int n", "params": [number]}).to_string();
+    for (number, headers) in [(1, vec![]), (2, vec![]), (1, vec![("Neon-Array-Mode", "true")])] {
+        let headers = [&[("Dormouse-Cache", wish)][..], &headers].concat();
+        let (_, answer) = http.send(&connection("alice"), &headers, body(number)).await;
+        let wanted = if headers.len() > 1 { json!([number]) } else { json!({ "n": number }) };
+        assert_eq!(answer["rows"][0], wanted);
+    }
+}

@@ -54,6 +54,11 @@ impl Answer {
         Self::new(shape, 0..1, false, limit)
     }
 
+    /// For one query between the `BEGIN` and `COMMIT` of a transaction.
+    pub fn single_in_transaction(shape: Shape, limit: usize) -> Self {
+        Self::new(shape, 1..2, false, limit)
+    }
+
     /// For a batch of `count` queries.
     pub fn batch(shape: Shape, count: usize, limit: usize) -> Self {
         let mut answer = Self::new(shape, 1..count + 1, true, limit);

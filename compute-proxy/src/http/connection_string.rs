@@ -21,6 +21,8 @@ pub struct ConnectionString {
     pub host: String,
     /// The password, decoded; empty when there is none.
     pub password: String,
+    /// The parameter `cache`, written as the header `Dormouse-Cache`: for clients that cannot send headers of their own.
+    pub cache: Option<String>,
     /// Role, database, `options` and further start-up parameters.
     pub startup: Startup,
 }
@@ -62,12 +64,14 @@ impl ConnectionString {
             parameters: vec![("client_encoding".to_owned(), "UTF8".to_owned())],
             unknown_extensions: Vec::new(),
         };
+        let mut cache = None;
         for (name, value) in url.query_pairs() {
             if value.contains('\0') {
                 return Err(ConnectionStringError::Zero);
             }
             match name.as_ref() {
                 "options" => startup.options = Some(value.into_owned()),
+                "cache" => cache = Some(value.into_owned()),
                 name if STARTUP_PARAMETERS.contains(&name) => {
                     startup.parameters.retain(|(known, _)| known != name);
                     startup.parameters.push((name.to_owned(), value.into_owned()));
@@ -75,7 +79,7 @@ impl ConnectionString {
                 _ => {}
             }
         }
-        Ok(Self { host, password: decoded(url.password().unwrap_or(""))?, startup })
+        Ok(Self { host, password: decoded(url.password().unwrap_or(""))?, cache, startup })
     }
 }
 

@@ -66,6 +66,11 @@ impl SqlError {
         self
     }
 
+    /// Its SQLSTATE.
+    pub fn sqlstate(&self) -> Option<&str> {
+        self.fields.code.as_deref()
+    }
+
     /// From the body of an `ErrorResponse`.
     pub fn from_postgres(body: &[u8]) -> Self {
         let mut fields = ErrorFields::default();

@@ -5,12 +5,16 @@
 //! passed on to `session`.
 
 mod answer;
+mod cache;
+mod cache_policy;
+mod cached;
 mod connection_string;
 mod error;
 mod parameter;
 mod request;
 mod routes;
 mod sql;
+mod stability;
 mod value;
 mod websocket;
 
@@ -27,6 +31,7 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
+pub use self::cache::AnswerCache;
 use crate::{
     end::EndReason,
     handshake::TLS_HANDSHAKE_BYTE,

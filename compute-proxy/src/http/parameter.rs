@@ -14,7 +14,7 @@ pub fn write_parameter(value: &RawValue, body: &mut Vec<u8>) -> Result<(), Param
     match kind(text) {
         Kind::Null => {
             body.extend_from_slice(&(-1_i32).to_be_bytes());
-            return Ok(());
+            Ok(())
         }
         Kind::String => write_sized(string(text)?.as_bytes(), body),
         Kind::Array => {

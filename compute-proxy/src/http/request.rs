@@ -5,7 +5,10 @@ use connection_pool::frame;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::parameter::{ParameterError, write_parameter};
+use super::{
+    cache_policy::CachePolicyError,
+    parameter::{ParameterError, write_parameter},
+};
 
 /// Parameters that one query may have: the protocol counts them in 16 bits.
 const PARAMETERS_MAX: usize = 65_535;
@@ -115,36 +118,74 @@ impl<'a> Body<'a> {
             _ => Err(RequestError::Kind),
         }
     }
+}
 
-    /// The messages that ask for it, with one `Sync` at the end: Postgres skips to there when a statement fails.
-    pub fn messages(&self, options: BatchOptions) -> Result<Vec<u8>, RequestError> {
+/// The messages for a batch: a transaction with one `Sync` at its end, to which Postgres skips when a statement fails.
+pub fn batch_messages(queries: &[Query<'_>], options: BatchOptions) -> Result<Vec<u8>, RequestError> {
+    in_transaction(&options.begin(), queries)
+}
+
+fn in_transaction(begin: &str, queries: &[Query<'_>]) -> Result<Vec<u8>, RequestError> {
+    let mut messages = Vec::new();
+    write_query(begin, &[], &mut messages)?;
+    queries.iter().try_for_each(|query| write_query(&query.query, &query.params, &mut messages))?;
+    write_query("COMMIT", &[], &mut messages)?;
+    write_sync(&mut messages);
+    Ok(messages)
+}
+
+fn write_sync(messages: &mut Vec<u8>) {
+    frame::write(messages, b'S', |_| ());
+}
+
+/// The messages for a few statements without parameters, and a `Sync`.
+pub fn statements<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<Vec<u8>, RequestError> {
+    let mut messages = Vec::new();
+    texts.into_iter().try_for_each(|text| write_query(text, &[], &mut messages))?;
+    write_sync(&mut messages);
+    Ok(messages)
+}
+
+impl Query<'_> {
+    /// The messages for this query by itself.
+    pub fn messages(&self) -> Result<Vec<u8>, RequestError> {
         let mut messages = Vec::new();
-        match self {
-            Self::Single(query) => write_query(&query.query, &query.params, &mut messages)?,
-            Self::Batch(queries) => {
-                write_query(&options.begin(), &[], &mut messages)?;
-                for query in queries {
-                    write_query(&query.query, &query.params, &mut messages)?;
-                }
-                write_query("COMMIT", &[], &mut messages)?;
-            }
-        }
-        frame::write(&mut messages, b'S', |_| ());
+        write_query(&self.query, &self.params, &mut messages)?;
+        write_sync(&mut messages);
+        Ok(messages)
+    }
+
+    /// The messages for this query in a transaction that only reads.
+    pub fn reading_messages(&self) -> Result<Vec<u8>, RequestError> {
+        in_transaction("BEGIN READ ONLY", std::slice::from_ref(self))
+    }
+
+    /// The messages for some statements and then the query's analysis, without running it.
+    pub fn analysis_messages(&self, before: &[&str]) -> Result<Vec<u8>, RequestError> {
+        let mut messages = Vec::new();
+        before.iter().try_for_each(|text| write_query(text, &[], &mut messages))?;
+        write_parse(&self.query, &mut messages)?;
+        write_sync(&mut messages);
         Ok(messages)
     }
 }
 
-/// `Parse`, `Bind`, `Describe` and `Execute` of the unnamed statement and portal, all values as text.
-fn write_query(text: &str, parameters: &[&RawValue], messages: &mut Vec<u8>) -> Result<(), RequestError> {
+fn write_parse(text: &str, messages: &mut Vec<u8>) -> Result<(), RequestError> {
     if text.contains('\0') {
         return Err(ParameterError::Zero.into());
     }
-    let count = u16::try_from(parameters.len()).map_err(|_| RequestError::TooManyParameters)?;
     frame::write(messages, b'P', |body| {
         body.push(0);
         body.extend_from_slice(text.as_bytes());
         body.extend_from_slice(&[0, 0, 0]);
     });
+    Ok(())
+}
+
+/// `Parse`, `Bind`, `Describe` and `Execute` of the unnamed statement and portal, all values as text.
+fn write_query(text: &str, parameters: &[&RawValue], messages: &mut Vec<u8>) -> Result<(), RequestError> {
+    let count = u16::try_from(parameters.len()).map_err(|_| RequestError::TooManyParameters)?;
+    write_parse(text, messages)?;
     let mut outcome = Ok(());
     frame::write(messages, b'B', |body| {
         body.extend_from_slice(&[0, 0, 0, 0]);
@@ -212,6 +253,9 @@ pub enum RequestError {
     /// A parameter that cannot be passed on.
     #[error(transparent)]
     Parameter(#[from] ParameterError),
+    /// What is said about keeping the answer makes no sense.
+    #[error(transparent)]
+    Cache(#[from] CachePolicyError),
 }
 
 impl RequestError {
@@ -227,6 +271,7 @@ impl RequestError {
             | Self::Flag(_)
             | Self::Isolation
             | Self::Json(_)
+            | Self::Cache(_)
             | Self::Kind => "08P01",
         }
     }
@@ -310,7 +355,8 @@ mod tests {
     #[test]
     fn a_batch_is_one_transaction_with_one_sync() {
         let body = Body::parse(br#"{"queries":[{"query":"a"},{"query":"b","params":[null]}]}"#).expect("good");
-        let messages = body.messages(BatchOptions::default()).expect("good");
+        let Body::Batch(queries) = body else { panic!("a batch") };
+        let messages = batch_messages(&queries, BatchOptions::default()).expect("good");
         let (mut rest, mut kinds) = (&messages[..], Vec::new());
         while let Some(header) = frame::header(rest).expect("framed") {
             kinds.push(char::from(header.kind));
@@ -322,7 +368,8 @@ mod tests {
     #[test]
     fn a_zero_in_a_text_is_refused() {
         let body = Body::parse(br#"{"query":"select '\u0000'"}"#).expect("JSON");
-        assert_eq!(body.messages(BatchOptions::default()).map_err(|error| error.sqlstate()), Err("22021"));
+        let Body::Single(query) = body else { panic!("one query") };
+        assert_eq!(query.messages().map_err(|error| error.sqlstate()), Err("22021"));
     }
 
     proptest! {
@@ -331,8 +378,8 @@ mod tests {
             let _ = Body::parse(&bytes);
             let _ = Body::parse(text.as_bytes());
             let wrapped = format!(r#"{{"query":"x","params":[{text}]}}"#);
-            if let Ok(body) = Body::parse(wrapped.as_bytes()) {
-                let _ = body.messages(BatchOptions::default());
+            if let Ok(Body::Single(query)) = Body::parse(wrapped.as_bytes()) {
+                let _ = query.messages();
             }
         }
     }

@@ -1,20 +1,25 @@
 //! `POST /sql`: login at the door, one exchange with Postgres, one answer.
 
+use std::{sync::Arc, time::Duration};
+
 use axum::{
     body::Bytes,
     extract::{Request, State},
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
+use control_plane_api::internal::RoleAuth;
 use http_body_util::{BodyExt as _, Limited};
 use tokio::time::timeout;
 
 use super::{
     Visitor,
     answer::Answer,
+    cache_policy::CacheWish,
+    cached,
     connection_string::ConnectionString,
     error::SqlError,
-    request::{BatchOptions, Body, RequestError, Shape, single},
+    request::{BatchOptions, Body, RequestError, Shape, batch_messages, single},
     routes::Context,
 };
 use crate::{
@@ -30,39 +35,79 @@ use crate::{
 /// Name of the header that says whom to connect to, and as whom.
 const CONNECTION_STRING: &str = "neon-connection-string";
 
+/// Name of the header that says whether the answer may be kept, and in answers, what came of it.
+const CACHE: &str = "dormouse-cache";
+
 /// What takes back whatever a request has left open.
 const ROLLBACK: &[u8] = b"Q\0\0\0\x0dROLLBACK\0";
 
 /// Answers a request. Dropped when the client leaves: the query is then cancelled.
 pub async fn answer(State(context): State<Context>, request: Request) -> Response {
     match attempt(&context, request).await {
-        Ok(json) => ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], json).into_response(),
+        Ok(answered) => answered.into_response(),
         Err(error) => error.into_response(),
     }
 }
 
-async fn attempt(Context { shared, visitor }: &Context, request: Request) -> Result<Vec<u8>, SqlError> {
+async fn attempt(Context { shared, visitor }: &Context, request: Request) -> Result<Answered, SqlError> {
     let (head, body) = request.into_parts();
     let _slot = shared.session_slot().ok_or_else(|| SqlError::new("53300", "sorry, too many clients already"))?;
     let target = log_in(shared, visitor, &head.headers).await?;
     let shape = Shape::from_headers(&head.headers)?;
     let batch_options = BatchOptions::from_headers(&head.headers)?;
-    let body = read_body(shared, body).await?;
-    let body = Body::parse(&body)?;
-    let messages = body.messages(batch_options)?;
-    let limit = shared.config.http_response_max_bytes;
-    let answer = match &body {
-        Body::Single(_) => Answer::single(shape, limit),
-        Body::Batch(queries) => Answer::batch(shape, queries.len(), limit),
+    let wish = match single(&head.headers, CACHE)?.or(target.connection.cache.as_deref()) {
+        Some(text) => CacheWish::parse(text).map_err(RequestError::from)?,
+        None => CacheWish::default(),
     };
-    ask(shared, &target, &messages, answer).await
+    let body = read_body(shared, body).await?;
+    let limit = shared.config.http_response_max_bytes;
+    let answer = match Body::parse(&body)? {
+        Body::Single(query) => match wish.policy(target.auth.query_cache.settings) {
+            Some(policy) => return Box::pin(cached::answer(shared, target, &query, shape, policy)).await,
+            None => ask(shared, &target, &query.messages()?, Answer::single(shape, limit)).await?,
+        },
+        Body::Batch(queries) => {
+            let answer = Answer::batch(shape, queries.len(), limit);
+            ask(shared, &target, &batch_messages(&queries, batch_options)?, answer).await?
+        }
+    };
+    Ok(Answered { json: answer.into(), cache: None })
+}
+
+/// A good answer.
+pub struct Answered {
+    /// Its JSON.
+    pub json: Bytes,
+    /// What the cache did, and how old the answer is; `None`: the cache was not asked.
+    pub cache: Option<(&'static str, Option<Duration>)>,
+}
+
+impl IntoResponse for Answered {
+    fn into_response(self) -> Response {
+        let mut response = self.json.into_response();
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if let Some((outcome, age)) = self.cache {
+            headers.insert(CACHE, HeaderValue::from_static(outcome));
+            if let Some(age) = age {
+                headers.insert(header::AGE, age.as_secs().into());
+            }
+        }
+        response
+    }
 }
 
 /// What a request is for, after a good login.
-struct Target {
-    endpoint: types::EndpointId,
-    connection: ConnectionString,
-    options: Options,
+#[derive(Clone)]
+pub struct Target {
+    /// The endpoint.
+    pub endpoint: types::EndpointId,
+    /// Role, database, parameters.
+    pub connection: ConnectionString,
+    /// Start-up options without the endpoint.
+    pub options: Options,
+    /// What the control plane says of the role and its endpoint.
+    pub auth: Arc<RoleAuth>,
 }
 
 async fn log_in(shared: &Shared, visitor: &Visitor, headers: &HeaderMap) -> Result<Target, SqlError> {
@@ -78,8 +123,9 @@ async fn log_in(shared: &Shared, visitor: &Visitor, headers: &HeaderMap) -> Resu
         Choice::AskPassword => login::endpoint_in_password(sent, || session::no_endpoint(domain))?,
     };
     let (fresh_for, from) = (shared.config.http_auth_cache.max(shared.config.auth_cache), visitor.peer.ip());
-    shared.login.by_password_within(fresh_for, from, &name.endpoint, &startup.user, password).await?;
-    Ok(Target { endpoint: name.endpoint, connection, options })
+    let checking = shared.login.by_password_within(fresh_for, from, &name.endpoint, &startup.user, password);
+    let auth = checking.await?;
+    Ok(Target { endpoint: name.endpoint, connection, options, auth })
 }
 
 async fn read_body(shared: &Shared, body: axum::body::Body) -> Result<Bytes, SqlError> {
@@ -98,45 +144,78 @@ async fn read_body(shared: &Shared, body: axum::body::Body) -> Result<Bytes, Sql
     }
 }
 
-/// One exchange with Postgres.
-async fn ask(shared: &Shared, target: &Target, messages: &[u8], mut answer: Answer) -> Result<Vec<u8>, SqlError> {
-    let Target { endpoint, connection, options } = target;
-    let limit = shared.config.http_response_max_bytes;
-    let rest = options.rest.as_deref();
-    let beginning = Exchange::begin(&shared.pools, endpoint, &connection.startup, rest, limit);
-    let mut exchange = tokio::select! {
-        () = shared.draining.cancelled() => return Err(shutdown()),
-        exchange = Box::pin(beginning) => exchange?,
-    };
-    let running = exchange.run(messages, |kind, body| answer.take(kind, body));
-    let status = match running.await {
+/// One exchange with Postgres; its answer as JSON.
+pub async fn ask(shared: &Shared, target: &Target, messages: &[u8], mut answer: Answer) -> Result<Vec<u8>, SqlError> {
+    let mut exchange = begin(shared, target).await?;
+    let status = match run(shared, &mut exchange, messages, |kind, body| answer.take(kind, body)).await {
         Ok(status) => status,
-        Err(ExchangeError::Closed) => return answer.finish().and_then(|_| Err(closed())),
-        Err(error) => return Err(failure(error, limit)),
+        // What Postgres said before it closed the connection says more.
+        Err(Failure::Closed(error)) => return answer.finish().and(Err(error)),
+        Err(Failure::Other(error)) => return Err(error),
     };
-    if status == TransactionStatus::Open {
-        let rolled_back = exchange.run(ROLLBACK, |_, _| Ok::<_, SqlError>(())).await;
-        if !matches!(rolled_back, Ok(TransactionStatus::Idle)) {
-            // It is closed rather than given to somebody else.
-            return answer.finish();
-        }
-    }
-    exchange.finish();
+    end(exchange, status).await;
     answer.finish()
 }
 
-fn failure(error: ExchangeError<SqlError>, limit: usize) -> SqlError {
-    match error {
-        ExchangeError::Refused(error) => error,
-        ExchangeError::Closed => closed(),
-        ExchangeError::Violation(error) => SqlError::new(error.sqlstate(), error.to_string()),
-        ExchangeError::TooLong => SqlError::new("54000", format!("a row of the answer is larger than {limit} bytes")),
-        ExchangeError::Settings(body) => SqlError::from_postgres(&body),
+/// Borrows a connection.
+pub async fn begin(shared: &Shared, target: &Target) -> Result<Exchange, SqlError> {
+    let Target { endpoint, connection, options, .. } = target;
+    let limit = shared.config.http_response_max_bytes;
+    let beginning = Exchange::begin(&shared.pools, endpoint, &connection.startup, options.rest.as_deref(), limit);
+    tokio::select! {
+        () = shared.draining.cancelled() => Err(shutdown()),
+        exchange = Box::pin(beginning) => Ok(exchange?),
     }
 }
 
-fn closed() -> SqlError {
-    SqlError::new("08006", "the compute closed the connection")
+/// Why an exchange has no whole answer.
+pub enum Failure {
+    /// Postgres closed the connection.
+    Closed(SqlError),
+    /// Anything else.
+    Other(SqlError),
+}
+
+impl From<Failure> for SqlError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Closed(error) | Failure::Other(error) => error,
+        }
+    }
+}
+
+/// Sends messages and takes the answer.
+pub async fn run(
+    shared: &Shared,
+    exchange: &mut Exchange,
+    messages: &[u8],
+    take: impl FnMut(u8, &[u8]) -> Result<(), SqlError>,
+) -> Result<TransactionStatus, Failure> {
+    exchange.run(messages, take).await.map_err(|error| {
+        Failure::Other(match error {
+            ExchangeError::Closed => {
+                return Failure::Closed(SqlError::new("08006", "the compute closed the connection"));
+            }
+            ExchangeError::Refused(error) => error,
+            ExchangeError::Violation(error) => SqlError::new(error.sqlstate(), error.to_string()),
+            ExchangeError::TooLong => {
+                let limit = shared.config.http_response_max_bytes;
+                SqlError::new("54000", format!("a row of the answer is larger than {limit} bytes"))
+            }
+            ExchangeError::Settings(body) => SqlError::from_postgres(&body),
+        })
+    })
+}
+
+/// Gives the connection back without a transaction. Where that cannot be done it is closed.
+pub async fn end(mut exchange: Exchange, status: TransactionStatus) {
+    if status == TransactionStatus::Open {
+        let rolled_back = exchange.run(ROLLBACK, |_, _| Ok::<_, SqlError>(())).await;
+        if !matches!(rolled_back, Ok(TransactionStatus::Idle)) {
+            return;
+        }
+    }
+    exchange.finish();
 }
 
 fn shutdown() -> SqlError {
