@@ -35,7 +35,7 @@ demo: release
 	target/release/demo --object-store $(OBJECT_STORE)
 
 test:
-	@scripts/setup.sh s3
+	@scripts/setup.sh s3 examples
 	cargo build --workspace --all-targets --locked
 	cargo test --workspace --locked --no-fail-fast
 

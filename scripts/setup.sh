@@ -4,10 +4,15 @@
 #   scripts/setup.sh pgbouncer  also PgBouncer for the benchmark of pooling, into target/tools/pgbouncer: as a package it would be started
 #   scripts/setup.sh clients    also the clients of `make clients`, into target/tools/clients
 #   scripts/setup.sh s3         also an S3-compatible server for the tests (moto, in a virtual environment of its own)
+#   scripts/setup.sh examples   also Node.js and the packages of examples/ and of the tests of the serverless driver, into examples/node_modules
+# Several at once: scripts/setup.sh s3 examples
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 say() { printf 'setup: %s\n' "$*" >&2; }
+
+wants() { [[ " $arguments " == *" $1 "* ]]; }
+arguments=$*
 
 as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi
@@ -16,17 +21,20 @@ as_root() {
 missing=()
 [ -x "${PG_BIN_DIR:-/usr/lib/postgresql/15/bin}/postgres" ] || missing+=(postgresql-15 postgresql-client-15)
 command -v cc >/dev/null || missing+=(gcc libc6-dev)
-if [ "${1:-}" = s3 ]; then
+if wants s3; then
     command -v python3 >/dev/null || missing+=(python3)
     python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 fi
-if [ "${1:-}" = clients ]; then
+if wants clients; then
     command -v python3 >/dev/null || missing+=(python3)
     python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
     command -v npm >/dev/null || missing+=(nodejs npm)
     command -v javac >/dev/null || missing+=(openjdk-17-jdk-headless)
 fi
-if [ "${1:-}" = pgbouncer ]; then
+if wants examples; then
+    command -v npm >/dev/null || missing+=(nodejs npm)
+fi
+if wants pgbouncer; then
     for library in libevent-2.1-7 libc-ares2; do
         dpkg -s "$library" >/dev/null 2>&1 || missing+=("$library")
     done
@@ -50,7 +58,7 @@ if [ ${#missing[@]} -gt 0 ]; then
     as_root apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
-if [ "${1:-}" = s3 ] && [ ! -x target/tools/moto/bin/moto_server ]; then
+if wants s3 && [ ! -x target/tools/moto/bin/moto_server ]; then
     say "installing moto (an S3-compatible server) into target/tools/moto"
     mkdir -p target/tools
     python3 -m venv target/tools/moto
@@ -66,12 +74,12 @@ unpack() {
     (cd "$directory" && for package in "$@"; do apt-get download -qq "$package" 2>/dev/null; done && for file in *.deb; do dpkg -x "$file" .; done)
 }
 
-if [ "${1:-}" = pgbouncer ] && [ ! -x target/tools/pgbouncer/usr/sbin/pgbouncer ]; then
+if wants pgbouncer && [ ! -x target/tools/pgbouncer/usr/sbin/pgbouncer ]; then
     say "unpacking PgBouncer into target/tools/pgbouncer"
     unpack target/tools/pgbouncer pgbouncer
 fi
 
-if [ "${1:-}" = clients ] && [ ! -e target/tools/clients/ready ]; then
+if wants clients && [ ! -e target/tools/clients/ready ]; then
     say "installing clients into target/tools/clients"
     mkdir -p target/tools/clients
     python3 -m venv target/tools/clients/venv
@@ -80,4 +88,13 @@ if [ "${1:-}" = clients ] && [ ! -e target/tools/clients/ready ]; then
     (cd target/tools/clients && npm install --silent --no-fund --no-audit pg@8 postgres@3 drizzle-orm@0.45)
     unpack target/tools/clients/jdbc libpostgresql-jdbc-java libscram-java libstringprep-java
     touch target/tools/clients/ready
+fi
+
+if wants examples && ! cmp -s examples/package-lock.json examples/node_modules/.installed; then
+    say "installing the packages of the examples into examples/node_modules"
+    (cd examples && npm ci --silent --no-fund --no-audit)
+    # Its migrations' engine is not a package; the client is made without it.
+    (cd examples && PATH="$PWD/node_modules/.bin:$PATH" CHECKPOINT_DISABLE=1 PRISMA_SCHEMA_ENGINE_BINARY=/bin/true \
+        prisma generate --schema prisma/schema.prisma >/dev/null)
+    cp examples/package-lock.json examples/node_modules/.installed
 fi

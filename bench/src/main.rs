@@ -4,6 +4,7 @@ mod bare;
 mod branch;
 mod commit;
 mod density;
+mod http;
 mod ingest;
 mod oltp;
 mod pages;
@@ -85,6 +86,8 @@ enum Name {
     Space,
     /// The proxy's pool, beside PgBouncer in front of the same compute.
     Pool,
+    /// SQL over HTTP, beside fresh and held connections.
+    Http,
     /// A thousand projects: what they cost while nobody uses them.
     Density,
 }
@@ -107,6 +110,7 @@ async fn main() -> ExitCode {
             Name::Ingest => ingest::run(arguments.load_rounds, arguments.pages_scale).await,
             Name::Space => space::run(arguments.pages_scale).await,
             Name::Pool => pool::run(arguments.load_rounds, arguments.seconds, arguments.idle_clients).await,
+            Name::Http => http::run(arguments.load_rounds, arguments.seconds).await,
             Name::Density => density::run(arguments.projects).await,
         };
         if let Err(error) = outcome {

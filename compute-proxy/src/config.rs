@@ -11,6 +11,10 @@ pub struct Config {
     #[arg(long, default_value = "127.0.0.1:5432", env = "DORMOUSE_PROXY_LISTEN", value_name = "ADDRESS")]
     pub listen: SocketAddr,
 
+    /// Address for SQL over HTTPS and WebSocket. Without TLS only with --allow-cleartext.
+    #[arg(long, default_value = "127.0.0.1:5443", env = "DORMOUSE_PROXY_HTTP_LISTEN", value_name = "ADDRESS")]
+    pub http_listen: SocketAddr,
+
     /// URL of the control plane.
     #[arg(long, default_value = "http://127.0.0.1:9898", env = "DORMOUSE_CONTROL_PLANE", value_name = "URL")]
     pub control_plane: reqwest::Url,
@@ -41,7 +45,8 @@ pub struct Config {
     #[arg(long)]
     pub proxy_protocol: bool,
 
-    /// Lets clients without TLS name their endpoint by a password prefix, which sends the password in clear text.
+    /// Lets clients without TLS name their endpoint by a password prefix, and use HTTP and WebSocket, which sends the
+    /// password in clear text.
     #[arg(long)]
     pub allow_cleartext: bool,
 
@@ -61,6 +66,22 @@ pub struct Config {
     /// login, so that a new password counts at once. While it is slow or down, verifiers up to ten minutes old are used.
     #[arg(long, default_value = "0s", value_parser = humantime::parse_duration, value_name = "TIME")]
     pub auth_cache: Duration,
+
+    /// The same for logins over HTTP, of which each request is one. A password that was changed may be used so much longer.
+    #[arg(long, default_value = "1s", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub http_auth_cache: Duration,
+
+    /// Bytes that the body of an HTTP request may have.
+    #[arg(long, default_value_t = 10 * 1024 * 1024, value_name = "BYTES")]
+    pub http_request_max_bytes: usize,
+
+    /// Bytes that the answer to an HTTP request may have.
+    #[arg(long, default_value_t = 10 * 1024 * 1024, value_name = "BYTES")]
+    pub http_response_max_bytes: usize,
+
+    /// Bytes of answers to HTTP requests that are kept, for requests and endpoints that ask for it. 0: none.
+    #[arg(long, default_value_t = 64 * 1024 * 1024, value_name = "BYTES")]
+    pub http_cache_bytes: u64,
 
     /// How clients of -pooler hosts are served that don't say pool_mode=transaction or pool_mode=session in their options.
     #[arg(long, default_value = "transaction", value_name = "MODE")]

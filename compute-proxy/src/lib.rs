@@ -3,7 +3,7 @@
 //! A connection goes through [`server`], then `session`, which drives the rest: [`handshake`] parses what the client
 //! sends before it logs in, [`endpoint_name`] tells which endpoint it means, [`scram`] checks the password, `wake` and
 //! `compute` get a session with Postgres, and `splice` passes bytes until one side has enough. Clients of `-pooler` hosts
-//! share few sessions: `pooling`.
+//! share few sessions: `pooling`. Clients without TCP come in through `http`.
 
 mod cancel;
 mod coalesce;
@@ -13,11 +13,13 @@ mod control;
 mod end;
 pub mod endpoint_name;
 pub mod handshake;
+mod http;
 mod login;
 mod login_limit;
 mod messages;
 mod pooling;
 pub mod proxy_protocol;
+mod remembered_passwords;
 mod roles;
 pub mod scram;
 pub mod server;

@@ -1,6 +1,10 @@
 //! Checks who a client is, by SCRAM or by a password in clear text, without waking anything.
 
-use std::{net::IpAddr, sync::Arc, time::Instant};
+use std::{
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use bytes::Bytes;
@@ -17,10 +21,10 @@ use crate::{
     handshake::{self, HandshakeError, PASSWORD_MAX_BYTES, SASL_MAX_BYTES},
     login_limit::LoginLimit,
     messages::{self, FatalError},
+    remembered_passwords::RememberedPasswords,
     roles::{Role, Roles},
     scram::{Binding, Exchange, SCRAM_SHA_256, SCRAM_SHA_256_PLUS, ScramError, Verifier},
     server::ClientStream,
-    tls::TlsInfo,
 };
 
 /// Bytes of randomness in a nonce, as in Postgres.
@@ -29,61 +33,67 @@ const NONCE_BYTES: usize = 18;
 /// Checks logins.
 pub struct Login {
     roles: Roles,
+    /// How long a role's verifier is used without asking the control plane again.
+    fresh_for: Duration,
     limit: LoginLimit,
     begun: Instant,
+    remembered: RememberedPasswords,
     /// Hashing a password takes milliseconds: no more of that at a time than leaves the proxy working.
     hashing: Semaphore,
     /// Makes the salts of roles that don't exist; new with every process.
     mock_secret: [u8; 32],
 }
 
-/// Asks for a password in clear text that names an endpoint; returns both. The caller has made sure that clear text is all
-/// right here. `missing` is the error for a password that names no endpoint.
-pub async fn ask_password(
-    stream: &mut ClientStream,
-    missing: impl FnOnce() -> Stop,
-) -> Result<(EndpointName, Bytes), Stop> {
+/// Asks for a password in clear text. The caller has made sure that clear text is all right here.
+pub async fn ask_password(stream: &mut ClientStream) -> Result<Bytes, Stop> {
     send(stream, &messages::ask_cleartext_password()).await?;
     let body = read_answer(stream, PASSWORD_MAX_BYTES).await?;
-    let (name, password) = split_password(handshake::parse_password(&body)?).ok_or_else(missing)??;
-    Ok((name, body.slice_ref(password)))
+    Ok(body.slice_ref(handshake::parse_password(&body)?))
+}
+
+/// The endpoint that a password names, and the rest of it. `missing` is the error for one that names none.
+pub fn endpoint_in_password(password: &[u8], missing: impl FnOnce() -> Stop) -> Result<(EndpointName, &[u8]), Stop> {
+    Ok(split_password(password).ok_or_else(missing)??)
 }
 
 /// A role to check, and what to check it against.
 struct Candidate {
     endpoint: EndpointId,
     verifier: Verifier,
-    enabled: bool,
+    /// What the control plane says; `None` when the verifier is made up.
+    auth: Option<Arc<RoleAuth>>,
     /// False when the verifier is remembered and may be out of date.
     fresh: bool,
 }
 
 impl Login {
-    /// Looks roles up in `roles`.
-    pub fn new(roles: Roles) -> Self {
+    /// Looks roles up in `roles`. `fresh_for`: how long an answer is used without asking again.
+    pub fn new(roles: Roles, fresh_for: Duration) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Self {
             roles,
+            fresh_for,
             limit: LoginLimit::default(),
             begun: Instant::now(),
+            remembered: RememberedPasswords::default(),
             hashing: Semaphore::new(cores),
             mock_secret: rand::random(),
         }
     }
 
-    /// Logs a client in whose endpoint is known.
+    /// Logs a client in whose endpoint is known. `end_point`: data for channel binding, inside TLS.
     pub async fn by_scram(
         &self,
         stream: &mut ClientStream,
-        tls: Option<&TlsInfo>,
+        end_point: Option<&Arc<[u8]>>,
         from: IpAddr,
         endpoint: &EndpointId,
         user: &str,
     ) -> Result<(), Stop> {
         self.check_limit(from, endpoint)?;
-        let candidate = self.candidate(endpoint, user).await?;
-        match exchange(stream, tls, &candidate.verifier).await {
-            Ok(()) => candidate.admit(),
+        let candidate = self.candidate(endpoint, user, self.fresh_for).await?;
+        match exchange(stream, end_point, &candidate.verifier).await {
+            Ok(()) => candidate.admit(user).map(|_| ()),
             Err(LoginError::Scram(ScramError::WrongPassword)) => {
                 self.roles.doubt(endpoint, user);
                 self.limit.failed(self.begun.elapsed(), from, endpoint);
@@ -102,19 +112,31 @@ impl Login {
         user: &str,
         password: &[u8],
     ) -> Result<(), Stop> {
+        self.by_password_within(self.fresh_for, from, endpoint, user, password).await.map(|_| ())
+    }
+
+    /// The same, with another `fresh_for`; gives what the control plane says of the role.
+    pub async fn by_password_within(
+        &self,
+        fresh_for: Duration,
+        from: IpAddr,
+        endpoint: &EndpointId,
+        user: &str,
+        password: &[u8],
+    ) -> Result<Arc<RoleAuth>, Stop> {
         self.check_limit(from, endpoint)?;
-        let mut candidate = self.candidate(endpoint, user).await?;
+        let mut candidate = self.candidate(endpoint, user, fresh_for).await?;
         let mut good = self.accepts(&candidate, password).await?;
         if !good && !candidate.fresh {
             self.roles.doubt(endpoint, user);
-            candidate = self.candidate(endpoint, user).await?;
+            candidate = self.candidate(endpoint, user, fresh_for).await?;
             good = self.accepts(&candidate, password).await?;
         }
         if !good {
             self.limit.failed(self.begun.elapsed(), from, endpoint);
             return Err(wrong_password(user));
         }
-        candidate.admit()
+        candidate.admit(user)
     }
 
     fn check_limit(&self, from: IpAddr, endpoint: &EndpointId) -> Result<(), Stop> {
@@ -129,15 +151,30 @@ impl Login {
     }
 
     async fn accepts(&self, candidate: &Candidate, password: &[u8]) -> Result<bool, Stop> {
+        let stored = candidate.auth.as_ref().and_then(|auth| auth.scram_verifier.as_deref());
+        let pair = stored.map(|stored| self.remembered.pair(stored, password));
+        let is_remembered = || pair.is_some_and(|pair| self.remembered.contains(pair));
+        if is_remembered() {
+            return Ok(true);
+        }
         let failed = |_| Stop::refuse(EndReason::Internal, FatalError::new("XX000", "the password check failed"));
         let _turn = self.hashing.acquire().await.map_err(failed)?;
+        // Of many who come at once with the same password one does the work.
+        if is_remembered() {
+            return Ok(true);
+        }
         let (verifier, password) = (candidate.verifier.clone(), password.to_vec());
         let checked = tokio::task::spawn_blocking(move || verifier.accepts_password(&password)).await;
-        checked.map_err(|_| Stop::refuse(EndReason::Internal, FatalError::new("XX000", "the password check failed")))
+        let good = checked
+            .map_err(|_| Stop::refuse(EndReason::Internal, FatalError::new("XX000", "the password check failed")))?;
+        if let Some(pair) = pair.filter(|_| good) {
+            self.remembered.insert(pair);
+        }
+        Ok(good)
     }
 
-    async fn candidate(&self, endpoint: &EndpointId, user: &str) -> Result<Candidate, Stop> {
-        let (role, fresh) = self.roles.find(endpoint, user).await.map_err(|error| {
+    async fn candidate(&self, endpoint: &EndpointId, user: &str, fresh_for: Duration) -> Result<Candidate, Stop> {
+        let (role, fresh) = self.roles.find(endpoint, user, fresh_for).await.map_err(|error| {
             tracing::warn!(%endpoint, %error, "cannot look a role up");
             let message = "the login cannot be checked now, the control plane gives no answer";
             Stop::refuse(EndReason::ControlPlaneDown, FatalError::new("57P03", message))
@@ -151,8 +188,8 @@ impl Login {
         let context = || [endpoint.as_str().as_bytes(), b"/", user.as_bytes()];
         Ok(Candidate {
             endpoint: endpoint.clone(),
+            auth: auth.filter(|_| verifier.is_some()),
             verifier: verifier.unwrap_or_else(|| Verifier::mock(&self.mock_secret, &context())),
-            enabled: auth.is_none_or(|auth| auth.enabled),
             fresh,
         })
     }
@@ -160,9 +197,11 @@ impl Login {
 
 impl Candidate {
     /// What follows a good login. Only now may a client learn that the endpoint is disabled.
-    fn admit(self) -> Result<(), Stop> {
-        if self.enabled {
-            return Ok(());
+    fn admit(self, user: &str) -> Result<Arc<RoleAuth>, Stop> {
+        // Nothing fits a made-up verifier.
+        let auth = self.auth.ok_or_else(|| wrong_password(user))?;
+        if auth.enabled {
+            return Ok(auth);
         }
         let error = FatalError {
             hint: Some("Enable it in the control plane, then connect again.".to_owned()),
@@ -179,8 +218,11 @@ fn stored_verifier(endpoint: &EndpointId, auth: &RoleAuth) -> Option<Verifier> {
 }
 
 /// The SCRAM exchange, up to `AuthenticationSASLFinal`.
-async fn exchange(stream: &mut ClientStream, tls: Option<&TlsInfo>, verifier: &Verifier) -> Result<(), LoginError> {
-    let end_point: Option<Arc<[u8]>> = tls.and_then(|tls| tls.end_point.clone());
+async fn exchange(
+    stream: &mut ClientStream,
+    end_point: Option<&Arc<[u8]>>,
+    verifier: &Verifier,
+) -> Result<(), LoginError> {
     let offered: &[&str] = match end_point {
         Some(_) => &[SCRAM_SHA_256_PLUS, SCRAM_SHA_256],
         None => &[SCRAM_SHA_256],
@@ -188,7 +230,7 @@ async fn exchange(stream: &mut ClientStream, tls: Option<&TlsInfo>, verifier: &V
     send(stream, &messages::sasl_mechanisms(offered)).await?;
     let body = read_answer(stream, SASL_MAX_BYTES).await?;
     let (mechanism, client_first) = handshake::parse_sasl_initial(&body).map_err(Stop::from)?;
-    let binding = match (mechanism, &end_point) {
+    let binding = match (mechanism, end_point) {
         (SCRAM_SHA_256_PLUS, Some(hash)) => Binding::Used(hash),
         (SCRAM_SHA_256, Some(_)) => Binding::Declined,
         (SCRAM_SHA_256, None) => Binding::NotOffered,

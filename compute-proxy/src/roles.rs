@@ -32,7 +32,6 @@ pub struct Roles {
     control: ControlPlane,
     cache: Cache<Key, Known>,
     asking: Arc<Coalesce<Key, Result<Role, ControlError>>>,
-    fresh_for: Duration,
 }
 
 #[derive(Clone)]
@@ -55,14 +54,20 @@ pub enum Role {
 }
 
 impl Roles {
-    /// `fresh_for`: how long an answer is used without asking again.
-    pub fn new(control: ControlPlane, fresh_for: Duration) -> Self {
+    /// Nothing is known yet.
+    pub fn new(control: ControlPlane) -> Self {
         let cache = Cache::builder().max_capacity(CAPACITY).time_to_live(STALE_LIMIT).build();
-        Self { control, cache, asking: Arc::default(), fresh_for }
+        Self { control, cache, asking: Arc::default() }
     }
 
-    /// Looks a role up; says also whether the answer is from this very moment.
-    pub async fn find(&self, endpoint: &EndpointId, role: &str) -> Result<(Role, bool), ControlError> {
+    /// Looks a role up; says also whether the answer is from this very moment. `fresh_for`: how long an answer is used
+    /// without asking again.
+    pub async fn find(
+        &self,
+        endpoint: &EndpointId,
+        role: &str,
+        fresh_for: Duration,
+    ) -> Result<(Role, bool), ControlError> {
         if role.len() > NAME_MAX_BYTES {
             return Ok((Role::Missing, true));
         }
@@ -70,7 +75,7 @@ impl Roles {
         let Some(known) = self.cache.get(&key) else {
             return self.ask(key).await.map(|role| (role, true));
         };
-        if !known.doubted && known.asked.elapsed() < self.fresh_for {
+        if !known.doubted && known.asked.elapsed() < fresh_for {
             return Ok((Role::Known(known.auth), false));
         }
         match tokio::time::timeout(PATIENCE, self.ask(key)).await {

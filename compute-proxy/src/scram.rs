@@ -237,7 +237,8 @@ fn keyed(key: &[u8]) -> Hmac<Sha256> {
     Hmac::<Sha256>::new_from_slice(key).expect("HMAC takes keys of any length")
 }
 
-fn hmac(key: &[u8], parts: &[&[u8]]) -> Key {
+/// HMAC-SHA-256 of the parts, one behind the other.
+pub(crate) fn hmac(key: &[u8], parts: &[&[u8]]) -> Key {
     parts.iter().fold(keyed(key), |mac, part| mac.chain_update(part)).finalize().into_bytes().into()
 }
 

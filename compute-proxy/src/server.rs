@@ -4,19 +4,20 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use rustix::net::sockopt;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     signal::unix::{SignalKind, signal},
     sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinHandle,
     time::{sleep, timeout},
 };
-use tokio_rustls::server::TlsStream;
 use tokio_util::{either::Either, sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     cancel::CancelMap,
     config::Config,
     control::ControlPlane,
+    http::{self, AnswerCache},
     login::Login,
     pooling::{PoolOptions, Pools},
     roles::Roles,
@@ -25,8 +26,13 @@ use crate::{
     wake::Waker,
 };
 
-/// A client's connection, plain or with TLS.
-pub type ClientStream = Either<TcpStream, Box<TlsStream<TcpStream>>>;
+/// What carries bytes both ways: TLS, a WebSocket.
+pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for T {}
+
+/// A client's connection, plain or inside something else.
+pub type ClientStream = Either<TcpStream, Box<dyn ByteStream>>;
 
 /// Connections above the limit of sessions: for cancel requests, and to tell clients that there are too many.
 const SPARE_CONNECTIONS: usize = 128;
@@ -50,6 +56,8 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
+    http_listener: TcpListener,
+    http_address: SocketAddr,
     shared: Arc<Shared>,
 }
 
@@ -65,6 +73,8 @@ pub struct Shared {
     pub waker: Waker,
     /// Server connections that pooled clients share.
     pub pools: Pools,
+    /// Answers to HTTP requests.
+    pub answers: Arc<AnswerCache>,
     /// Sessions that can be cancelled.
     pub cancels: CancelMap,
     /// The proxy stops: no new sessions.
@@ -86,25 +96,22 @@ impl Server {
     pub async fn bind(config: Config) -> Result<Self, BindError> {
         let tls = Tls::load(&config)?;
         let control = ControlPlane::new(config.control_plane.clone(), &config.token, config.wake_timeout)?;
-        let listen_error = |source: io::Error| match source.kind() {
-            io::ErrorKind::AddrInUse => BindError::InUse(config.listen),
-            _ => BindError::Listen { address: config.listen, source },
-        };
-        let listener = TcpListener::bind(config.listen).await.map_err(listen_error)?;
-        let address = listener.local_addr().map_err(listen_error)?;
+        let (listener, address) = listen(config.listen, "--listen").await?;
+        let (http_listener, http_address) = listen(config.http_listen, "--http-listen").await?;
         let waker = Waker::new(control.clone());
         let shared = Shared {
             tls,
-            login: Login::new(Roles::new(control.clone(), config.auth_cache)),
+            login: Login::new(Roles::new(control.clone()), config.auth_cache),
             pools: Pools::new(pool_options(&config), waker.clone()),
             waker,
+            answers: Arc::new(AnswerCache::new(config.http_cache_bytes)),
             cancels: CancelMap::default(),
             draining: CancellationToken::new(),
             kill: CancellationToken::new(),
             slots: Arc::new(Semaphore::new(config.max_connections)),
             config,
         };
-        Ok(Self { listener, address, shared: Arc::new(shared) })
+        Ok(Self { listener, address, http_listener, http_address, shared: Arc::new(shared) })
     }
 
     /// Where it listens; with port 0 in the settings, which port it is.
@@ -112,39 +119,29 @@ impl Server {
         self.address
     }
 
+    /// Where it listens for HTTP.
+    pub fn http_addr(&self) -> SocketAddr {
+        self.http_address
+    }
+
     /// Serves until `shutdown`, then lets sessions end for as long as the settings say, then closes them.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
-        let Self { listener, address, shared } = self;
-        tracing::info!(%address, "compute proxy is listening");
+        let Self { listener, address, http_listener, http_address, shared } = self;
+        tracing::info!(%address, %http_address, "compute proxy is listening");
         let sessions = TaskTracker::new();
         let looking_after = looking_after(shared.clone());
         let renewing = tokio::spawn(renew_certificate(shared.clone(), shutdown.clone()));
-        let connections = Arc::new(Semaphore::new(shared.config.max_connections.saturating_add(SPARE_CONNECTIONS)));
-        loop {
-            let accepted = tokio::select! {
-                () = shutdown.cancelled() => break,
-                accepted = listener.accept() => accepted,
-            };
-            let (tcp, peer) = match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a connection");
-                    sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
-            };
-            let Ok(permit) = connections.clone().try_acquire_owned() else {
-                tracing::debug!(%peer, "dropped a connection: there are too many");
-                continue;
-            };
-            set_options(&tcp);
-            let session = session::serve(shared.clone(), tcp, peer);
-            sessions.spawn(async move {
-                session.await;
-                drop(permit);
-            });
+        {
+            let limit = shared.config.max_connections.saturating_add(SPARE_CONNECTIONS);
+            let postgres = accept(&listener, limit, &sessions, |tcp, peer| session::serve(shared.clone(), tcp, peer));
+            let http = accept(&http_listener, limit, &sessions, |tcp, peer| http::serve(shared.clone(), tcp, peer));
+            tokio::select! {
+                () = shutdown.cancelled() => {}
+                () = postgres => {}
+                () = http => {}
+            }
         }
-        drop(listener);
+        drop((listener, http_listener));
         sessions.close();
         shared.draining.cancel();
         if timeout(shared.config.drain_timeout, sessions.wait()).await.is_err() {
@@ -160,6 +157,48 @@ impl Server {
     }
 }
 
+async fn listen(address: SocketAddr, flag: &'static str) -> Result<(TcpListener, SocketAddr), BindError> {
+    let listen_error = |source: io::Error| match source.kind() {
+        io::ErrorKind::AddrInUse => BindError::InUse { address, flag },
+        _ => BindError::Listen { address, source },
+    };
+    let listener = TcpListener::bind(address).await.map_err(listen_error)?;
+    let bound = listener.local_addr().map_err(listen_error)?;
+    Ok((listener, bound))
+}
+
+/// Takes connections, at most `limit` at a time, and has each served. Never returns.
+async fn accept<F>(
+    listener: &TcpListener,
+    limit: usize,
+    sessions: &TaskTracker,
+    serve: impl Fn(TcpStream, SocketAddr) -> F,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let connections = Arc::new(Semaphore::new(limit));
+    loop {
+        let (tcp, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let Ok(permit) = connections.clone().try_acquire_owned() else {
+            tracing::debug!(%peer, "dropped a connection: there are too many");
+            continue;
+        };
+        set_options(&tcp);
+        let session = serve(tcp, peer);
+        sessions.spawn(async move {
+            session.await;
+            drop(permit);
+        });
+    }
+}
+
 /// Listens and serves until `shutdown`.
 pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
     Server::bind(config).await?.run(shutdown).await
@@ -169,8 +208,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// Another process listens there.
-    #[error("address {0} is already in use; choose another with --listen")]
-    InUse(SocketAddr),
+    #[error("address {address} is already in use; choose another with {flag}")]
+    InUse {
+        /// Where.
+        address: SocketAddr,
+        /// The flag that says where.
+        flag: &'static str,
+    },
     /// It cannot listen.
     #[error("cannot listen on {address}: {source}")]
     Listen {

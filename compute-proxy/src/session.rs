@@ -21,7 +21,7 @@ use crate::{
     messages::{self, FatalError},
     pooling,
     proxy_protocol::{PREFIX_BYTES, Prefix, ProxyHeaderError},
-    server::{ClientStream, Shared},
+    server::{ByteStream, ClientStream, Shared},
     splice::splice,
     tls::TlsInfo,
     wake::{WakeError, Woken},
@@ -35,9 +35,26 @@ const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Serves one connection, and logs how it ended.
 pub async fn serve(shared: Arc<Shared>, tcp: TcpStream, peer: SocketAddr) {
+    attend(&shared, peer, greet(&shared, tcp, peer)).await;
+}
+
+/// Serves a client that speaks Postgres's protocol inside something else, and logs how it ended.
+pub async fn serve_inside(shared: Arc<Shared>, stream: Box<dyn ByteStream>, arrival: Arrival, peer: SocketAddr) {
+    attend(&shared, peer, greet_inside(stream, arrival, peer)).await;
+}
+
+async fn attend(shared: &Shared, peer: SocketAddr, greeting: impl Future<Output = Result<Greeting, EndReason>>) {
     let begun = Instant::now();
+    let login_deadline = begun + shared.config.handshake_timeout;
     let mut who = Who { peer, user: String::new(), endpoint: String::new(), tls: false, cold: false };
-    let reason = run(&shared, tcp, begun + shared.config.handshake_timeout, &mut who).await;
+    let greeted = tokio::select! {
+        () = shared.draining.cancelled() => Err(EndReason::Shutdown),
+        greeted = timeout_at(login_deadline, greeting) => greeted.unwrap_or(Err(EndReason::HandshakeTimeout)),
+    };
+    let reason = match greeted {
+        Ok(greeting) => run(shared, greeting, login_deadline, &mut who).await,
+        Err(reason) => reason,
+    };
     let seconds = begun.elapsed().as_secs_f64();
     let peer = who.peer;
     if who.user.is_empty() || reason == EndReason::LeftBeforeLogin {
@@ -45,6 +62,26 @@ pub async fn serve(shared: Arc<Shared>, tcp: TcpStream, peer: SocketAddr) {
     } else {
         let Who { user: role, endpoint, tls, cold, .. } = who;
         tracing::info!(%peer, endpoint, role, tls, cold, %reason, seconds, "session ended");
+    }
+}
+
+/// How a client has come in, as far as its login is concerned.
+#[derive(Debug, Clone, Default)]
+pub struct Arrival {
+    /// The host name that it asked for: in TLS, or in a WebSocket's address.
+    pub host: Option<String>,
+    /// Nobody in between can read what it sends.
+    pub encrypted: bool,
+    /// Data for channel binding, where Postgres's own protocol is inside TLS.
+    pub end_point: Option<Arc<[u8]>>,
+    /// It sends its password in clear text, perhaps before it is asked.
+    pub sends_password: bool,
+}
+
+impl Arrival {
+    /// Of a client that speaks Postgres's protocol inside TLS.
+    pub fn inside_tls(info: TlsInfo) -> Self {
+        Self { host: info.sni, encrypted: true, end_point: info.end_point, sends_password: false }
     }
 }
 
@@ -58,16 +95,9 @@ struct Who {
     cold: bool,
 }
 
-async fn run(shared: &Shared, tcp: TcpStream, login_deadline: Instant, who: &mut Who) -> EndReason {
-    let greeted = tokio::select! {
-        () = shared.draining.cancelled() => return EndReason::Shutdown,
-        greeted = timeout_at(login_deadline, greet(shared, tcp, &mut who.peer)) => greeted,
-    };
-    let (mut stream, tls, packet) = match greeted {
-        Err(_) => return EndReason::HandshakeTimeout,
-        Ok(Err(reason)) => return reason,
-        Ok(Ok(Greeting { stream, tls, packet })) => (stream, tls, packet),
-    };
+async fn run(shared: &Shared, greeting: Greeting, login_deadline: Instant, who: &mut Who) -> EndReason {
+    let Greeting { mut stream, arrival, packet, peer } = greeting;
+    who.peer = peer;
     let startup = match packet {
         Ok(First::Startup(startup)) => startup,
         Ok(First::Cancel(request)) => {
@@ -79,13 +109,13 @@ async fn run(shared: &Shared, tcp: TcpStream, login_deadline: Instant, who: &mut
         Err(error) => return farewell(stream, error.into()).await,
     };
     who.user = startup.user.clone();
-    who.tls = tls.is_some();
+    who.tls = arrival.encrypted;
     let prepared = tokio::select! {
         () = shared.draining.cancelled() => {
             let message = "terminating connection due to administrator command";
             Err(Stop::refuse(EndReason::Shutdown, FatalError::new("57P01", message)))
         }
-        prepared = prepare(shared, &mut stream, tls.as_ref(), &startup, login_deadline, who) => prepared,
+        prepared = prepare(shared, &mut stream, &arrival, &startup, login_deadline, who) => prepared,
     };
     match prepared {
         Ok(Ready { session: Session::Direct(session), _slot, _cancel }) => {
@@ -101,8 +131,10 @@ async fn run(shared: &Shared, tcp: TcpStream, login_deadline: Instant, who: &mut
 /// A connection whose first real packet was read.
 struct Greeting {
     stream: ClientStream,
-    tls: Option<TlsInfo>,
+    arrival: Arrival,
     packet: Result<First, HandshakeError>,
+    /// The client's address; where a load balancer told it, that.
+    peer: SocketAddr,
 }
 
 enum First {
@@ -113,32 +145,38 @@ enum First {
 /// Settles encryption and reads the packet that says what the client wants.
 ///
 /// Nothing is read ahead of a packet, so no byte sent before TLS can pass for one sent inside it.
-async fn greet(shared: &Shared, mut tcp: TcpStream, peer: &mut SocketAddr) -> Result<Greeting, EndReason> {
+async fn greet(shared: &Shared, mut tcp: TcpStream, peer: SocketAddr) -> Result<Greeting, EndReason> {
     let gone = |_: io::Error| EndReason::LeftBeforeLogin;
-    if shared.config.proxy_protocol {
-        *peer = read_proxy_header(&mut tcp).await?.unwrap_or(*peer);
-    }
+    let peer = real_peer(shared, &mut tcp, peer).await?;
     let mut first_byte = [0; 1];
     if tcp.peek(&mut first_byte).await.map_err(gone)? == 0 {
         return Err(EndReason::LeftBeforeLogin);
     }
     if first_byte[0] == TLS_HANDSHAKE_BYTE {
-        return greet_inside_tls(shared, tcp, true).await;
+        return greet_inside_tls(shared, tcp, true, peer).await;
     }
     let mut gss_refused = false;
     loop {
         match read_packet(&mut tcp).await.map_err(gone)? {
             Ok(Packet::Ssl) => {
                 tcp.write_all(&[messages::ACCEPT_ENCRYPTION]).await.map_err(gone)?;
-                return greet_inside_tls(shared, tcp, false).await;
+                return greet_inside_tls(shared, tcp, false, peer).await;
             }
             Ok(Packet::GssEnc) if !gss_refused => {
                 tcp.write_all(&[messages::REFUSE_ENCRYPTION]).await.map_err(gone)?;
                 gss_refused = true;
             }
-            other => return Ok(Greeting { stream: Either::Left(tcp), tls: None, packet: first(other) }),
+            other => {
+                let stream = Either::Left(tcp);
+                return Ok(Greeting { stream, arrival: Arrival::default(), packet: first(other), peer });
+            }
         }
     }
+}
+
+/// The client's address: a load balancer's header tells it where there is one.
+pub async fn real_peer(shared: &Shared, tcp: &mut TcpStream, peer: SocketAddr) -> Result<SocketAddr, EndReason> {
+    if shared.config.proxy_protocol { Ok(read_proxy_header(tcp).await?.unwrap_or(peer)) } else { Ok(peer) }
 }
 
 /// The address that a load balancer tells, if it tells one.
@@ -157,16 +195,29 @@ async fn read_proxy_header(tcp: &mut TcpStream) -> Result<Option<SocketAddr>, En
 }
 
 /// `direct`: the client began with TLS at once, and must then name Postgres's protocol, as Postgres 17 asks.
-async fn greet_inside_tls(shared: &Shared, tcp: TcpStream, direct: bool) -> Result<Greeting, EndReason> {
-    let (mut stream, info) = shared.tls.accept(tcp).await.map_err(|error| {
+async fn greet_inside_tls(
+    shared: &Shared,
+    tcp: TcpStream,
+    direct: bool,
+    peer: SocketAddr,
+) -> Result<Greeting, EndReason> {
+    let (stream, info) = shared.tls.accept(tcp).await.map_err(|error| {
         tracing::debug!(%error, "TLS handshake failed");
         EndReason::Tls
     })?;
     if direct && !info.alpn {
         return Err(EndReason::Tls);
     }
+    greet_inside(stream, Arrival::inside_tls(info), peer).await
+}
+
+async fn greet_inside(
+    mut stream: Box<dyn ByteStream>,
+    arrival: Arrival,
+    peer: SocketAddr,
+) -> Result<Greeting, EndReason> {
     let packet = read_packet(&mut stream).await.map_err(|_| EndReason::LeftBeforeLogin)?;
-    Ok(Greeting { stream: Either::Right(stream), tls: Some(info), packet: first(packet) })
+    Ok(Greeting { stream: Either::Right(stream), arrival, packet: first(packet), peer })
 }
 
 fn first(packet: Result<Packet, HandshakeError>) -> Result<First, HandshakeError> {
@@ -217,7 +268,7 @@ enum Session {
 async fn prepare(
     shared: &Shared,
     stream: &mut ClientStream,
-    tls: Option<&TlsInfo>,
+    arrival: &Arrival,
     startup: &Startup,
     login_deadline: Instant,
     who: &mut Who,
@@ -226,7 +277,7 @@ async fn prepare(
         Stop::refuse(EndReason::TooManyConnections, FatalError::new("53300", "sorry, too many clients already"))
     })?;
     let options = Options::parse(startup.options.as_deref().unwrap_or(""))?;
-    let logging_in = log_in(shared, stream, tls, startup, &options, who);
+    let logging_in = log_in(shared, stream, arrival, startup, &options, who);
     let EndpointName { endpoint, pooled } =
         timeout_at(login_deadline, logging_in).await.map_err(|_| Stop::silent(EndReason::HandshakeTimeout))??;
     if pooled {
@@ -259,7 +310,7 @@ async fn prepare(
 async fn log_in(
     shared: &Shared,
     stream: &mut ClientStream,
-    tls: Option<&TlsInfo>,
+    arrival: &Arrival,
     startup: &Startup,
     options: &Options,
     who: &mut Who,
@@ -269,24 +320,31 @@ async fn log_in(
     }
     let from = who.peer.ip();
     let domain = shared.config.domain.as_deref();
-    let sni = tls.and_then(|tls| tls.sni.as_deref());
-    match endpoint_name::choose(sni, options, domain)? {
-        Choice::Named(name) => {
-            who.endpoint = name.endpoint.to_string();
-            shared.login.by_scram(stream, tls, from, &name.endpoint, &startup.user).await?;
-            Ok(name)
-        }
-        Choice::AskPassword if tls.is_some() || shared.config.allow_cleartext => {
-            let (name, password) = login::ask_password(stream, || no_endpoint(domain)).await?;
-            who.endpoint = name.endpoint.to_string();
-            shared.login.by_password(from, &name.endpoint, &startup.user, &password).await?;
-            Ok(name)
-        }
-        Choice::AskPassword => Err(no_endpoint(domain)),
+    let may_ask_password = arrival.encrypted || shared.config.allow_cleartext;
+    let chosen = endpoint_name::choose(arrival.host.as_deref(), options, domain)?;
+    if let Choice::Named(name) = &chosen
+        && !arrival.sends_password
+    {
+        who.endpoint = name.endpoint.to_string();
+        let end_point = arrival.end_point.as_ref();
+        shared.login.by_scram(stream, end_point, from, &name.endpoint, &startup.user).await?;
+        return Ok(name.clone());
     }
+    if !may_ask_password {
+        return Err(no_endpoint(domain));
+    }
+    let sent = login::ask_password(stream).await?;
+    let (name, password) = match chosen {
+        Choice::Named(name) => (name, &sent[..]),
+        Choice::AskPassword => login::endpoint_in_password(&sent, || no_endpoint(domain))?,
+    };
+    who.endpoint = name.endpoint.to_string();
+    shared.login.by_password(from, &name.endpoint, &startup.user, password).await?;
+    Ok(name)
 }
 
-fn no_endpoint(domain: Option<&str>) -> Stop {
+/// What a client is told that names no endpoint.
+pub fn no_endpoint(domain: Option<&str>) -> Stop {
     let domain = domain.unwrap_or("localhost");
     let hint = format!(
         "Name it in one of three ways: connect with TLS to the host <endpoint>.{domain}; add \

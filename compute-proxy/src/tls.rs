@@ -27,6 +27,9 @@ use crate::config::Config;
 /// The application protocol that a client names when it begins with TLS at once.
 const ALPN: &[u8] = b"postgresql";
 
+/// The application protocol of the port for HTTP.
+const ALPN_HTTP: &[u8] = b"http/1.1";
+
 /// Ends TLS.
 pub struct Tls {
     current: ArcSwap<Certificate>,
@@ -38,6 +41,8 @@ pub struct Tls {
 /// A certificate in use.
 struct Certificate {
     acceptor: TlsAcceptor,
+    /// The same, for the port where HTTP is spoken, and Postgres by those who name it.
+    http_acceptor: TlsAcceptor,
     end_point: Option<Arc<[u8]>>,
 }
 
@@ -87,10 +92,24 @@ impl Tls {
         if changed { self.reload() } else { Ok(()) }
     }
 
-    /// Does the handshake. The caller bounds its time.
+    /// Does the handshake with a client of Postgres's port. The caller bounds its time.
     pub async fn accept(&self, tcp: TcpStream) -> io::Result<(Box<TlsStream<TcpStream>>, TlsInfo)> {
         let current = self.current.load_full();
-        let stream = current.acceptor.accept(tcp).await?;
+        Self::handshake(&current.acceptor, &current, tcp).await
+    }
+
+    /// Does the handshake with a client of the port for HTTP. The caller bounds its time.
+    pub async fn accept_http(&self, tcp: TcpStream) -> io::Result<(Box<TlsStream<TcpStream>>, TlsInfo)> {
+        let current = self.current.load_full();
+        Self::handshake(&current.http_acceptor, &current, tcp).await
+    }
+
+    async fn handshake(
+        acceptor: &TlsAcceptor,
+        current: &Certificate,
+        tcp: TcpStream,
+    ) -> io::Result<(Box<TlsStream<TcpStream>>, TlsInfo)> {
+        let stream = acceptor.accept(tcp).await?;
         let (_, connection) = stream.get_ref();
         let info = TlsInfo {
             sni: connection.server_name().map(str::to_owned),
@@ -115,8 +134,11 @@ impl Certificate {
             .with_safe_default_protocol_versions()?
             .with_no_client_auth()
             .with_single_cert(chain, key)?;
+        let mut http = config.clone();
         config.alpn_protocols = vec![ALPN.to_vec()];
-        Ok(Self { acceptor: TlsAcceptor::from(Arc::new(config)), end_point })
+        http.alpn_protocols = vec![ALPN_HTTP.to_vec(), ALPN.to_vec()];
+        let [acceptor, http_acceptor] = [config, http].map(|config| TlsAcceptor::from(Arc::new(config)));
+        Ok(Self { acceptor, http_acceptor, end_point })
     }
 }
 
@@ -175,7 +197,9 @@ fn read_chain(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
 }
 
 fn names(domain: Option<&str>) -> Vec<String> {
-    let mut names: Vec<String> = ["localhost", "*.localhost", "127.0.0.1", "::1"].map(str::to_owned).into();
+    // `api.localhost` by name: many clients don't let a wildcard stand directly below a top-level domain.
+    let mut names: Vec<String> =
+        ["localhost", "*.localhost", "api.localhost", "127.0.0.1", "::1"].map(str::to_owned).into();
     if let Some(domain) = domain.map(|domain| domain.trim_matches('.')).filter(|domain| !domain.is_empty()) {
         names.extend([domain.to_owned(), format!("*.{domain}")]);
     }

@@ -189,6 +189,9 @@ async fn a_taken_port_is_a_clear_error() {
     let address = taken.local_addr().expect("address").to_string();
     let config = parse_config(&["--listen", &address, "--control-plane", "http://127.0.0.1:1", "--token", TOKEN]);
     let error = Server::bind(config).await.err().expect("refused");
-    assert!(matches!(error, BindError::InUse(_)));
+    let config = ["--listen", "127.0.0.1:0", "--http-listen", &address, "--token", TOKEN];
+    let other = Server::bind(parse_config(&config)).await.err().expect("refused");
+    assert!(other.to_string().ends_with("choose another with --http-listen"), "{other}");
+    assert!(matches!(error, BindError::InUse { flag: "--listen", .. }));
     assert_eq!(error.to_string(), format!("address {address} is already in use; choose another with --listen"));
 }

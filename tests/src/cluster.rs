@@ -37,6 +37,7 @@ pub struct Cluster {
     home: tempfile::TempDir,
     runtime: tempfile::TempDir,
     pg_port: u16,
+    http_port: u16,
     api_port: u16,
     base_port: u16,
 }
@@ -63,8 +64,9 @@ impl Cluster {
             // Postgres runs as another user when this is root.
             std::fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
         }
-        let (pg_port, api_port, base_port) = (free_port()?, free_port()?, free_port_range(SERVICE_PORTS)?);
-        Ok(Cluster { up: None, options, home, runtime, pg_port, api_port, base_port })
+        let (pg_port, http_port, api_port) = (free_port()?, free_port()?, free_port()?);
+        let base_port = free_port_range(SERVICE_PORTS)?;
+        Ok(Cluster { up: None, options, home, runtime, pg_port, http_port, api_port, base_port })
     }
 
     /// `dormouse up` with this cluster's ports and directories, ready to be spawned.
@@ -72,7 +74,7 @@ impl Cluster {
         let mut command = Command::new(dormouse_binary());
         command.arg("up").arg("--data-dir").arg(self.data_dir()).arg("--runtime-dir").arg(self.runtime_dir());
         command.args(["--pg-port", &self.pg_port.to_string(), "--api-port", &self.api_port.to_string()]);
-        command.args(["--base-port", &self.base_port.to_string()]);
+        command.args(["--http-port", &self.http_port.to_string(), "--base-port", &self.base_port.to_string()]);
         if let Some(store) = &self.options.object_store {
             command.args(["--object-store", store]);
         }
@@ -257,6 +259,16 @@ impl Cluster {
     /// The proxy's port.
     pub fn pg_port(&self) -> u16 {
         self.pg_port
+    }
+
+    /// The proxy's port for SQL over HTTPS and WebSocket.
+    pub fn http_port(&self) -> u16 {
+        self.http_port
+    }
+
+    /// The authority that signed the proxy's certificate.
+    pub fn ca_file(&self) -> PathBuf {
+        self.data_dir().join("tls/ca.pem")
     }
 
     /// The REST API's address.

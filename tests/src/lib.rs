@@ -3,6 +3,8 @@
 pub mod api;
 pub mod chaos;
 pub mod cluster;
+pub mod http;
+pub mod node;
 pub mod processes;
 pub mod redo_check;
 pub mod regress;

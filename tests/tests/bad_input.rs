@@ -81,7 +81,7 @@ async fn output(command: std::process::Command) -> anyhow::Result<(bool, String)
 fn up(data_dir: &std::path::Path) -> anyhow::Result<std::process::Command> {
     let mut command = std::process::Command::new(e2e::cluster::dormouse_binary());
     command.arg("up").arg("--data-dir").arg(data_dir.join("data")).arg("--runtime-dir").arg(data_dir.join("run"));
-    for flag in ["--pg-port", "--api-port"] {
+    for flag in ["--pg-port", "--http-port", "--api-port"] {
         command.args([flag, &e2e::cluster::free_port()?.to_string()]);
     }
     command.args(["--base-port", &e2e::cluster::free_port_range(8)?.to_string()]);
@@ -93,7 +93,7 @@ async fn up_says_what_is_wrong() -> anyhow::Result<()> {
     let home = tempfile::tempdir()?;
     let taken = TcpListener::bind(("127.0.0.1", 0))?;
     let port = taken.local_addr()?.port().to_string();
-    for flag in ["--pg-port", "--api-port"] {
+    for flag in ["--pg-port", "--http-port", "--api-port"] {
         let mut command = up(home.path())?;
         command.args([flag, &port]);
         let (succeeded, said) = output(override_last(command, flag, &port)).await?;

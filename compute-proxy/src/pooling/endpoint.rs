@@ -186,6 +186,11 @@ impl EndpointPool {
         Ok(profile.reported.lock().clone().unwrap_or(reported))
     }
 
+    /// What Postgres has reported to connections with this profile so far; nothing before the first one.
+    pub fn reported(&self, profile: &Profile) -> Arc<Reported> {
+        profile.reported.lock().clone().unwrap_or_default()
+    }
+
     /// A connection for a client with these settings; waits for one if need be.
     pub async fn acquire(&self, profile: &Arc<Profile>, settings: &Settings) -> Result<Lease, Refused> {
         let this = self.this.upgrade().expect("held by the caller");

@@ -4,6 +4,7 @@
 mod client;
 mod connection;
 mod endpoint;
+mod exchange;
 mod relay;
 mod stopping;
 
@@ -21,6 +22,7 @@ use types::EndpointId;
 
 pub use self::client::Session;
 pub use self::endpoint::PoolOptions;
+pub use self::exchange::{Exchange, ExchangeError, TransactionStatus};
 use self::{endpoint::EndpointPool, stopping::Stopping};
 use crate::{
     cancel::CancelMap,

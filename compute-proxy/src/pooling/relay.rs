@@ -203,7 +203,7 @@ impl Relay<'_> {
 }
 
 /// Reads what there is, into what is there already.
-fn poll_fill(
+pub fn poll_fill(
     stream: &mut (impl AsyncRead + Unpin),
     input: &mut BytesMut,
     context: &mut Context<'_>,
@@ -217,7 +217,7 @@ fn poll_fill(
 }
 
 /// Writes until nothing is left.
-fn poll_empty(
+pub fn poll_empty(
     stream: &mut (impl AsyncWrite + Unpin),
     output: &mut Vec<u8>,
     context: &mut Context<'_>,

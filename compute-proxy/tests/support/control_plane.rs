@@ -18,7 +18,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use control_plane_api::internal::{ApiError, ENDPOINT_NOT_FOUND, RoleAuth, Wake};
+use control_plane_api::internal::{ApiError, ENDPOINT_NOT_FOUND, QueryCache, RoleAuth, Wake};
 use parking_lot::Mutex;
 use postgres_protocol::password::scram_sha_256;
 use tokio::net::TcpListener;
@@ -49,6 +49,7 @@ pub struct FakeEndpoint {
     pub dead_sockets: Mutex<Vec<PathBuf>>,
     pub enabled: AtomicBool,
     pub verifiers: Mutex<HashMap<String, Option<String>>>,
+    pub query_cache: Mutex<QueryCache>,
     socket: PathBuf,
 }
 
@@ -101,6 +102,7 @@ impl FakeEndpoint {
             dead_sockets: Mutex::default(),
             enabled: true.into(),
             verifiers: Mutex::new(verifiers),
+            query_cache: Mutex::default(),
             socket: socket.to_owned(),
         }
     }
@@ -135,7 +137,9 @@ async fn role_auth(
     };
     let branch =
         BranchRef { project: ProjectId::new("project").expect("id"), branch: BranchId::new("branch").expect("id") };
-    Json(RoleAuth { branch, scram_verifier, enabled: endpoint.enabled.load(Ordering::SeqCst) }).into_response()
+    let query_cache = endpoint.query_cache.lock().clone();
+    let enabled = endpoint.enabled.load(Ordering::SeqCst);
+    Json(RoleAuth { branch, scram_verifier, enabled, query_cache }).into_response()
 }
 
 async fn wake(State(state): State<Arc<ControlState>>, UrlPath(endpoint): UrlPath<String>) -> Response {

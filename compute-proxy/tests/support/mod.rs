@@ -22,6 +22,7 @@ pub struct World {
     pub postgres: Arc<Postgres>,
     pub control: FakeControlPlane,
     pub address: SocketAddr,
+    pub http_address: SocketAddr,
     pub shutdown: CancellationToken,
     pub tls_dir: tempfile::TempDir,
     pub task: JoinHandle<anyhow::Result<()>>,
@@ -44,12 +45,17 @@ impl World {
         let control = FakeControlPlane::start(&postgres.socket()).await;
         let tls_dir = tempfile::tempdir().expect("temporary directory");
         let dir = tls_dir.path().to_str().expect("UTF-8").to_owned();
-        let fixed =
-            ["--listen", "127.0.0.1:0", "--control-plane", &control.url, "--token", TOKEN, "--tls-dir", dir.as_str()];
-        let server = Server::bind(parse_config(&[&fixed[..], arguments].concat())).await.expect("bound");
-        let (address, shutdown) = (server.local_addr(), CancellationToken::new());
+        let fixed = [
+            ["--listen", "127.0.0.1:0"],
+            ["--http-listen", "127.0.0.1:0"],
+            ["--control-plane", &control.url],
+            ["--token", TOKEN],
+            ["--tls-dir", dir.as_str()],
+        ];
+        let server = Server::bind(parse_config(&[fixed.as_flattened(), arguments].concat())).await.expect("bound");
+        let (address, http_address, shutdown) = (server.local_addr(), server.http_addr(), CancellationToken::new());
         let task = tokio::spawn(server.run(shutdown.clone()));
-        Self { postgres, control, address, shutdown, tls_dir, task }
+        Self { postgres, control, address, http_address, shutdown, tls_dir, task }
     }
 
     pub fn endpoint(&self, id: &str) -> Arc<FakeEndpoint> {

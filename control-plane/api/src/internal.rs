@@ -6,10 +6,12 @@
 //!
 //! Errors are [`ApiError`] with the fitting HTTP status.
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 use types::{BranchRef, EndpointId, Generation, NodeId, ProjectId};
+
+use crate::v2::QueryCacheSettings;
 
 /// A pageserver asks for the number under which it will write.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -39,6 +41,23 @@ pub struct RoleAuth {
     pub scram_verifier: Option<String>,
     /// False when the endpoint was disabled by its owner.
     pub enabled: bool,
+    /// What proxies do with answers to queries over HTTP.
+    #[serde(default)]
+    pub query_cache: QueryCache,
+}
+
+/// How long answers to queries over HTTP are kept, and which are not to be used any more.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueryCache {
+    /// For queries that do not say themselves; `None`: their answers are not kept.
+    #[serde(default)]
+    pub settings: Option<QueryCacheSettings>,
+    /// Grows when all answers are invalidated.
+    #[serde(default)]
+    pub all: u64,
+    /// Grow when the answers with a tag are invalidated, by tag; tags that never were are not in it.
+    #[serde(default)]
+    pub tags: BTreeMap<String, u64>,
 }
 
 /// Where an awake endpoint takes connections.

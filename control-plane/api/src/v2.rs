@@ -207,6 +207,27 @@ pub struct EndpointSettings {
     /// Lines for `postgresql.conf`.
     #[serde(default)]
     pub pg_settings: BTreeMap<String, String>,
+    /// How long answers to queries over HTTP are kept; absent: only those that ask for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub query_cache: Option<QueryCacheSettings>,
+}
+
+/// How long an answer is kept, in seconds, at most a day in all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueryCacheSettings {
+    /// So long it is used as it is.
+    pub max_age: u32,
+    /// So much longer it is used while a newer one is fetched.
+    #[serde(default)]
+    pub stale_while_revalidate: u32,
+}
+
+/// `POST …/endpoints/{endpoint}/query_cache/invalidate`: answers with these tags, or without any tag all.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InvalidateQueryCache {
+    /// The tags.
+    #[serde(default)]
+    pub tags: Option<Vec<String>>,
 }
 
 /// A role.

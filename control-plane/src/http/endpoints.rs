@@ -9,7 +9,7 @@ use axum::{
     http::StatusCode,
     routing::{get, post},
 };
-use control_plane_api::v2::{EndpointEnvelope, EndpointList, EndpointRequest, Operation};
+use control_plane_api::v2::{EndpointEnvelope, EndpointList, EndpointRequest, InvalidateQueryCache, Operation};
 
 use super::{Shared, endpoint_id, parse, project_id};
 use crate::{
@@ -18,7 +18,10 @@ use crate::{
     compute::SuspendReason,
     endpoint_rules,
     problem::Problem,
-    store::endpoints::{self, EndpointRow},
+    store::{
+        endpoints::{self, EndpointRow},
+        query_cache,
+    },
 };
 
 /// The routes of this file.
@@ -29,6 +32,7 @@ pub fn routes() -> Router<Arc<App>> {
         .route("/projects/{project}/endpoints/{endpoint}/start", post(start))
         .route("/projects/{project}/endpoints/{endpoint}/suspend", post(suspend))
         .route("/projects/{project}/endpoints/{endpoint}/restart", post(restart))
+        .route("/projects/{project}/endpoints/{endpoint}/query_cache/invalidate", post(invalidate_query_cache))
 }
 
 async fn row(app: &App, project: &str, endpoint: &str) -> Result<EndpointRow, Problem> {
@@ -140,4 +144,18 @@ async fn restart(
     let suspended = app.computes.suspend(&row.branch, SuspendReason::Requested).await?;
     let started = app.computes.wake_in_background(&row.branch, &row.id).await?;
     answer(&app, row, suspended.into_iter().chain([started]).collect()).await
+}
+
+/// Proxies hear of it with the next login that they check, which is within a second.
+async fn invalidate_query_cache(
+    State(app): Shared,
+    Path((project, endpoint)): Path<(String, String)>,
+    body: Bytes,
+) -> Result<Json<EndpointEnvelope>, Problem> {
+    let InvalidateQueryCache { tags } = if body.is_empty() { InvalidateQueryCache::default() } else { parse(&body)? };
+    let tags = endpoint_rules::check_query_cache_tags(tags)?;
+    let row = row(&app, &project, &endpoint).await?;
+    let id = row.id.clone();
+    app.store.call(move |db| query_cache::invalidate(db, &id, &tags)).await?;
+    answer(&app, row, Vec::new()).await
 }

@@ -713,6 +713,38 @@ async fn idle_computes_sleep_and_disabled_ones_stay_asleep() {
 }
 
 #[tokio::test]
+async fn proxies_are_told_which_answers_to_keep() {
+    let world = World::new().await;
+    let made = world.project().await;
+    let (project, endpoint) = (text(&made["project"]["id"]), text(&made["endpoints"][0]["id"]));
+    let path = format!("/projects/{project}/endpoints/{endpoint}");
+    let role = format!("/internal/v1/endpoints/{endpoint}/roles/dormouse_owner");
+    let told = async || {
+        let (_, auth) = world.request(Method::GET, &role, Some(&world.service_token), Value::Null).await;
+        serde_json::from_value::<RoleAuth>(auth).expect("role").query_cache
+    };
+    assert_eq!(told().await, Default::default());
+    let settings = json!({"endpoint": {"settings": {"query_cache": {"max_age": 60, "stale_while_revalidate": 30}}}});
+    let (status, changed) = world.api(Method::PATCH, &path, settings).await;
+    assert_eq!((status, &changed["endpoint"]["settings"]["query_cache"]["max_age"]), (200, &json!(60)));
+    assert_eq!(told().await.settings.map(|settings| settings.stale_while_revalidate), Some(30));
+
+    let invalidate = format!("{path}/query_cache/invalidate");
+    world.post(&invalidate, json!({"tags": ["a", "b"]})).await;
+    world.post(&invalidate, json!({"tags": ["a"]})).await;
+    assert_eq!((told().await.all, told().await.tags), (0, [("a".to_owned(), 2), ("b".to_owned(), 1)].into()));
+    world.post(&invalidate, Value::Null).await;
+    assert_eq!((told().await.all, told().await.tags.len()), (1, 0));
+    for round in 0..3 {
+        let tags: Vec<_> = (0..90).map(|number| format!("{round}-{number}")).collect();
+        world.post(&invalidate, json!({"tags": tags})).await;
+    }
+    assert_eq!((told().await.all, told().await.tags.len()), (2, 0), "too many tags: all are invalid");
+    assert_eq!(world.api(Method::POST, &invalidate, json!({"tags": []})).await.0, 400);
+    assert_eq!(world.api(Method::DELETE, &path, Value::Null).await.0, 200);
+}
+
+#[tokio::test]
 async fn roles_and_databases_reach_postgres() {
     let world = World::new().await;
     let made = world.project().await;

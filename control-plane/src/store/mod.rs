@@ -11,6 +11,7 @@ pub mod generations;
 pub mod leases;
 pub mod operations;
 pub mod projects;
+pub mod query_cache;
 
 use std::{path::Path, str::FromStr, sync::Arc};
 
@@ -143,8 +144,18 @@ ALTER TABLE projects ADD COLUMN pageserver INTEGER;     -- NULL: the one of the 
 ALTER TABLE generations ADD COLUMN address TEXT NOT NULL DEFAULT '';
 ";
 
+/// Version 5: answers to queries over HTTP that proxies must not use any more.
+const SCHEMA_5: &str = "
+CREATE TABLE query_cache_invalidations (
+    endpoint_id TEXT NOT NULL REFERENCES endpoints (id) ON DELETE CASCADE,
+    tag TEXT NOT NULL,                         -- '': all answers
+    number INTEGER NOT NULL,                   -- grows with every invalidation
+    PRIMARY KEY (endpoint_id, tag)
+) STRICT;
+";
+
 /// What brings an older database up to date, in order; `user_version` counts those done.
-const MIGRATIONS: [&str; 4] = [SCHEMA_1, SCHEMA_2, SCHEMA_3, SCHEMA_4];
+const MIGRATIONS: [&str; 5] = [SCHEMA_1, SCHEMA_2, SCHEMA_3, SCHEMA_4, SCHEMA_5];
 
 /// The metadata store; cheap to clone.
 #[derive(Clone)]

@@ -48,6 +48,9 @@ pub struct UpArguments {
     /// Port for Postgres clients
     #[arg(long, default_value_t = 5432, env = "DORMOUSE_PG_PORT")]
     pg_port: u16,
+    /// Port for SQL over HTTPS and WebSocket
+    #[arg(long, default_value_t = 5443, env = "DORMOUSE_HTTP_PORT")]
+    http_port: u16,
     /// Port of the REST API
     #[arg(long, default_value_t = 9898, env = "DORMOUSE_API_PORT")]
     api_port: u16,
@@ -180,6 +183,7 @@ fn welcome(installation: &Installation) -> String {
 Dormouse is up.
 
   Postgres   {clients}
+  SQL        https://{http}/sql, wss://{http}/v2   (clients trust {ca})
   REST API   http://{api}/api/v2   (key in {key})
   Logs       {logs}
 
@@ -191,6 +195,8 @@ Try, in another terminal:
   {program} psql dev{flag}
 
 Ctrl-C stops it.",
+        http = ports.http,
+        ca = data_dir.join("tls/ca.pem").display(),
         api = ports.api,
         key = installation.keys.paths.admin.display(),
         logs = control_plane::config::log_dir(data_dir).display(),

@@ -18,8 +18,10 @@ const SERVICE_TOKEN_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 360
 /// Where everything listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ports {
-    /// The proxy.
+    /// The proxy, for Postgres clients.
     pub postgres: SocketAddr,
+    /// The proxy, for SQL over HTTPS and WebSocket.
+    pub http: SocketAddr,
     /// The control plane.
     pub api: SocketAddr,
     /// The pageserver.
@@ -37,6 +39,7 @@ impl Ports {
         };
         Ok(Ports {
             postgres: SocketAddr::new(arguments.host, arguments.pg_port),
+            http: SocketAddr::new(arguments.host, arguments.http_port),
             api: SocketAddr::new(arguments.host, arguments.api_port),
             pageserver: internal(0)?,
             safekeepers: (1..=arguments.safekeepers).map(internal).collect::<Result<_, _>>()?,
@@ -46,6 +49,7 @@ impl Ports {
     /// Fails when one is taken, naming the flag to change.
     pub fn check(&self) -> anyhow::Result<()> {
         checks::port_is_free(self.postgres, "Postgres", "--pg-port")?;
+        checks::port_is_free(self.http, "SQL over HTTPS", "--http-port")?;
         checks::port_is_free(self.api, "REST API", "--api-port")?;
         checks::port_is_free(self.pageserver, "pageserver", "--base-port")?;
         for address in &self.safekeepers {
@@ -186,6 +190,7 @@ fn proxy(installation: &Installation, token: &str) -> Service {
     let ports = &installation.ports;
     let flags = Flags::new(installation, "proxy")
         .with("--listen", ports.postgres.to_string())
+        .with("--http-listen", ports.http.to_string())
         .with("--control-plane", format!("http://{}", local(ports.api)))
         .with("--tls-dir", installation.data_dir.join("tls"))
         .with_some("--domain", installation.arguments.domain.as_ref());

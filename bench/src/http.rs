@@ -1,0 +1,152 @@
+//! One query by HTTP, by a fresh connection with TLS and SCRAM, and by a held one, in turn; then as many requests as there is
+//! time for, with answers from Postgres and with kept ones.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use e2e::{Cluster, ClusterOptions, Project, http::HttpSql, processes};
+use futures::future::try_join_all;
+use serde_json::{Value, json};
+use tokio_postgres::{Client, Config, types::Type};
+
+use crate::{Samples, peer::median};
+
+/// One-shot queries of each kind in each round.
+const QUERIES: usize = 300;
+
+/// Requests in flight when they are counted.
+const IN_FLIGHT: usize = 32;
+
+const TEXT: &str = "select abalance from accounts where aid = $1";
+
+/// Rows of the table.
+const ROWS: usize = 10_000;
+
+/// Runs `rounds` rounds; counts requests for `seconds` in each.
+pub async fn run(rounds: usize, seconds: u32) -> anyhow::Result<()> {
+    println!(
+        "http: one query over HTTPS, over a fresh connection (TCP, TLS, SCRAM), over a held one; all to the pooled host"
+    );
+    let mut cluster = Cluster::start(ClusterOptions::default()).await?;
+    let project = prepared_project(&cluster).await?;
+    let http = HttpSql::new(&cluster, &project)?;
+    let mut config: Config = project.uri.parse()?;
+    config.options(format!("endpoint={}-pooler", project.endpoint));
+    let held = connect(&config).await?;
+    let [mut fresh_ratios, mut held_ratios, mut http_rates, mut cached_rates] = [const { Vec::new() }; 4];
+    for round in 0..=rounds {
+        let [by_http, by_fresh, by_held] = single(&http, &config, &held).await?;
+        let requests = rate(&cluster, &http, &[], seconds).await?;
+        let cached = rate(&cluster, &http, &[("Dormouse-Cache", "max-age=3600")], seconds).await?;
+        // The first round only warms up.
+        if round > 0 {
+            println!(
+                "round {round}: http {by_http:.0} us, fresh {by_fresh:.0} us, held {by_held:.0} us; {requests}; kept: {cached}"
+            );
+            fresh_ratios.push(by_http / by_fresh);
+            held_ratios.push(by_http / by_held);
+            http_rates.push(requests.per_core);
+            cached_rates.push(cached.per_core);
+        }
+    }
+    cluster.down().await?;
+    println!(
+        "http_vs_fresh={:.2} http_vs_held={:.2} http_rps={:.0} cached_rps={:.0}",
+        median(fresh_ratios),
+        median(held_ratios),
+        median(http_rates),
+        median(cached_rates)
+    );
+    Ok(())
+}
+
+async fn prepared_project(cluster: &Cluster) -> anyhow::Result<Project> {
+    let api = cluster.api()?;
+    let project = api.create_project("bench").await?;
+    let path = format!("/projects/{}/endpoints/{}", project.id, project.endpoint);
+    api.ok("PATCH".parse()?, &path, Some(json!({"endpoint": {"suspend_timeout_seconds": 604_800}}))).await?;
+    let http = HttpSql::new(cluster, &project)?;
+    http.rows("create table accounts (aid int primary key, abalance int)", json!([])).await?;
+    http.rows("insert into accounts select n, n from generate_series(1, $1::int) n", json!([ROWS])).await?;
+    http.rows("analyze accounts", json!([])).await?;
+    Ok(project)
+}
+
+async fn connect(config: &Config) -> anyhow::Result<Client> {
+    let (client, connection) = config.connect(e2e::sql::tls()?).await?;
+    tokio::spawn(connection);
+    Ok(client)
+}
+
+/// Medians in microseconds: by HTTP, by a fresh connection, by the held one.
+async fn single(http: &HttpSql, config: &Config, held: &Client) -> anyhow::Result<[f64; 3]> {
+    let mut samples = [const { Samples(Vec::new()) }; 3];
+    for number in 1..=QUERIES {
+        let aid = number as i32;
+        let begun = Instant::now();
+        ensure!(balance(&http.rows(TEXT, json!([aid])).await?) == Some(i64::from(aid)), "a wrong row");
+        samples[0].0.push(begun.elapsed());
+        let begun = Instant::now();
+        let fresh = connect(config).await?;
+        fresh.query_typed(TEXT, &[(&aid, Type::INT4)]).await?;
+        samples[1].0.push(begun.elapsed());
+        let begun = Instant::now();
+        held.query_typed(TEXT, &[(&aid, Type::INT4)]).await?;
+        samples[2].0.push(begun.elapsed());
+    }
+    Ok(samples.map(|mut samples| {
+        samples.0.sort();
+        samples.percentile_ms(50) * 1000.0
+    }))
+}
+
+fn balance(rows: &Value) -> Option<i64> {
+    rows[0]["abalance"].as_i64()
+}
+
+/// How many requests were answered.
+struct Rate {
+    /// In a second of time.
+    per_second: f64,
+    /// In a second of the proxy's processor time.
+    per_core: f64,
+}
+
+impl std::fmt::Display for Rate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:.0} requests/s, {:.0} per core of the proxy", self.per_second, self.per_core)
+    }
+}
+
+async fn rate(cluster: &Cluster, http: &HttpSql, headers: &[(&str, &str)], seconds: u32) -> anyhow::Result<Rate> {
+    let found = processes::children_with(cluster.up_pid()?, "dormouse proxy");
+    let proxy = found.first().context("no process of the proxy")?.pid;
+    let (begun, before) = (Instant::now(), processor_seconds(proxy)?);
+    let until = begun + Duration::from_secs(u64::from(seconds));
+    let ask = |_| async move {
+        let mut answered = 0_usize;
+        while Instant::now() < until {
+            let body = json!({"query": TEXT, "params": [1 + answered % 100]});
+            let answer = http.send(headers, &body).await?;
+            ensure!(answer.status.is_success(), "{}", answer.body);
+            answered += 1;
+        }
+        anyhow::Ok(answered)
+    };
+    let answered: usize = try_join_all((0..IN_FLIGHT).map(ask)).await?.into_iter().sum();
+    let answered = answered as f64;
+    let per_second = answered / begun.elapsed().as_secs_f64();
+    Ok(Rate { per_second, per_core: answered / (processor_seconds(proxy)? - before) })
+}
+
+/// Processor time that a process has used.
+fn processor_seconds(pid: i32) -> anyhow::Result<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name, in parentheses, may hold anything; then come the state and more numbers.
+    let after_name = stat.rsplit(") ").next().context("a name")?;
+    let ticks = |index: usize| -> anyhow::Result<f64> {
+        Ok(after_name.split(' ').nth(index).context("a number")?.parse::<u64>()? as f64)
+    };
+    let ticks_per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.context("ticks")? as f64;
+    Ok((ticks(11)? + ticks(12)?) / ticks_per_second)
+}

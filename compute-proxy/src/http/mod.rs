@@ -1,0 +1,140 @@
+//! SQL for clients without TCP: over HTTP (`POST /sql`), and Postgres's protocol in a WebSocket (`/v2`), as the
+//! `@neondatabase/serverless` driver speaks them.
+//!
+//! A connection's TLS ends here. Then [`routes`] takes its requests; a client that named Postgres's own protocol in TLS is
+//! passed on to `session`.
+
+mod answer;
+mod cache;
+mod cache_policy;
+mod cached;
+mod connection_string;
+mod error;
+mod parameter;
+mod request;
+mod routes;
+mod sql;
+mod stability;
+mod value;
+mod websocket;
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{
+    io::AsyncWriteExt,
+    net::TcpStream,
+    time::{Instant, timeout, timeout_at},
+};
+
+pub use self::cache::AnswerCache;
+use crate::{
+    end::EndReason,
+    handshake::TLS_HANDSHAKE_BYTE,
+    server::{ByteStream, Shared},
+    session::{self, Arrival},
+};
+
+/// How long a client may take to send a request's head, and may stay silent between requests.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Bytes that a request's head may have.
+const HEAD_MAX_BYTES: usize = 64 * 1024;
+
+/// How long a client that was refused may take to read why.
+const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// For who speaks plain HTTP where that is not allowed.
+const HTTPS_ONLY: &[u8] = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 49\r\n\
+    Connection: close\r\n\r\nThis port speaks HTTPS. Use https:// and wss://.\n";
+
+/// Serves one connection to the port for HTTP.
+pub async fn serve(shared: Arc<Shared>, tcp: TcpStream, peer: SocketAddr) {
+    let deadline = Instant::now() + shared.config.handshake_timeout;
+    let opened = tokio::select! {
+        () = shared.draining.cancelled() => return,
+        opened = timeout_at(deadline, open(&shared, tcp, peer)) => opened.unwrap_or(Err(EndReason::HandshakeTimeout)),
+    };
+    match opened {
+        Ok(Opened::Http(stream, visitor)) => serve_http(shared, stream, visitor).await,
+        Ok(Opened::Postgres(stream, arrival, peer)) => session::serve_inside(shared, stream, arrival, peer).await,
+        Err(reason) => tracing::debug!(%peer, %reason, "connection ended"),
+    }
+}
+
+/// Who sends requests over a connection.
+#[derive(Debug, Clone)]
+struct Visitor {
+    /// The client's address; where a load balancer told it, that.
+    peer: SocketAddr,
+    /// It came with TLS.
+    encrypted: bool,
+}
+
+enum Opened {
+    Http(Box<dyn ByteStream>, Visitor),
+    Postgres(Box<dyn ByteStream>, Arrival, SocketAddr),
+}
+
+/// Settles encryption.
+async fn open(shared: &Shared, mut tcp: TcpStream, peer: SocketAddr) -> Result<Opened, EndReason> {
+    let peer = session::real_peer(shared, &mut tcp, peer).await?;
+    let mut first_byte = [0; 1];
+    if tcp.peek(&mut first_byte).await.map_err(|_| EndReason::LeftBeforeLogin)? == 0 {
+        return Err(EndReason::LeftBeforeLogin);
+    }
+    if first_byte[0] == TLS_HANDSHAKE_BYTE {
+        let (stream, info) = shared.tls.accept_http(tcp).await.map_err(|error| {
+            tracing::debug!(%error, "TLS handshake failed");
+            EndReason::Tls
+        })?;
+        return Ok(if info.alpn {
+            Opened::Postgres(stream, Arrival::inside_tls(info), peer)
+        } else {
+            Opened::Http(stream, Visitor { peer, encrypted: true })
+        });
+    }
+    if shared.config.allow_cleartext {
+        return Ok(Opened::Http(Box::new(tcp), Visitor { peer, encrypted: false }));
+    }
+    // The client may be gone or slow: nothing more is owed to it.
+    let _ = timeout(FAREWELL_TIMEOUT, refuse_plain(tcp)).await;
+    Err(EndReason::Tls)
+}
+
+/// Says why, and waits until that was read: a close with unread input could throw it away.
+async fn refuse_plain(mut tcp: TcpStream) -> std::io::Result<()> {
+    tcp.write_all(HTTPS_ONLY).await?;
+    tcp.shutdown().await?;
+    tokio::io::copy(&mut tcp, &mut tokio::io::sink()).await.map(|_| ())
+}
+
+async fn serve_http(shared: Arc<Shared>, stream: Box<dyn ByteStream>, visitor: Visitor) {
+    let peer = visitor.peer;
+    let router = routes::router(shared.clone(), visitor);
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(HEAD_MAX_BYTES)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
+        .with_upgrades();
+    let mut connection = std::pin::pin!(connection);
+    let mut draining = false;
+    let ended = loop {
+        tokio::select! {
+            ended = &mut connection => break ended,
+            () = shared.draining.cancelled(), if !draining => {
+                draining = true;
+                connection.as_mut().graceful_shutdown();
+            }
+            () = shared.kill.cancelled() => return,
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%peer, %error, "HTTP connection ended");
+    }
+}

@@ -1,0 +1,224 @@
+//! `POST /sql`: login at the door, one exchange with Postgres, one answer.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    body::Bytes,
+    extract::{Request, State},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use control_plane_api::internal::RoleAuth;
+use http_body_util::{BodyExt as _, Limited};
+use tokio::time::timeout;
+
+use super::{
+    Visitor,
+    answer::Answer,
+    cache_policy::CacheWish,
+    cached,
+    connection_string::ConnectionString,
+    error::SqlError,
+    request::{BatchOptions, Body, RequestError, Shape, batch_messages, single},
+    routes::Context,
+};
+use crate::{
+    end::{EndReason, Stop},
+    endpoint_name::{self, Choice, Options},
+    login,
+    messages::FatalError,
+    pooling::{Exchange, ExchangeError, TransactionStatus},
+    server::Shared,
+    session,
+};
+
+/// Name of the header that says whom to connect to, and as whom.
+const CONNECTION_STRING: &str = "neon-connection-string";
+
+/// Name of the header that says whether the answer may be kept, and in answers, what came of it.
+const CACHE: &str = "dormouse-cache";
+
+/// What takes back whatever a request has left open.
+const ROLLBACK: &[u8] = b"Q\0\0\0\x0dROLLBACK\0";
+
+/// Answers a request. Dropped when the client leaves: the query is then cancelled.
+pub async fn answer(State(context): State<Context>, request: Request) -> Response {
+    match attempt(&context, request).await {
+        Ok(answered) => answered.into_response(),
+        Err(error) => error.into_response(),
+    }
+}
+
+async fn attempt(Context { shared, visitor }: &Context, request: Request) -> Result<Answered, SqlError> {
+    let (head, body) = request.into_parts();
+    let _slot = shared.session_slot().ok_or_else(|| SqlError::new("53300", "sorry, too many clients already"))?;
+    let target = log_in(shared, visitor, &head.headers).await?;
+    let shape = Shape::from_headers(&head.headers)?;
+    let batch_options = BatchOptions::from_headers(&head.headers)?;
+    let wish = match single(&head.headers, CACHE)?.or(target.connection.cache.as_deref()) {
+        Some(text) => CacheWish::parse(text).map_err(RequestError::from)?,
+        None => CacheWish::default(),
+    };
+    let body = read_body(shared, body).await?;
+    let limit = shared.config.http_response_max_bytes;
+    let answer = match Body::parse(&body)? {
+        Body::Single(query) => match wish.policy(target.auth.query_cache.settings) {
+            Some(policy) => return Box::pin(cached::answer(shared, target, &query, shape, policy)).await,
+            None => ask(shared, &target, &query.messages()?, Answer::single(shape, limit)).await?,
+        },
+        Body::Batch(queries) => {
+            let answer = Answer::batch(shape, queries.len(), limit);
+            ask(shared, &target, &batch_messages(&queries, batch_options)?, answer).await?
+        }
+    };
+    Ok(Answered { json: answer.into(), cache: None })
+}
+
+/// A good answer.
+pub struct Answered {
+    /// Its JSON.
+    pub json: Bytes,
+    /// What the cache did, and how old the answer is; `None`: the cache was not asked.
+    pub cache: Option<(&'static str, Option<Duration>)>,
+}
+
+impl IntoResponse for Answered {
+    fn into_response(self) -> Response {
+        let mut response = self.json.into_response();
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if let Some((outcome, age)) = self.cache {
+            headers.insert(CACHE, HeaderValue::from_static(outcome));
+            if let Some(age) = age {
+                headers.insert(header::AGE, age.as_secs().into());
+            }
+        }
+        response
+    }
+}
+
+/// What a request is for, after a good login.
+#[derive(Clone)]
+pub struct Target {
+    /// The endpoint.
+    pub endpoint: types::EndpointId,
+    /// Role, database, parameters.
+    pub connection: ConnectionString,
+    /// Start-up options without the endpoint.
+    pub options: Options,
+    /// What the control plane says of the role and its endpoint.
+    pub auth: Arc<RoleAuth>,
+}
+
+async fn log_in(shared: &Shared, visitor: &Visitor, headers: &HeaderMap) -> Result<Target, SqlError> {
+    let text = single(headers, CONNECTION_STRING)?.ok_or(RequestError::NoConnectionString)?;
+    let connection = ConnectionString::parse(text)?;
+    let startup = &connection.startup;
+    let options = Options::parse(startup.options.as_deref().unwrap_or("")).map_err(Stop::from)?;
+    let domain = shared.config.domain.as_deref();
+    let chosen = endpoint_name::choose(Some(&connection.host), &options, domain).map_err(Stop::from)?;
+    let sent = connection.password.as_bytes();
+    let (name, password) = match chosen {
+        Choice::Named(name) => (name, sent),
+        Choice::AskPassword => login::endpoint_in_password(sent, || session::no_endpoint(domain))?,
+    };
+    let (fresh_for, from) = (shared.config.http_auth_cache.max(shared.config.auth_cache), visitor.peer.ip());
+    let checking = shared.login.by_password_within(fresh_for, from, &name.endpoint, &startup.user, password);
+    let auth = checking.await?;
+    Ok(Target { endpoint: name.endpoint, connection, options, auth })
+}
+
+async fn read_body(shared: &Shared, body: axum::body::Body) -> Result<Bytes, SqlError> {
+    let limit = shared.config.http_request_max_bytes;
+    let reading = timeout(shared.config.handshake_timeout, Limited::new(body, limit).collect());
+    match reading.await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
+            let message = format!("the request is larger than {limit} bytes");
+            Err(SqlError::new("54000", message).with_status(StatusCode::PAYLOAD_TOO_LARGE))
+        }
+        Ok(Err(error)) => Err(SqlError::new("08P01", format!("the request cannot be read: {error}"))),
+        Err(_) => {
+            Err(SqlError::new("08P01", "the request took too long to arrive").with_status(StatusCode::REQUEST_TIMEOUT))
+        }
+    }
+}
+
+/// One exchange with Postgres; its answer as JSON.
+pub async fn ask(shared: &Shared, target: &Target, messages: &[u8], mut answer: Answer) -> Result<Vec<u8>, SqlError> {
+    let mut exchange = begin(shared, target).await?;
+    let status = match run(shared, &mut exchange, messages, |kind, body| answer.take(kind, body)).await {
+        Ok(status) => status,
+        // What Postgres said before it closed the connection says more.
+        Err(Failure::Closed(error)) => return answer.finish().and(Err(error)),
+        Err(Failure::Other(error)) => return Err(error),
+    };
+    end(exchange, status).await;
+    answer.finish()
+}
+
+/// Borrows a connection.
+pub async fn begin(shared: &Shared, target: &Target) -> Result<Exchange, SqlError> {
+    let Target { endpoint, connection, options, .. } = target;
+    let limit = shared.config.http_response_max_bytes;
+    let beginning = Exchange::begin(&shared.pools, endpoint, &connection.startup, options.rest.as_deref(), limit);
+    tokio::select! {
+        () = shared.draining.cancelled() => Err(shutdown()),
+        exchange = Box::pin(beginning) => Ok(exchange?),
+    }
+}
+
+/// Why an exchange has no whole answer.
+pub enum Failure {
+    /// Postgres closed the connection.
+    Closed(SqlError),
+    /// Anything else.
+    Other(SqlError),
+}
+
+impl From<Failure> for SqlError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Closed(error) | Failure::Other(error) => error,
+        }
+    }
+}
+
+/// Sends messages and takes the answer.
+pub async fn run(
+    shared: &Shared,
+    exchange: &mut Exchange,
+    messages: &[u8],
+    take: impl FnMut(u8, &[u8]) -> Result<(), SqlError>,
+) -> Result<TransactionStatus, Failure> {
+    exchange.run(messages, take).await.map_err(|error| {
+        Failure::Other(match error {
+            ExchangeError::Closed => {
+                return Failure::Closed(SqlError::new("08006", "the compute closed the connection"));
+            }
+            ExchangeError::Refused(error) => error,
+            ExchangeError::Violation(error) => SqlError::new(error.sqlstate(), error.to_string()),
+            ExchangeError::TooLong => {
+                let limit = shared.config.http_response_max_bytes;
+                SqlError::new("54000", format!("a row of the answer is larger than {limit} bytes"))
+            }
+            ExchangeError::Settings(body) => SqlError::from_postgres(&body),
+        })
+    })
+}
+
+/// Gives the connection back without a transaction. Where that cannot be done it is closed.
+pub async fn end(mut exchange: Exchange, status: TransactionStatus) {
+    if status == TransactionStatus::Open {
+        let rolled_back = exchange.run(ROLLBACK, |_, _| Ok::<_, SqlError>(())).await;
+        if !matches!(rolled_back, Ok(TransactionStatus::Idle)) {
+            return;
+        }
+    }
+    exchange.finish();
+}
+
+fn shutdown() -> SqlError {
+    let message = "terminating connection due to administrator command";
+    Stop::refuse(EndReason::Shutdown, FatalError::new("57P01", message)).into()
+}
