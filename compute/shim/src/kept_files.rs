@@ -117,7 +117,7 @@ fn before_drop(runtime: &Runtime, from: &CStr, to: &[u8]) -> Result<(), Errno> {
     let joined = [from.to_bytes(), b"/state\0"].iter().try_for_each(|part| path.push(part));
     joined.ok_or(Errno(libc::ENAMETOOLONG))?;
     let state = CStr::from_bytes_until_nul(&path.bytes).map_err(|_| Errno(libc::EINVAL))?;
-    if is_temporary(Mapped::open(state)?.bytes()) {
+    if Mapped::open(state).is_ok_and(|file| is_temporary(file.bytes())) {
         return Ok(());
     }
     if let Some(end) = keep(&Kept::Slot(slot), b"")? {
