@@ -111,6 +111,8 @@ impl StockServer {
         postgres.arg("-D").arg(self.data_dir()).stdout(log.try_clone()?).stderr(log);
         // What libpq inside the server takes for the local host: Debian's default is a directory of its own.
         postgres.env("PGHOST", self.socket_dir());
+        // Where it looks for client certificates: not where the test's user has them.
+        postgres.env("HOME", self.socket_dir());
         self.running = Some(postgres.spawn()?);
         let deadline = Instant::now() + Duration::from_secs(60);
         while self.connect("postgres").await.is_err() {

@@ -71,16 +71,18 @@ impl Slots {
         self.0.iter().map(|slot| (slot.path.as_str(), slot.state.to_bytes())).collect()
     }
 
-    /// Brings the WAL before `end` that slots need into `pg_wal`, whose last segment is there already.
+    /// Brings the WAL before `end` that slots need into `pg_wal`, whose last segment is there already. The branch has none
+    /// from before its start.
     pub async fn fetch_wal(
         &mut self,
         reader: &WalReaderConfig,
         data: &DataDir,
         system_identifier: u64,
+        branch_start: Lsn,
         end: Lsn,
     ) -> Result<(), SlotWalError> {
-        self.lose_before(Lsn(end.0.saturating_sub(MAX_WAL_BYTES)));
-        let mut kept_from = Lsn::INVALID;
+        let mut kept_from = branch_start;
+        self.lose_before(kept_from.max(Lsn(end.0.saturating_sub(MAX_WAL_BYTES))));
         while let Some(wanted) = self.oldest() {
             let from = wanted.segment_start().max(kept_from);
             match fetch(reader, data, system_identifier, from, end).await {

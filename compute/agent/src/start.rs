@@ -119,7 +119,8 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
     let mut slots = Slots::take(&mut base.files, spec.branch_start_lsn);
     prepared.write(&base, &opening)?;
     let reader = wal_reader_config(spec);
-    slots.fetch_wal(&reader, &prepared.data, opening.system_identifier, elected.start_lsn).await?;
+    let (branch_start, end) = (spec.branch_start_lsn, elected.start_lsn);
+    slots.fetch_wal(&reader, &prepared.data, opening.system_identifier, branch_start, end).await?;
     prepared.write_slots(&slots)?;
     let local = local_wal(&dir, &elected, &opening, kept_files);
     let backend = backend(spec, local, &proposer, pageserver, &prepared.cache);
