@@ -79,6 +79,10 @@ pub struct Config {
     #[arg(long, default_value_t = 10 * 1024 * 1024, value_name = "BYTES")]
     pub http_response_max_bytes: usize,
 
+    /// Bytes that all HTTP requests and their answers may take at a time; more of them get SQLSTATE 53200.
+    #[arg(long, default_value_t = 512 * 1024 * 1024, value_name = "BYTES")]
+    pub http_memory_bytes: usize,
+
     /// Bytes of answers to HTTP requests that are kept, for requests and endpoints that ask for it. 0: none.
     #[arg(long, default_value_t = 64 * 1024 * 1024, value_name = "BYTES")]
     pub http_cache_bytes: u64,

@@ -17,7 +17,7 @@ use crate::{
     cancel::CancelMap,
     config::Config,
     control::ControlPlane,
-    http::{self, AnswerCache},
+    http::{self, AnswerCache, Budget},
     login::Login,
     pooling::{PoolOptions, Pools},
     roles::Roles,
@@ -73,7 +73,9 @@ pub struct Shared {
     pub waker: Waker,
     /// Server connections that pooled clients share.
     pub pools: Pools,
-    /// Answers to HTTP requests.
+    /// Memory for HTTP requests and their answers.
+    pub http_memory: Budget,
+    /// Answers to HTTP requests that are kept.
     pub answers: Arc<AnswerCache>,
     /// Sessions that can be cancelled.
     pub cancels: CancelMap,
@@ -104,6 +106,7 @@ impl Server {
             login: Login::new(Roles::new(control.clone()), config.auth_cache),
             pools: Pools::new(pool_options(&config), waker.clone()),
             waker,
+            http_memory: Budget::new(config.http_memory_bytes),
             answers: Arc::new(AnswerCache::new(config.http_cache_bytes)),
             cancels: CancelMap::default(),
             draining: CancellationToken::new(),

@@ -219,6 +219,8 @@ async fn nothing_is_left_for_the_next_request() {
     assert_eq!(http.value("select pg_try_advisory_xact_lock(4711)").await, true);
     assert_eq!(http.error("copy (select 1) to stdout").await, "0A000");
     assert_eq!(http.error("copy pg_class from stdin").await, "42501");
+    http.query("create table http_copied (a int)", json!([])).await;
+    assert_eq!(http.error("copy http_copied from stdin").await, "0A000");
     assert_eq!(http.error("select 1; select 2").await, "42601");
     assert_eq!(http.value("select 5").await, 5);
 }
@@ -338,6 +340,20 @@ async fn bad_bodies_are_told_apart_and_bounded() {
 }
 
 #[tokio::test]
+async fn all_answers_together_are_bounded_too() {
+    let world = World::start(&["--http-memory-bytes", "4500000"]).await;
+    let http = Http::new(&world);
+    let large = json!({"query": "select repeat('x', 1000000) x, pg_sleep(0.2)"}).to_string();
+    let answers = join_all((0..20).map(|_| http.raw(large.clone()))).await;
+    let refused = answers.iter().filter(|(status, _)| *status == StatusCode::SERVICE_UNAVAILABLE);
+    assert!(refused.clone().count() > 0 && refused.clone().all(|(_, error)| error["code"] == "53200"));
+    for _ in 0..10 {
+        let (status, answer) = http.raw(large.clone()).await;
+        assert_eq!(status, StatusCode::OK, "one after the other there is room for all: {}", answer["message"]);
+    }
+}
+
+#[tokio::test]
 async fn scripts_of_any_origin_may_ask() {
     let world = World::start(&[]).await;
     let http = Http::new(&world);
@@ -443,11 +459,7 @@ async fn answers_are_kept_when_that_is_asked_for() {
     assert_eq!((outcome.as_str(), n(&answer)), ("hit", json!(1)));
     assert_eq!(n(&http.query(text, json!([])).await), 2, "who does not ask for it gets a new one");
 
-    // A kept answer needs no compute, but a good password.
-    let wakes = world.wakes();
-    world.postgres.terminate_backends_of("alice");
-    assert_eq!(cached(&http, "max-age=60", text).await.0, "hit");
-    assert_eq!(world.wakes(), wakes, "it woke nothing");
+    // A kept answer needs a good password all the same.
     let wrong = connection("alice").replace("wonder", "under");
     let (status, error) =
         http.send(&wrong, &[("Dormouse-Cache", "max-age=60")], json!({"query": text}).to_string()).await;
@@ -472,6 +484,24 @@ async fn answers_are_kept_when_that_is_asked_for() {
     assert_eq!(cached(&http, "no-store", text).await.0, "");
     let error = cached(&http, "max-age=forever", text).await.1;
     assert_eq!(error["code"], "08P01");
+}
+
+#[tokio::test]
+async fn a_kept_answer_wakes_nothing() {
+    let world = World::start(&[]).await;
+    let http = Http::new(&world);
+    let body = json!({"query": "select now()::text t"}).to_string();
+    world.endpoint("ep-a").set_password("bob", PASSWORD);
+    let ask = async |wish: &str| http.send(&connection("bob"), &[("Dormouse-Cache", wish)], body.clone()).await.1;
+    let first = ask("max-age=60").await;
+    // Its compute's sessions end, as when it goes to sleep. No other test uses this role.
+    world.postgres.terminate_backends_of("bob");
+    sleep(Duration::from_millis(600)).await;
+    let wakes = world.wakes();
+    assert_eq!(ask("max-age=60").await, first);
+    assert_eq!(world.wakes(), wakes);
+    assert_ne!(ask("no-store").await, first);
+    assert_eq!(world.wakes(), wakes + 1, "this one needs the compute");
 }
 
 #[tokio::test]

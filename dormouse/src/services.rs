@@ -20,7 +20,7 @@ pub enum ServiceCommand {
     )]
     ControlPlane(control_plane::Config),
     /// Run a proxy: the address that Postgres clients connect to
-    Proxy(compute_proxy::Config),
+    Proxy(Box<compute_proxy::Config>),
     /// Run a safekeeper: keeps the newest WAL of all branches, with others of its kind
     Safekeeper(safekeeper::Config),
     /// Run a pageserver: turns WAL into pages, keeps them in the object store
@@ -58,7 +58,7 @@ async fn run(command: ServiceCommand, shutdown: CancellationToken) -> anyhow::Re
             let shim = shim::install(config.runtime_dir.as_deref(), &config.data_dir)?;
             control_plane::run(config, &shim, shutdown).await
         }
-        ServiceCommand::Proxy(config) => Ok(compute_proxy::run(config, shutdown).await?),
+        ServiceCommand::Proxy(config) => Ok(compute_proxy::run(*config, shutdown).await?),
         ServiceCommand::Safekeeper(config) => Ok(safekeeper::run(config, shutdown).await?),
         ServiceCommand::Pageserver(config) => Ok(pageserver::run(config, shutdown).await?),
         ServiceCommand::Compute => anyhow::bail!("a compute has no service loop"),

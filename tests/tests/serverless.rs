@@ -75,3 +75,43 @@ async fn crowd(cluster: &Cluster) -> anyhow::Result<()> {
     println!("crowd={CROWD} burst_p50_ms={} burst_p99_ms={}", percentile(50), percentile(99));
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kept_answer_wakes_nothing_and_is_invalidated_through_the_api() -> anyhow::Result<()> {
+    let mut cluster = Cluster::start(ClusterOptions::default()).await?;
+    kept_answers(&cluster).await.map_err(|error| error.context(cluster.log()))?;
+    cluster.down().await
+}
+
+async fn kept_answers(cluster: &Cluster) -> anyhow::Result<()> {
+    let api = cluster.api()?;
+    let project = api.create_project("kept").await?;
+    let endpoint = format!("/projects/{}/endpoints/{}", project.id, project.endpoint);
+    let http = HttpSql::new(cluster, &project)?;
+    http.rows("create table prices (cents int)", json!([])).await?;
+    http.rows("insert into prices values (250)", json!([])).await?;
+    let settings = json!({"endpoint": {"settings": {"query_cache": {"max_age": 600}}}});
+    api.ok("PATCH".parse()?, &endpoint, Some(settings)).await?;
+    // Proxies hear of it within a second.
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    let ask = async |wish: &str| {
+        let answer = http.send(&[("Dormouse-Cache", wish)], &json!({"query": "select cents from prices"})).await?;
+        let outcome = answer.headers.get("dormouse-cache").and_then(|value| value.to_str().ok()).unwrap_or_default();
+        anyhow::Ok((outcome.to_owned(), answer.body["rows"][0]["cents"].as_i64()))
+    };
+    let kept = |outcome: &str, cents: i64| (outcome.to_owned(), Some(cents));
+    ensure!(ask("tag=prices").await? == kept("miss", 250));
+    http.send(&[("Dormouse-Cache", "no-store")], &json!({"query": "update prices set cents = 260"})).await?;
+    api.suspend(&project.id, &project.endpoint).await?;
+    ensure!(ask("tag=prices").await? == kept("hit", 250));
+    ensure!(api.state(&project.id, &project.endpoint).await? == "idle", "a kept answer woke it");
+
+    let invalidate = format!("{endpoint}/query_cache/invalidate");
+    for (body, wish) in [(Some(json!({"tags": ["prices"]})), "tag=prices"), (None, "tag=prices")] {
+        api.ok("POST".parse()?, &invalidate, body).await?;
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+        ensure!(ask(wish).await? == kept("miss", 260));
+        ensure!(ask(wish).await? == kept("hit", 260));
+    }
+    Ok(())
+}

@@ -114,6 +114,11 @@ impl Answer {
         Ok(())
     }
 
+    /// Bytes of the JSON so far.
+    pub fn bytes(&self) -> usize {
+        self.json.len()
+    }
+
     /// The answer's JSON, or the error that came.
     pub fn finish(mut self) -> Result<Vec<u8>, SqlError> {
         if let Some(error) = self.error {

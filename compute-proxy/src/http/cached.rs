@@ -106,7 +106,8 @@ impl Asking {
             let asked = Instant::now();
             let answer = Answer::single_in_transaction(*shape, limit);
             match sql::ask(shared, target, &self.reading_messages, answer).await {
-                Ok(json) => {
+                // The cache has a bound of its own.
+                Ok((json, _share)) => {
                     let json = Bytes::from(json);
                     answers.keep(*key, Kept::new(json.clone(), asked, policy, &target.auth.query_cache));
                     return Ok((json, true));
@@ -116,8 +117,8 @@ impl Asking {
                 Err(error) => return Err(error),
             }
         }
-        let json = sql::ask(shared, target, &self.messages, Answer::single(*shape, limit)).await?;
-        Ok((json.into(), false))
+        let (json, share) = sql::ask(shared, target, &self.messages, Answer::single(*shape, limit)).await?;
+        Ok((share.with(json), false))
     }
 
     /// Asks Postgres whether the query only reads and calls nothing volatile. Runs nothing of it.

@@ -5,6 +5,7 @@
 //! passed on to `session`.
 
 mod answer;
+mod budget;
 mod cache;
 mod cache_policy;
 mod cached;
@@ -31,7 +32,7 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
-pub use self::cache::AnswerCache;
+pub use self::{budget::Budget, cache::AnswerCache};
 use crate::{
     end::EndReason,
     handshake::TLS_HANDSHAKE_BYTE,

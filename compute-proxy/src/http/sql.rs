@@ -8,13 +8,15 @@ use axum::{
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
+use bytes::BytesMut;
 use control_plane_api::internal::RoleAuth;
-use http_body_util::{BodyExt as _, Limited};
+use futures::StreamExt as _;
 use tokio::time::timeout;
 
 use super::{
     Visitor,
     answer::Answer,
+    budget::Share,
     cache_policy::CacheWish,
     cached,
     connection_string::ConnectionString,
@@ -59,19 +61,18 @@ async fn attempt(Context { shared, visitor }: &Context, request: Request) -> Res
         Some(text) => CacheWish::parse(text).map_err(RequestError::from)?,
         None => CacheWish::default(),
     };
-    let body = read_body(shared, body).await?;
+    let mut share = shared.http_memory.share();
+    let body = read_body(shared, &mut share, body).await?;
     let limit = shared.config.http_response_max_bytes;
-    let answer = match Body::parse(&body)? {
+    let (messages, answer) = match Body::parse(&body)? {
         Body::Single(query) => match wish.policy(target.auth.query_cache.settings) {
             Some(policy) => return Box::pin(cached::answer(shared, target, &query, shape, policy)).await,
-            None => ask(shared, &target, &query.messages()?, Answer::single(shape, limit)).await?,
+            None => (query.messages()?, Answer::single(shape, limit)),
         },
-        Body::Batch(queries) => {
-            let answer = Answer::batch(shape, queries.len(), limit);
-            ask(shared, &target, &batch_messages(&queries, batch_options)?, answer).await?
-        }
+        Body::Batch(queries) => (batch_messages(&queries, batch_options)?, Answer::batch(shape, queries.len(), limit)),
     };
-    Ok(Answered { json: answer.into(), cache: None })
+    let (json, answer_share) = ask(shared, &target, &messages, answer).await?;
+    Ok(Answered { json: answer_share.with(json), cache: None })
 }
 
 /// A good answer.
@@ -128,33 +129,51 @@ async fn log_in(shared: &Shared, visitor: &Visitor, headers: &HeaderMap) -> Resu
     Ok(Target { endpoint: name.endpoint, connection, options, auth })
 }
 
-async fn read_body(shared: &Shared, body: axum::body::Body) -> Result<Bytes, SqlError> {
+/// The whole body; its share of memory holds it and the messages that are made of it.
+async fn read_body(shared: &Shared, share: &mut Share, body: axum::body::Body) -> Result<Bytes, SqlError> {
     let limit = shared.config.http_request_max_bytes;
-    let reading = timeout(shared.config.handshake_timeout, Limited::new(body, limit).collect());
-    match reading.await {
-        Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
-            let message = format!("the request is larger than {limit} bytes");
-            Err(SqlError::new("54000", message).with_status(StatusCode::PAYLOAD_TOO_LARGE))
+    let reading = async {
+        let mut chunks = body.into_data_stream();
+        let mut read = BytesMut::new();
+        while let Some(chunk) = chunks.next().await {
+            let chunk =
+                chunk.map_err(|error| SqlError::new("08P01", format!("the request cannot be read: {error}")))?;
+            if read.len() + chunk.len() > limit {
+                let error = SqlError::new("54000", format!("the request is larger than {limit} bytes"));
+                return Err(error.with_status(StatusCode::PAYLOAD_TOO_LARGE));
+            }
+            read.extend_from_slice(&chunk);
+            share.grow(2 * read.len())?;
         }
-        Ok(Err(error)) => Err(SqlError::new("08P01", format!("the request cannot be read: {error}"))),
-        Err(_) => {
-            Err(SqlError::new("08P01", "the request took too long to arrive").with_status(StatusCode::REQUEST_TIMEOUT))
-        }
-    }
+        Ok(read.freeze())
+    };
+    timeout(shared.config.handshake_timeout, reading).await.unwrap_or_else(|_| {
+        let error = SqlError::new("08P01", "the request took too long to arrive");
+        Err(error.with_status(StatusCode::REQUEST_TIMEOUT))
+    })
 }
 
-/// One exchange with Postgres; its answer as JSON.
-pub async fn ask(shared: &Shared, target: &Target, messages: &[u8], mut answer: Answer) -> Result<Vec<u8>, SqlError> {
+/// One exchange with Postgres; its answer as JSON, with its share of memory.
+pub async fn ask(
+    shared: &Shared,
+    target: &Target,
+    messages: &[u8],
+    mut answer: Answer,
+) -> Result<(Vec<u8>, Share), SqlError> {
     let mut exchange = begin(shared, target).await?;
-    let status = match run(shared, &mut exchange, messages, |kind, body| answer.take(kind, body)).await {
+    let mut share = shared.http_memory.share();
+    let take = |kind, body: &[u8]| {
+        answer.take(kind, body)?;
+        share.grow(answer.bytes() + body.len())
+    };
+    let status = match run(shared, &mut exchange, messages, take).await {
         Ok(status) => status,
         // What Postgres said before it closed the connection says more.
         Err(Failure::Closed(error)) => return answer.finish().and(Err(error)),
         Err(Failure::Other(error)) => return Err(error),
     };
     end(exchange, status).await;
-    answer.finish()
+    Ok((answer.finish()?, share))
 }
 
 /// Borrows a connection.
