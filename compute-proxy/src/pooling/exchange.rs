@@ -87,9 +87,14 @@ impl Exchange {
     ) -> Result<TransactionStatus, ExchangeError<E>> {
         let mut rest = messages;
         loop {
+            let waiting = self.input_bytes();
             self.talk(&mut rest)?;
             if let Some(status) = self.take_answer(&mut take)? {
                 return Ok(status);
+            }
+            // What there was no room for before the answer was taken has room now, and may be all that comes.
+            if (1..waiting).contains(&self.input_bytes()) {
+                continue;
             }
             if !self.move_bytes().await {
                 // What it said last may say why.
@@ -138,6 +143,11 @@ impl Exchange {
         if let Some(lease) = self.lease.take() {
             lease.give_back();
         }
+    }
+
+    /// Bytes that Postgres has sent and the conversation has not taken.
+    fn input_bytes(&mut self) -> usize {
+        self.lease.as_mut().map_or(0, |lease| lease.connection().input.len())
     }
 
     /// Has the conversation take what there is.

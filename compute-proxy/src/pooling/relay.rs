@@ -148,10 +148,12 @@ impl Relay<'_> {
             }
             let to_server = poll_empty(&mut self.server.stream, &mut self.client.output.to_server, context);
             let server_lost = matches!(to_server, Poll::Ready(Err(_)));
+            let to_client_bytes = self.client.output.to_client.len();
             if matches!(self.client.poll_write_out(context), Poll::Ready(Err(_))) {
                 return Poll::Ready(Ended::ClientLost);
             }
-            let mut moved = false;
+            // What there was no room for has room now, and may be all that comes.
+            let mut moved = self.client.output.to_client.len() < to_client_bytes && !self.server.input.is_empty();
             if self.client.output.to_client.len() < TO_CLIENT_MAX_BYTES {
                 match poll_fill(&mut self.server.stream, &mut self.server.input, context) {
                     Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(Ended::ServerClosed),
