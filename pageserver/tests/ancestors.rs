@@ -11,7 +11,7 @@ use dormouse_pageserver::{
     error::StorageError,
     remote::{DiskCache, Remote},
 };
-use object_store::memory::InMemory;
+use object_store::{memory::InMemory, path::Path};
 use reference::{KEYS, START, apply, first_record, page_tag, tuning};
 use types::{BranchRef, Lsn, PAGE_BYTES};
 use wire::pageserver::BranchPoint;
@@ -98,4 +98,32 @@ async fn who_was_let_go_writes_nothing() {
     assert_eq!(read(&second, &root, LEFT_AT + 8).await.expect("read"), 9);
     let third = branches(&remote, 3, tuning());
     assert_eq!(read(&third, &root, LEFT_AT + 8).await.expect("read"), 9);
+}
+
+/// Layers that a merge has replaced while somebody read them may be gone; those that are still looked in may not.
+#[tokio::test]
+async fn who_meets_a_merge_is_told_to_ask_again() {
+    let remote = uncached_remote();
+    let all = branches(&remote, 1, tuning());
+    let (root, child) = root_and_child(&all).await;
+    let damaged = |object: &Path| {
+        Err::<(), _>(StorageError::Damaged { object: object.to_string(), reason: "the object is gone".to_owned() })
+    };
+    let parent = all.get(&root).await.expect("attached");
+    let reader = all.get(&child).await.expect("attached");
+    assert_eq!(read(&all, &child, LEFT_AT).await.expect("read"), 4);
+    let layers = || parent.view(|_| {}).layers.iter().map(|layer| layer.object().clone()).collect::<Vec<_>>();
+    let known = layers();
+    parent.flush().await.expect("flush");
+    for step in 1..=8u8 {
+        apply(&parent, LEFT_AT + 8 * u64::from(step), &[(PAGE, Some(step))]);
+        parent.flush().await.expect("flush");
+    }
+    parent.compact().await.expect("compact");
+    let now = layers();
+    let replaced = known.iter().find(|object| !now.contains(object)).expect("something was merged");
+    assert!(matches!(parent.or_stale(damaged(replaced)).await, Err(StorageError::Stale(name)) if name == root));
+    assert!(matches!(reader.or_stale(damaged(replaced)).await, Err(StorageError::Stale(name)) if name == child));
+    assert!(matches!(parent.or_stale(damaged(&now[0])).await, Err(StorageError::Damaged { .. })));
+    assert!(matches!(reader.or_stale(damaged(&now[0])).await, Err(StorageError::Damaged { .. })));
 }

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use cluster::{branch_ref, branches, memory_remote, put_root};
 use dormouse_pageserver::{
     branch::{Branch, Branches},
+    error::StorageError,
     remote::Remote,
 };
 use proptest::prelude::*;
@@ -148,16 +149,28 @@ impl World {
         let expected = self.model.read(index, number, at);
         let what = format!("{} key {number} at {at}", branch.name());
         if number < 6 {
-            let read = branch.read_value(key(number), at).await.expect("read");
+            let read = asked_again(&branch, || branch.read_value(key(number), at)).await;
             assert_eq!(read, expected.map(|byte| Bytes::from(vec![byte])), "{what}");
         } else {
-            let read = branch.get_pages(&[page_tag(number)], at).await.expect("read");
+            let tags = [page_tag(number)];
+            let read = asked_again(&branch, || branch.get_pages(&tags, at)).await;
             assert_eq!(read[0][0], expected.unwrap_or(0), "{what}");
             assert!(read[0].len() == PAGE_BYTES && read[0].iter().all(|byte| *byte == read[0][0]), "{what}");
         }
-        let listed = branch.scan(key(0), key(5), at).await.expect("scan");
+        let listed = asked_again(&branch, || branch.scan(key(0), key(5), at)).await;
         let live = (0..6).filter(|number| self.model.read(index, *number, at).is_some()).count();
         assert_eq!(listed.len(), live, "{what}");
+    }
+}
+
+/// Removed objects go at once here, so a read may meet a merge in the background; then it is to be told so.
+async fn asked_again<T>(branch: &Arc<Branch>, ask: impl AsyncFn() -> Result<T, StorageError>) -> T {
+    loop {
+        let answer = ask().await;
+        match branch.or_stale(answer).await {
+            Err(StorageError::Stale(_)) => {}
+            other => return other.expect("read"),
+        }
     }
 }
 

@@ -236,14 +236,25 @@ impl Branch {
         Ok(changed)
     }
 
-    /// When something stored is not as it should be: whether that is because the branch is to be attached anew.
+    /// When something stored is not as it should be: whether that is because others have taken its place while it was looked
+    /// for, or because the branch is to be attached anew.
     pub async fn or_stale<T>(&self, outcome: Result<T, StorageError>) -> Result<T, StorageError> {
         match outcome {
-            Err(StorageError::Damaged { .. }) if self.forget_if_changed().await? => {
+            Err(StorageError::Damaged { object, .. })
+                if self.has_replaced(&object) || self.forget_if_changed().await? =>
+            {
                 Err(StorageError::Stale(self.name.clone()))
             }
             other => other,
         }
+    }
+
+    /// True for a layer file of this branch or one it comes from in which nobody looks any more.
+    fn has_replaced(&self, object: &str) -> bool {
+        if !self.names.is_layer(object) {
+            return self.known_ancestor().is_some_and(|ancestor| ancestor.has_replaced(object));
+        }
+        !self.state.read().layers.iter().any(|layer| layer.object().as_ref() == object)
     }
 
     async fn is_changed(&self) -> Result<bool, StorageError> {

@@ -63,6 +63,11 @@ impl BranchNames {
         self.root.clone().join("layers").join(name)
     }
 
+    /// True for the path of a layer file of the branch.
+    pub fn is_layer(&self, object: &str) -> bool {
+        Path::from(object).prefix_matches(&self.root.clone().join("layers"))
+    }
+
     /// Where the children are registered.
     pub fn children(&self) -> Path {
         self.root.clone().join("children")
