@@ -122,6 +122,7 @@ impl Storage {
             ingest_memory: Default::default(),
             tuning,
             wal: None,
+            background: Default::default(),
         };
         let branches = Branches::new(Arc::new(shared));
         let name = project()?;

@@ -50,16 +50,15 @@ enum Base {
 impl Branch {
     /// A memory layer as a file, with images where chains would get too long. Made by a few threads, each with keys of its own.
     pub(super) async fn build_layer(self: &Arc<Self>, frozen: &Arc<Frozen>) -> Result<BuiltLayer, StorageError> {
-        let runtime = tokio::runtime::Handle::current();
         let build = |(first, last)| {
-            let (branch, frozen, runtime) = (self.clone(), frozen.clone(), runtime.clone());
-            tokio::task::spawn_blocking(move || runtime.block_on(branch.build_part(&frozen, first, last)))
+            let (branch, frozen) = (self.clone(), frozen.clone());
+            self.shared.background.run(async move { branch.build_part(&frozen, first, last).await })
         };
         let parts = frozen.values.ranges(if frozen.values.bytes() < SMALL_BYTES { 1 } else { PARTS });
         let mut parts = futures::stream::iter(parts).map(build).buffered(BUILD_THREADS);
         let mut layer = LayerBuilder::default();
         while let Some(part) = parts.next().await {
-            layer.append(part.map_err(|_| StorageError::Stopping)??);
+            layer.append(part?);
         }
         Ok(layer.finish())
     }

@@ -29,10 +29,7 @@ impl Branch {
     /// Does what the planner says until it says nothing more. One at a time: who comes meanwhile waits and then looks again.
     pub async fn compact(self: &Arc<Self>) -> Result<(), StorageError> {
         let branch = self.clone();
-        // On a thread of its own: it computes for long.
-        let runtime = tokio::runtime::Handle::current();
-        let done = tokio::task::spawn_blocking(move || runtime.block_on(branch.compact_here()));
-        let done = done.await.map_err(|_| StorageError::Stopping)?;
+        let done = self.shared.background.run(async move { branch.compact_here().await }).await;
         self.or_stale(done).await
     }
 
@@ -43,8 +40,9 @@ impl Branch {
         }
         let branch = self.clone();
         tokio::spawn(async move {
-            if let Err(error) = branch.compact().await {
-                tracing::warn!(branch = %branch.name, %error, "compaction failed; will try again");
+            match branch.compact().await {
+                Ok(()) | Err(StorageError::Stopping) => {}
+                Err(error) => tracing::warn!(branch = %branch.name, %error, "compaction failed; will try again"),
             }
         });
     }

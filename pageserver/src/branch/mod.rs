@@ -1,5 +1,6 @@
 //! A branch: its values in memory and in layers, how far it has ingested WAL, and what its ancestor is.
 
+mod background;
 mod chains;
 mod collect;
 mod compaction;
@@ -11,6 +12,7 @@ mod registry;
 mod sizes;
 mod wal_feed;
 
+pub use background::Background;
 pub use chains::MAX_CHAIN;
 pub use collect::Collected;
 pub use flush::prepare_layer;

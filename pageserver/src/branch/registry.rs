@@ -365,6 +365,13 @@ impl Branches {
             }
         });
         futures::stream::iter(flushes).buffer_unordered(CONCURRENT_FLUSHES).collect::<Vec<()>>().await;
+        self.stop_background(deadline).await;
+    }
+
+    /// Ends merges and the like, and waits for that until `deadline`. What they have not finished is done again by whoever
+    /// has the branches next.
+    pub async fn stop_background(&self, deadline: Instant) {
+        self.shared.background.stop(deadline).await;
     }
 
     /// The attached branches.

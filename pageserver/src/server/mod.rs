@@ -86,6 +86,7 @@ impl Server {
             ingest_memory: Default::default(),
             tuning: self.config.tuning(),
             wal,
+            background: Default::default(),
         };
         let branches = Branches::new(Arc::new(shared));
         tracing::info!(address = %self.address, store = %self.config.object_store, %generation, "pageserver listening");

@@ -174,6 +174,7 @@ pub fn branches(remote: &Arc<Remote>, generation: u32, tuning: Tuning) -> Arc<Br
         ingest_memory: Default::default(),
         tuning,
         wal: None,
+        background: Default::default(),
     };
     Branches::new(Arc::new(shared))
 }
