@@ -57,8 +57,8 @@ struct Versions {
 }
 
 impl MemoryLayer {
-    /// Adds a value, over one with the same key and LSN. `before` are the values in memory from before it.
-    pub fn put(&mut self, put: Put, before: Option<&MemoryLayer>) {
+    /// Adds a value, over one with the same key and LSN. `chain_before`: [`MemoryLayer::chain`] in the memory layers before.
+    pub fn put(&mut self, put: Put, chain_before: impl FnOnce(Key) -> u32) {
         let Put { key, lsn, value } = put;
         self.bytes += value.weight() + ENTRY_OVERHEAD_BYTES;
         self.max_lsn = self.max_lsn.max(lsn);
@@ -66,7 +66,7 @@ impl MemoryLayer {
             self.bytes += KEY_OVERHEAD_BYTES;
             self.order.insert(key, self.values.len());
             // Many have one value only.
-            self.values.push(Versions { values: Vec::with_capacity(1), chain: before.map_or(0, |it| it.chain(key)) });
+            self.values.push(Versions { values: Vec::with_capacity(1), chain: chain_before(key) });
             self.values.len() - 1
         });
         let versions = &mut self.values[place];
@@ -158,8 +158,9 @@ impl MemoryLayer {
         self.places.get(&key).map_or(&[], |place| &self.values[*place].values)
     }
 
-    fn chain(&self, key: Key) -> u32 {
-        self.places.get(&key).map_or(0, |place| self.values[*place].chain)
+    /// How many records a key has in memory since its last image; `None` when it has no values here.
+    pub fn chain(&self, key: Key) -> Option<u32> {
+        self.places.get(&key).map(|place| self.values[*place].chain)
     }
 }
 
@@ -187,7 +188,7 @@ mod tests {
         let mut layer = MemoryLayer::default();
         let key = Key::CHECKPOINT;
         for lsn in [8, 16, 24] {
-            layer.put(Put { key, lsn: Lsn(lsn), value: Value::rel_size(lsn as u32) }, None);
+            layer.put(Put { key, lsn: Lsn(lsn), value: Value::rel_size(lsn as u32) }, |_| 0);
         }
         let find = |after, at| {
             let mut found = Vec::new();
@@ -205,9 +206,9 @@ mod tests {
     fn values_may_come_in_any_order_and_again() {
         let mut layer = MemoryLayer::default();
         for (key, lsn, blocks) in [(Key::CHECKPOINT, 16, 1), (Key::CONTROL_FILE, 8, 2), (Key::CHECKPOINT, 8, 3)] {
-            layer.put(Put { key, lsn: Lsn(lsn), value: Value::rel_size(blocks) }, None);
+            layer.put(Put { key, lsn: Lsn(lsn), value: Value::rel_size(blocks) }, |_| 0);
         }
-        layer.put(Put { key: Key::CHECKPOINT, lsn: Lsn(16), value: Value::rel_size(4) }, None);
+        layer.put(Put { key: Key::CHECKPOINT, lsn: Lsn(16), value: Value::rel_size(4) }, |_| 0);
         let all: Vec<_> = layer.scan(Key::MIN, Key::MAX).map(|(key, lsn, value)| (key, lsn.0, value.clone())).collect();
         let expected = [(Key::CONTROL_FILE, 8, 2), (Key::CHECKPOINT, 8, 3), (Key::CHECKPOINT, 16, 4)];
         assert_eq!(all, expected.map(|(key, lsn, blocks)| (key, lsn, Value::rel_size(blocks))));

@@ -64,6 +64,8 @@ pub struct Shared {
     pub ingest_memory: IngestMemory,
     /// Where WAL comes from; `None`: nowhere (tests feed bytes themselves).
     pub wal: Option<WalSource>,
+    /// Long computations.
+    pub background: Background,
 }
 
 /// Sizes and times that tests and flags set.
@@ -427,9 +429,9 @@ impl Branch {
         {
             let mut state = self.state.write();
             let State { open, frozen, .. } = &mut *state;
-            let before = frozen.back().map(|frozen| &frozen.values);
+            let chain_before = |key| frozen.iter().rev().find_map(|frozen| frozen.values.chain(key)).unwrap_or(0);
             for put in puts {
-                open.put(put, before);
+                open.put(put, chain_before);
             }
             assert!(tip.last_record_lsn >= state.tip.last_record_lsn, "{}: ingestion went backwards", self.name);
             state.tip = tip;
