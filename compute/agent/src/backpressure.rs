@@ -8,6 +8,7 @@ use std::{
 };
 
 use pageserver_client::PageserverClient;
+use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, watch},
     time::Instant,
@@ -41,8 +42,8 @@ pub struct Backpressure {
     ingested: watch::Sender<Lsn>,
     committed: AtomicU64,
     max_lag_bytes: AtomicU64,
-    /// How many wait until the lag is allowed again, and since when.
-    blocked: watch::Sender<Option<Instant>>,
+    /// Since when somebody has been waiting until the lag is allowed again.
+    blocked: Mutex<Option<Instant>>,
     /// Somebody has written.
     written: Notify,
     /// Nothing waits any more: Postgres stops.
@@ -56,7 +57,7 @@ impl Backpressure {
             ingested: watch::Sender::new(start),
             committed: AtomicU64::new(start.0),
             max_lag_bytes: AtomicU64::new(DEFAULT_MAX_LAG_MIB << 20),
-            blocked: watch::Sender::new(None),
+            blocked: Mutex::new(None),
             written: Notify::new(),
             lifted: CancellationToken::new(),
         }
@@ -95,18 +96,15 @@ impl Backpressure {
             return tokio::time::sleep(delay).await;
         }
         let mut ingested = self.ingested.subscribe();
-        self.blocked.send_if_modified(|since| {
-            since.get_or_insert_with(Instant::now);
-            true
-        });
+        self.blocked.lock().get_or_insert_with(Instant::now);
         // The sender lives as long as `self`.
         let _ = ingested.wait_for(|_| self.lag_bytes() < self.max_lag_bytes.load(Relaxed)).await;
-        self.blocked.send_replace(None);
+        *self.blocked.lock() = None;
     }
 
     /// What waits, and for how long, once it is worth telling.
     pub fn problem(&self) -> Option<String> {
-        let waited = self.blocked.borrow().map(|since| since.elapsed()).filter(|waited| *waited > TELL_AFTER)?;
+        let waited = self.blocked.lock().map(|since| since.elapsed()).filter(|waited| *waited > TELL_AFTER)?;
         let mib = self.lag_bytes() >> 20;
         Some(format!("commits wait: the pageserver has been {mib} MiB behind for {} s", waited.as_secs()))
     }
