@@ -65,8 +65,9 @@ pub struct Config {
     #[arg(long, default_value_t = 300, env = "DORMOUSE_IDLE_DETACH_SECONDS", value_name = "SECONDS")]
     pub idle_detach: u32,
 
-    /// The most WAL, in MiB for each branch, that a replication slot may keep on the safekeepers. A slot that needs more is lost.
-    #[arg(long, default_value_t = 2048, value_name = "MIB")]
+    /// The most WAL, in MiB for each branch, that a replication slot may keep on the safekeepers. A slot that needs more is lost. At
+    /// most 2048: a compute fetches no more when it wakes.
+    #[arg(long, default_value_t = 2048, value_name = "MIB", value_parser = clap::value_parser!(u32).range(..=2048))]
     pub max_slot_wal_mib: u32,
 
     /// Memory for pages as they were last made, in MiB.

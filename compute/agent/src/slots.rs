@@ -13,7 +13,8 @@ use wire::pageserver::BaseFile;
 
 use crate::data_dir::{DataDir, DataDirError};
 
-/// Slots that need more WAL than this are lost: so much is fetched at a start at most.
+/// Slots that need more WAL than this are lost: so much is fetched at a start at most. The pageserver's `--max-slot-wal-mib` allows
+/// no more either.
 const MAX_WAL_BYTES: u64 = 2 << 30;
 
 /// Longest wait for the next piece of it.
