@@ -1,5 +1,6 @@
 //! `make bench`: every benchmark, each beside its peer in the same run. The last line of each is `key=value` figures.
 
+mod awake;
 mod bare;
 mod branch;
 mod commit;

@@ -2,6 +2,7 @@
 //! times as many updates.
 
 use std::{
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -14,6 +15,7 @@ use types::{BlockNumber, Generation, Lsn, PageTag, RelTag};
 use wire::{Scope, TokenSigner, auth::TokenKeys, pageserver::ReadLsn};
 
 use crate::{
+    awake::Awake,
     ingest::{Storage, project},
     redo::{Recorded, client},
 };
@@ -49,13 +51,15 @@ pub async fn run(scale: u32, minute_transactions: u32) -> anyhow::Result<()> {
         if number == minute {
             storage.branch.flush().await?;
             storage.branch.compact().await?;
-            young = Some(Service::start(&directory, 2).await?.measure("young, from layers", READS, false).await?);
+            Service::start(&directory, 2).await?.bring_layers(&directory).await?;
+            young = Some(Service::start(&directory, 3).await?.measure("young, from layers", READS, false).await?);
         }
     }
     storage.branch.flush().await?;
     storage.branch.compact().await?;
-    let cold = Service::start(&directory, 3).await?.measure("aged, from layers", READS, false).await?;
-    let hot = Service::start(&directory, 4).await?.measure("aged, hot", READS, true).await?;
+    Service::start(&directory, 4).await?.bring_layers(&directory).await?;
+    let cold = Service::start(&directory, 5).await?.measure("aged, from layers", READS, false).await?;
+    let hot = Service::start(&directory, 6).await?.measure("aged, hot", READS, true).await?;
     let aging = young.map_or(0.0, |young| cold.p99_us / young.p99_us);
     println!(
         "p50_us={:.0} p99_us={:.0} pages_s_1={:.0} pages_s_64={:.0} cold_p50_us={:.0} cold_p99_us={:.0} cold_pages_s_64={:.0} aging_ratio={aging:.2}",
@@ -93,6 +97,31 @@ impl Service {
         Ok(Service { client: Arc::new(PageserverClient::new(address, token)), stop, running })
     }
 
+    /// Reads here and there until all layers are on the local disk.
+    async fn bring_layers(self, directory: &tempfile::TempDir) -> anyhow::Result<()> {
+        let (rel, blocks) = self.largest().await?;
+        let some: Vec<PageTag> = (0..blocks).step_by(16).map(|block| PageTag { rel, block }).collect();
+        for some in some.chunks(100) {
+            self.client.get_pages(&project()?, some.to_vec(), LATEST).await?;
+        }
+        let mut before = (0, 0);
+        loop {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let now = files(&directory.path().join("data"))?;
+            if now == before {
+                break;
+            }
+            before = now;
+        }
+        println!("{} files of {} MB on the local disk", before.0, before.1 / 1_000_000);
+        self.end().await
+    }
+
+    async fn end(self) -> anyhow::Result<()> {
+        self.stop.cancel();
+        self.running.await?
+    }
+
     /// Random pages of the largest relation. Hot: of few, which were all read before; else each is read once.
     async fn measure(self, what: &str, reads: usize, hot: bool) -> anyhow::Result<Measured> {
         let (rel, blocks) = self.largest().await?;
@@ -109,6 +138,7 @@ impl Service {
                 self.client.get_pages(&project()?, some.to_vec(), LATEST).await?;
             }
         }
+        let awake = Awake::new()?;
         let mut times = Vec::with_capacity(reads);
         for _ in 0..reads {
             let began = Instant::now();
@@ -118,6 +148,7 @@ impl Service {
         times.sort_unstable();
         let micros = |part: usize| times[(times.len() - 1) * part / 100].as_secs_f64() * 1e6;
         let (p50_us, p99_us) = (micros(50), micros(99));
+        drop(awake);
         let began = Instant::now();
         let name = project()?;
         let tags: Vec<PageTag> = (0..reads).map(|_| PageTag { rel, block: block() }).collect();
@@ -127,8 +158,7 @@ impl Service {
         println!(
             "{what}: p50 {p50_us:.0} us, p99 {p99_us:.0} us; {pages_s:.0} pages a second at {IN_FLIGHT} in flight"
         );
-        self.stop.cancel();
-        self.running.await??;
+        self.end().await?;
         Ok(Measured { p50_us, p99_us, pages_s })
     }
 
@@ -137,6 +167,17 @@ impl Service {
             self.client.list_rels(&project()?, types::oids::DEFAULT_TABLESPACE, POSTGRES_DATABASE, LATEST).await?;
         rels.into_iter().max_by_key(|(_, blocks)| *blocks).ok_or_else(|| anyhow::anyhow!("no relations"))
     }
+}
+
+/// How many files are below a directory, and their bytes.
+fn files(directory: &Path) -> std::io::Result<(u64, u64)> {
+    let mut sum = (0, 0);
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        let more = if entry.file_type()?.is_dir() { files(&entry.path())? } else { (1, entry.metadata()?.len()) };
+        sum = (sum.0 + more.0, sum.1 + more.1);
+    }
+    Ok(sum)
 }
 
 /// The database `postgres`, as `initdb` makes it.
