@@ -2,7 +2,6 @@
 //! times as many updates.
 
 use std::{
-    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -51,15 +50,13 @@ pub async fn run(scale: u32, minute_transactions: u32) -> anyhow::Result<()> {
         if number == minute {
             storage.branch.flush().await?;
             storage.branch.compact().await?;
-            Service::start(&directory, 2).await?.bring_layers(&directory).await?;
-            young = Some(Service::start(&directory, 3).await?.measure("young, from layers", READS, false).await?);
+            young = Some(Service::start(&directory, 2).await?.measure("young, from layers", READS, false).await?);
         }
     }
     storage.branch.flush().await?;
     storage.branch.compact().await?;
-    Service::start(&directory, 4).await?.bring_layers(&directory).await?;
-    let cold = Service::start(&directory, 5).await?.measure("aged, from layers", READS, false).await?;
-    let hot = Service::start(&directory, 6).await?.measure("aged, hot", READS, true).await?;
+    let cold = Service::start(&directory, 3).await?.measure("aged, from layers", READS, false).await?;
+    let hot = Service::start(&directory, 4).await?.measure("aged, hot", READS, true).await?;
     let aging = young.map_or(0.0, |young| cold.p99_us / young.p99_us);
     println!(
         "p50_us={:.0} p99_us={:.0} pages_s_1={:.0} pages_s_64={:.0} cold_p50_us={:.0} cold_p99_us={:.0} cold_pages_s_64={:.0} aging_ratio={aging:.2}",
@@ -95,26 +92,6 @@ impl Service {
         let running = tokio::spawn(server.run(stop.clone()));
         let token = TokenSigner::from_pem(&keys.private_pem)?.sign(Scope::Service, Duration::from_secs(3600))?;
         Ok(Service { client: Arc::new(PageserverClient::new(address, token)), stop, running })
-    }
-
-    /// Reads here and there until all layers are on the local disk.
-    async fn bring_layers(self, directory: &tempfile::TempDir) -> anyhow::Result<()> {
-        let (rel, blocks) = self.largest().await?;
-        let some: Vec<PageTag> = (0..blocks).step_by(16).map(|block| PageTag { rel, block }).collect();
-        for some in some.chunks(100) {
-            self.client.get_pages(&project()?, some.to_vec(), LATEST).await?;
-        }
-        let mut before = (0, 0);
-        loop {
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            let now = files(&directory.path().join("data"))?;
-            if now == before {
-                break;
-            }
-            before = now;
-        }
-        println!("{} files of {} MB on the local disk", before.0, before.1 / 1_000_000);
-        self.end().await
     }
 
     async fn end(self) -> anyhow::Result<()> {
@@ -167,17 +144,6 @@ impl Service {
             self.client.list_rels(&project()?, types::oids::DEFAULT_TABLESPACE, POSTGRES_DATABASE, LATEST).await?;
         rels.into_iter().max_by_key(|(_, blocks)| *blocks).ok_or_else(|| anyhow::anyhow!("no relations"))
     }
-}
-
-/// How many files are below a directory, and their bytes.
-fn files(directory: &Path) -> std::io::Result<(u64, u64)> {
-    let mut sum = (0, 0);
-    for entry in std::fs::read_dir(directory)? {
-        let entry = entry?;
-        let more = if entry.file_type()?.is_dir() { files(&entry.path())? } else { (1, entry.metadata()?.len()) };
-        sum = (sum.0 + more.0, sum.1 + more.1);
-    }
-    Ok(sum)
 }
 
 /// The database `postgres`, as `initdb` makes it.

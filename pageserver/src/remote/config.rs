@@ -62,24 +62,21 @@ impl ObjectStoreConfig {
         }
     }
 
-    /// True for a directory on this machine: reading it needs no cache.
-    pub fn is_local(&self) -> bool {
-        matches!(self, ObjectStoreConfig::Local(_))
-    }
-
     /// The client. A request ends after 30 s at the latest, and is repeated at most five times while less than 45 s have gone: one that
     /// is never answered gets a second try.
     pub fn open(&self) -> Result<Arc<dyn ObjectStore>, ObjectStoreConfigError> {
         match self {
-            ObjectStoreConfig::Local(path) => {
-                std::fs::create_dir_all(path)
-                    .map_err(|source| ObjectStoreConfigError::Directory { path: path.clone(), source })?;
-                let store = LocalFileSystem::new_with_prefix(path)?.with_fsync(true).with_automatic_cleanup(true);
-                Ok(Arc::new(store))
-            }
+            ObjectStoreConfig::Local(path) => Ok(Arc::new(open_local(path)?)),
             ObjectStoreConfig::S3 { bucket, prefix } => open_s3(AmazonS3Builder::from_env(), bucket, prefix),
         }
     }
+}
+
+/// The client of a directory, which is made when it is not there.
+pub fn open_local(path: &std::path::Path) -> Result<LocalFileSystem, ObjectStoreConfigError> {
+    let failed = |source| ObjectStoreConfigError::Directory { path: path.to_owned(), source };
+    std::fs::create_dir_all(path).map_err(failed)?;
+    Ok(LocalFileSystem::new_with_prefix(path)?.with_fsync(true).with_automatic_cleanup(true))
 }
 
 /// The client of a bucket, with what `builder` says of endpoint and credentials.

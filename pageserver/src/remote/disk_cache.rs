@@ -1,4 +1,5 @@
-//! Copies of whole layers on the local disk. Only a cache: any file may vanish at any time.
+//! Layers on the local disk: copies of whole ones, only a cache, of which any file may vanish at any time; or the object store's
+//! own files, when it is a directory on this machine.
 
 use std::{
     io::{ErrorKind, IoSliceMut},
@@ -9,13 +10,21 @@ use std::{
 };
 
 use bytes::Bytes;
-use object_store::path::Path;
+use object_store::{local::LocalFileSystem, path::Path};
 use rustix::io::{ReadWriteFlags, preadv2};
 
 /// The cache; a clone is another handle of the same.
 #[derive(Clone)]
 pub struct DiskCache {
-    inner: Option<Arc<Inner>>,
+    layers: Layers,
+}
+
+#[derive(Clone)]
+enum Layers {
+    Elsewhere,
+    Copied(Arc<Inner>),
+    /// Never written nor removed here.
+    InStore(Arc<LocalFileSystem>),
 }
 
 struct Inner {
@@ -27,7 +36,12 @@ struct Inner {
 impl DiskCache {
     /// No cache: every read goes to the object store.
     pub fn disabled() -> DiskCache {
-        DiskCache { inner: None }
+        DiskCache { layers: Layers::Elsewhere }
+    }
+
+    /// No copies: this is the object store.
+    pub fn in_store(store: LocalFileSystem) -> DiskCache {
+        DiskCache { layers: Layers::InStore(Arc::new(store)) }
     }
 
     /// Keeps up to `limit_bytes` in `directory`, which is made. Files left by an earlier run count.
@@ -55,17 +69,28 @@ impl DiskCache {
             }
         }
         files.run_pending_tasks();
-        Ok(DiskCache { inner: Some(Arc::new(Inner { directory: directory.to_owned(), files })) })
+        Ok(DiskCache { layers: Layers::Copied(Arc::new(Inner { directory: directory.to_owned(), files })) })
     }
 
-    /// False when it was opened with [`DiskCache::disabled`].
+    /// True when it keeps copies.
     pub fn is_enabled(&self) -> bool {
-        self.inner.is_some()
+        self.copied().is_some()
+    }
+
+    fn copied(&self) -> Option<&Arc<Inner>> {
+        match &self.layers {
+            Layers::Copied(inner) => Some(inner),
+            Layers::Elsewhere | Layers::InStore(_) => None,
+        }
     }
 
     /// A part of an object, if it is here.
     pub async fn read(&self, object: &Path, range: Range<u64>) -> Option<Bytes> {
-        let inner = self.inner.as_ref()?;
+        if let Layers::InStore(store) = &self.layers {
+            // What the kernel does not have in memory, or is not there, is asked of the store.
+            return read_without_waiting(&store.path_to_filesystem(object).ok()?, &range);
+        }
+        let inner = self.copied()?;
         let name = file_name(object);
         inner.files.get(&name)?;
         let path = inner.directory.join(&name);
@@ -89,7 +114,7 @@ impl DiskCache {
 
     /// Keeps a copy. Failing to is only logged.
     pub async fn insert(&self, object: &Path, bytes: Bytes) {
-        let Some(inner) = self.inner.clone() else { return };
+        let Some(inner) = self.copied().cloned() else { return };
         let name = file_name(object);
         let path = inner.directory.join(&name);
         let weight = kib(bytes.len() as u64);
@@ -114,7 +139,7 @@ impl DiskCache {
 
     /// Drops the copy, if there is one.
     pub fn remove(&self, object: &Path) {
-        if let Some(inner) = &self.inner {
+        if let Some(inner) = self.copied() {
             let name = file_name(object);
             let _ = std::fs::remove_file(inner.directory.join(&name));
             inner.files.invalidate(&name);
@@ -163,5 +188,20 @@ mod tests {
         cache.insert(&object, Bytes::from_static(b"0123456789")).await;
         std::fs::remove_file(directory.path().join("projects~p~layers~x")).expect("remove");
         assert_eq!(cache.read(&object, 2..4).await, None);
+    }
+
+    #[tokio::test]
+    async fn the_store_s_own_files_are_read_and_left_alone() {
+        let directory = tempfile::tempdir().expect("directory");
+        let file = directory.path().join("projects/p/layers/x");
+        std::fs::create_dir_all(file.parent().expect("parent")).expect("directories");
+        std::fs::write(&file, b"0123456789").expect("write");
+        let cache = DiskCache::in_store(LocalFileSystem::new_with_prefix(directory.path()).expect("store"));
+        let object = Path::from("projects/p/layers/x");
+        assert_eq!(cache.read(&object, 2..5).await.as_deref(), Some(&b"234"[..]));
+        assert_eq!(cache.read(&object, 8..12).await, None, "beyond its end");
+        assert_eq!(cache.read(&Path::from("projects/p/layers/y"), 0..1).await, None);
+        cache.remove(&object);
+        assert!(file.exists() && !cache.is_enabled());
     }
 }

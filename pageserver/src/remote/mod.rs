@@ -5,7 +5,7 @@ mod disk_cache;
 mod manifest;
 mod names;
 
-pub use config::{ObjectStoreConfig, ObjectStoreConfigError, open_s3};
+pub use config::{ObjectStoreConfig, ObjectStoreConfigError, open_local, open_s3};
 pub use disk_cache::DiskCache;
 pub use manifest::{Ancestor, Manifest, ManifestError};
 pub use names::{BranchNames, layer_generation, layer_name};

@@ -22,7 +22,7 @@ use crate::{
     branch::{Branches, Shared, WalSource},
     config::Config,
     read::PageCache,
-    remote::{DiskCache, Remote},
+    remote::{DiskCache, ObjectStoreConfig, Remote, open_local},
 };
 
 /// Longest time that requests and uploads may take after a stop was asked for.
@@ -45,12 +45,13 @@ impl Server {
         let key_path = &config.token_public_key;
         let pem = std::fs::read_to_string(key_path).with_context(|| format!("token key {}", key_path.display()))?;
         let verifier = TokenVerifier::from_pem(&pem).with_context(|| format!("token key {}", key_path.display()))?;
-        let disk = if config.object_store.is_local() {
-            DiskCache::disabled()
-        } else {
-            let directory = config.data_dir.join("layers");
-            DiskCache::open(&directory, u64::from(config.disk_cache_mib) << 20)
-                .with_context(|| format!("layer cache {}", directory.display()))?
+        let disk = match &config.object_store {
+            ObjectStoreConfig::Local(directory) => DiskCache::in_store(open_local(directory)?),
+            ObjectStoreConfig::S3 { .. } => {
+                let directory = config.data_dir.join("layers");
+                DiskCache::open(&directory, u64::from(config.disk_cache_mib) << 20)
+                    .with_context(|| format!("layer cache {}", directory.display()))?
+            }
         };
         let remote = Arc::new(Remote::open(&config.object_store, disk, u64::from(config.block_cache_mib) << 20)?);
         remote.check().await.with_context(|| format!("the object store {} does not work", config.object_store))?;
