@@ -1,4 +1,4 @@
-//! The layer file: blocks of about 32 KiB, an index of them, a footer. Every byte is under one CRC32C or another.
+//! The layer file: blocks of about 16 KiB, an index of them, a footer. Every byte is under one CRC32C or another.
 //!
 //! ```text
 //! block*   zstd (or as it is, when that is not shorter); the entries in (key, LSN) order, each:
@@ -19,7 +19,7 @@ use types::Lsn;
 use crate::storage::{KEY_BYTES, Key, Value};
 
 /// A block is closed when it has reached this many bytes before compression.
-const BLOCK_TARGET_BYTES: usize = 32 * 1024;
+const BLOCK_TARGET_BYTES: usize = 16 * 1024;
 /// Larger blocks are not believed (a single record may be large, but not so large).
 const BLOCK_MAX_BYTES: usize = 1 << 30;
 const FORMAT_VERSION: u32 = 2;

@@ -33,7 +33,7 @@ pub struct Wanted {
 }
 
 /// Blocks that are read in one piece at most.
-const BLOCKS_PER_READ: usize = 64;
+const BLOCKS_PER_READ: usize = 128;
 
 /// One layer; its index is loaded at the first look into it and then kept.
 pub struct Layer {
