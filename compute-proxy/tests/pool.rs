@@ -47,6 +47,19 @@ async fn many_clients_share_few_connections() {
     assert!(different.len() <= 3, "{different:?}");
 }
 
+/// The end of an answer may come while there is no room for it, and nothing more comes after it to wake for.
+#[tokio::test]
+async fn answers_of_about_the_room_for_them_come_whole() {
+    let world = World::start(&["--pool-size", "1"]).await;
+    let client = pooled(&world).await;
+    for rows in (100..300).chain([2000, 20_000]) {
+        let sql = format!("select repeat('x', 500) from generate_series(1, {rows})");
+        let answer = tokio::time::timeout(Duration::from_secs(20), client.query(&sql, &[])).await;
+        let answer = answer.unwrap_or_else(|_| panic!("the end of {rows} rows does not come")).expect("answered");
+        assert_eq!(answer.len(), rows);
+    }
+}
+
 #[tokio::test]
 async fn settings_follow_their_client() {
     let world = World::start(&["--pool-size", "1"]).await;
