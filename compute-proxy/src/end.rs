@@ -31,7 +31,7 @@ pub enum EndReason {
     UnknownEndpoint,
     /// The endpoint's owner has disabled it.
     EndpointDisabled,
-    /// Wrong password, or no such role.
+    /// Wrong password or token, or no such role.
     WrongPassword,
     /// Too many logins from there have failed.
     TooManyFailures,
@@ -41,6 +41,8 @@ pub enum EndReason {
     TooManyConnections,
     /// The login could not be checked.
     ControlPlaneDown,
+    /// The keys that a token is checked with could not be fetched.
+    IssuerDown,
     /// The endpoint did not wake.
     WakeFailed,
     /// Postgres refused the session.
@@ -73,6 +75,7 @@ impl EndReason {
             Self::ChannelBinding => "channel-binding",
             Self::TooManyConnections => "too-many-connections",
             Self::ControlPlaneDown => "control-plane-down",
+            Self::IssuerDown => "issuer-down",
             Self::WakeFailed => "wake-failed",
             Self::ComputeRefused => "compute-refused",
             Self::PoolRefused => "pool-refused",

@@ -3,6 +3,7 @@
 #![allow(dead_code)]
 
 mod control_plane;
+mod issuer;
 mod postgres;
 
 use std::{net::SocketAddr, process::Stdio, sync::Arc, time::Duration};
@@ -10,6 +11,7 @@ use std::{net::SocketAddr, process::Stdio, sync::Arc, time::Duration};
 use clap::Parser;
 pub use control_plane::{FakeControlPlane, FakeEndpoint, TOKEN};
 use dormouse_compute_proxy::{Config, Server};
+pub use issuer::{Issuer, Signer};
 pub use postgres::Postgres;
 use tokio::{io::AsyncWriteExt, process::Command, task::JoinHandle};
 use tokio_util::sync::CancellationToken;

@@ -745,6 +745,65 @@ async fn proxies_are_told_which_answers_to_keep() {
 }
 
 #[tokio::test]
+async fn proxies_are_told_whose_tokens_stand_for_a_password() {
+    let world = World::new().await;
+    let made = world.project().await;
+    let (project, main) = (text(&made["project"]["id"]), text(&made["branch"]["id"]));
+    let body = json!({"branch": {"parent_id": main}, "endpoints": [{"type": "read_write"}]});
+    let child = world.post(&format!("/projects/{project}/branches"), body).await;
+    let (main_endpoint, child_endpoint) = (text(&made["endpoints"][0]["id"]), text(&child["endpoints"][0]["id"]));
+    let path = format!("/projects/{project}/jwks");
+    let told = async |endpoint: &str| {
+        let role = format!("/internal/v1/endpoints/{endpoint}/roles/dormouse_owner");
+        let (_, auth) = world.request(Method::GET, &role, Some(&world.service_token), Value::Null).await;
+        let issuers = serde_json::from_value::<RoleAuth>(auth).expect("role").token_issuers;
+        issuers.into_iter().map(|issuer| (issuer.jwks_url, issuer.audience, issuer.issuer)).collect::<Vec<_>>()
+    };
+    assert!(told(main_endpoint).await.is_empty());
+    let everywhere = json!({"jwks_url": "https://a.example/keys", "provider_name": "A", "jwt_audience": "shop",
+        "jwt_issuer": "https://a.example/", "role_names": ["dormouse_owner", "web"]});
+    let first = world.post(&path, everywhere).await;
+    assert_eq!((&first["jwks"]["provider_name"], &first["operations"]), (&json!("A"), &json!([])));
+    let here = json!({"jwks_url": "http://b.example/keys", "branch_id": main, "role_names": ["dormouse_owner"]});
+    let second = world.post(&path, here).await;
+    assert_eq!(second["jwks"]["provider_name"], "b.example");
+    let others = world.post(&path, json!({"jwks_url": "https://c.example/keys"})).await;
+    assert_eq!(others["jwks"]["role_names"], json!(["authenticator", "authenticated", "anonymous"]));
+
+    let text_of = |text: &str| Some(text.to_owned());
+    let a = ("https://a.example/keys".to_owned(), text_of("shop"), text_of("https://a.example/"));
+    let b = ("http://b.example/keys".to_owned(), None, None);
+    assert_eq!(told(main_endpoint).await, [a.clone(), b.clone()]);
+    assert_eq!(told(child_endpoint).await, [a.clone()], "the other is for one branch only");
+    assert_eq!(world.get(&path).await["jwks"].as_array().map(Vec::len), Some(3));
+    let id = text(&first["jwks"]["id"]);
+    let (status, removed) = world.api(Method::DELETE, &format!("{path}/{id}"), Value::Null).await;
+    assert_eq!((status, &removed["id"]), (200, &json!(id)));
+    assert_eq!(told(main_endpoint).await, [b]);
+    assert_eq!(world.api(Method::DELETE, &format!("{path}/{id}"), Value::Null).await.0, 404);
+
+    for bad in [
+        json!({}),
+        json!({"jwks_url": "file:///etc/passwd"}),
+        json!({"jwks_url": "https://user:secret@a.example/keys"}),
+        json!({"jwks_url": "https://a.example/", "role_names": []}),
+        json!({"jwks_url": "https://a.example/", "role_names": ["postgres"]}),
+        json!({"jwks_url": "https://a.example/", "jwt_audience": ""}),
+        json!({"jwks_url": format!("https://a.example/{}", "x".repeat(1000))}),
+    ] {
+        assert_eq!(world.api(Method::POST, &path, bad.clone()).await.0, 400, "{bad}");
+    }
+    let elsewhere = json!({"jwks_url": "https://a.example/", "branch_id": "br-none-00000000"});
+    assert_eq!(world.api(Method::POST, &path, elsewhere).await.0, 404);
+    for _ in 2..20 {
+        world.post(&path, json!({"jwks_url": "https://d.example/"})).await;
+    }
+    assert!((400..500).contains(&world.api(Method::POST, &path, json!({"jwks_url": "https://d.example/"})).await.0));
+    // They go with what they belong to.
+    assert_eq!(world.api(Method::DELETE, &format!("/projects/{project}"), Value::Null).await.0, 200);
+}
+
+#[tokio::test]
 async fn roles_and_databases_reach_postgres() {
     let world = World::new().await;
     let made = world.project().await;
