@@ -216,7 +216,9 @@ mod tests {
 
         let asked = begun + seconds(10);
         known.answered(asked, Some(KeySet::parse(br#"{"keys":[]}"#).expect("a set")));
-        assert!(known.is_fresh(asked + seconds(299), seconds(300)) && !known.is_fresh(asked + seconds(300), seconds(300)));
+        assert!(
+            known.is_fresh(asked + seconds(299), seconds(300)) && !known.is_fresh(asked + seconds(300), seconds(300))
+        );
         known.answered(asked + seconds(400), None);
         assert!(known.usable(asked + seconds(3599)).is_some(), "an old one is better than none");
         assert!(known.usable(asked + seconds(3600)).is_none(), "but not for ever");

@@ -6,21 +6,13 @@ use std::time::Duration;
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
 use dormouse_compute_proxy::token::{KeySet, Token, TokenError};
-use futures::{SinkExt, StreamExt, future::join_all};
+use futures::future::join_all;
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode, get_current_timestamp};
 use proptest::prelude::*;
 use reqwest::{Client, StatusCode};
 use serde_json::{Value, json};
 use support::{Issuer, PASSWORD, Signer, World};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, duplex, split},
-    net::TcpStream,
-    time::sleep,
-};
-use tokio_tungstenite::{
-    client_async,
-    tungstenite::{Message, client::IntoClientRequest},
-};
+use tokio::time::sleep;
 
 /// What policies of row-level security ask for.
 const SUBJECT: &str = "nullif(current_setting('request.jwt.claims', true), '')::json->>'sub'";
@@ -68,7 +60,9 @@ fn a_token_does_not_choose_its_algorithm() {
         assert_eq!(verify(&set, &token), Err(TokenError::UnknownKey));
     }
     let payload = BASE64.encode(claims.to_string());
-    for header in [json!({"alg": "none", "kid": "a"}), json!({"alg": "RS256", "kid": "a", "crit": ["b64"], "b64": false})] {
+    for header in
+        [json!({"alg": "none", "kid": "a"}), json!({"alg": "RS256", "kid": "a", "crit": ["b64"], "b64": false})]
+    {
         let header = BASE64.encode(header.to_string());
         assert_eq!(verify(&set, &format!("{header}.{payload}.")), Err(TokenError::Malformed), "{header}");
     }
@@ -78,7 +72,8 @@ fn a_token_does_not_choose_its_algorithm() {
     encryption["use"] = json!("enc");
     let mut other = public;
     other["alg"] = json!("RS512");
-    let keys = json!({"keys": [{"kty": "oct", "k": secret, "kid": "a"}, {"kty": "new", "kid": "a"}, 7, encryption, other]});
+    let keys =
+        json!({"keys": [{"kty": "oct", "k": secret, "kid": "a"}, {"kty": "new", "kid": "a"}, 7, encryption, other]});
     let set = KeySet::parse(keys.to_string().as_bytes()).expect("a set");
     let mut header = Header::new(Algorithm::HS256);
     header.kid = Some("a".to_owned());
@@ -225,9 +220,13 @@ async fn sql_sees_the_claims_and_no_other_client_does() {
     assert_eq!(http.value(&bob, &format!("select {SUBJECT}")).await, "bob");
 
     // A batch, and what comes after an error.
-    let batch = json!({"queries": [{"query": format!("select {SUBJECT} s")}, {"query": "select $1::int n", "params": [5]}]});
+    let batch =
+        json!({"queries": [{"query": format!("select {SUBJECT} s")}, {"query": "select $1::int n", "params": [5]}]});
     let (_, answer) = http.ask(&bob, batch).await;
-    assert_eq!((&answer["results"][0]["rows"], &answer["results"][1]["rows"]), (&json!([{"s": "bob"}]), &json!([{"n": 5}])));
+    assert_eq!(
+        (&answer["results"][0]["rows"], &answer["results"][1]["rows"]),
+        (&json!([{"s": "bob"}]), &json!([{"n": 5}]))
+    );
     assert_eq!(answer["results"].as_array().map(Vec::len), Some(2));
     let (_, error) = http.ask(&bob, json!({"query": "select 1/0"})).await;
     assert_eq!(error["code"], "22012");
@@ -254,7 +253,8 @@ async fn sql_sees_the_claims_and_no_other_client_does() {
         async move {
             let (subject, wanted) = [("ann", 2), ("bob", 1), ("eve", 0)][number % 3];
             let count = http.value(&signer.token(subject), "select count(*)::int from jwt_notes").await;
-            let unseen = if number % 5 == 0 { http.by_password("select count(*)::int from jwt_notes").await } else { json!(0) };
+            let unseen =
+                if number % 5 == 0 { http.by_password("select count(*)::int from jwt_notes").await } else { json!(0) };
             (count, unseen) == (json!(wanted), json!(0))
         }
     }));
@@ -277,12 +277,11 @@ async fn bad_tokens_look_like_wrong_passwords_and_wake_nothing() {
         (BY_TOKEN, signer.sign_as(Some("b"), &json!({}))),
         (BY_TOKEN, signer.sign(&json!({"sub": "ann", "iss": "issuer", "exp": get_current_timestamp() + 60}))),
         (BY_TOKEN, "nonsense".to_owned()),
-        (BY_TOKEN, String::new()),
         // A good token, but for a role that it may not take, none, and an endpoint that is none.
-        (&BY_TOKEN.replace("alice", "carol"), good.clone()),
-        (&BY_TOKEN.replace("alice", "nobody"), good.clone()),
-        (&BY_TOKEN.replace("ep-a", "ep-none"), good.clone()),
-        (&BY_TOKEN.replace("ep-a", "ep-b"), good.clone()),
+        (&*BY_TOKEN.replace("alice", "carol"), good.clone()),
+        (&*BY_TOKEN.replace("alice", "nobody"), good.clone()),
+        (&*BY_TOKEN.replace("ep-a", "ep-none"), good.clone()),
+        (&*BY_TOKEN.replace("ep-a", "ep-b"), good.clone()),
     ] {
         let headers = [("Authorization", &*format!("Bearer {token}"))];
         let (status, _, error) = http.send(connection, &headers, &json!({"query": "select 1"})).await;
@@ -290,12 +289,15 @@ async fn bad_tokens_look_like_wrong_passwords_and_wake_nothing() {
         let role = connection.split(['/', '@']).nth(2).expect("a role");
         answers.push(error.to_string().replace(role, "?"));
     }
-    let (_, _, wrong_password) = http.send(&BY_TOKEN.replace("alice", "alice:x"), &[], &json!({"query": "select 1"})).await;
+    let (_, _, wrong_password) =
+        http.send(&BY_TOKEN.replace("alice", "alice:x"), &[], &json!({"query": "select 1"})).await;
     let wrong_password = wrong_password.to_string().replace("alice", "?");
     assert!(answers.iter().all(|answer| *answer == wrong_password), "{answers:#?}");
-    let headers = [("Authorization", "Basic YTpi")];
-    let (_, _, error) = http.send(BY_TOKEN, &headers, &json!({"query": "select 1"})).await;
-    assert_eq!(error["code"], "08P01");
+    for authorization in ["Basic YTpi", "Bearer", "x"] {
+        let headers = [("Authorization", authorization)];
+        let (_, _, error) = http.send(BY_TOKEN, &headers, &json!({"query": "select 1"})).await;
+        assert_eq!(error["code"], "08P01", "{authorization}");
+    }
     assert_eq!(world.wakes(), 0);
 
     // A good password does not make up for a bad token.
@@ -415,35 +417,7 @@ async fn a_kept_answer_is_for_the_same_claims_only() {
 
 /// A session in a WebSocket, opened with a token.
 async fn in_websocket(world: &World, host: &str, token: &str) -> Result<tokio_postgres::Client, String> {
-    let mut request = format!("ws://{host}/v2").into_client_request().expect("a request");
-    request.headers_mut().insert("Authorization", format!("Bearer {token}").parse().expect("a header"));
-    let tcp = TcpStream::connect(world.http_address).await.expect("connected");
-    let (socket, _) = client_async(request, tcp).await.map_err(|error| error.to_string())?;
-    let (mut sink, mut stream) = socket.split();
-    let (near, far) = duplex(64 * 1024);
-    let (mut from_client, mut to_client) = split(far);
-    tokio::spawn(async move {
-        let mut buffer = vec![0; 8192];
-        while let Ok(bytes @ 1..) = from_client.read(&mut buffer).await {
-            if sink.send(Message::binary(buffer[..bytes].to_vec())).await.is_err() {
-                return;
-            }
-        }
-    });
-    tokio::spawn(async move {
-        while let Some(Ok(message)) = stream.next().await {
-            if to_client.write_all(&message.into_data()).await.is_err() {
-                return;
-            }
-        }
-    });
-    let mut config = tokio_postgres::Config::new();
-    config.user("alice").password("does not matter").dbname("postgres");
-    config.ssl_mode(tokio_postgres::config::SslMode::Disable);
-    let connecting = config.connect_raw(near, tokio_postgres::NoTls).await;
-    let (client, connection) = connecting.map_err(|error| format!("{:?}", error.code()))?;
-    tokio::spawn(connection);
-    Ok(client)
+    world.in_websocket(host, Some(token), "does not matter").await
 }
 
 #[tokio::test]
@@ -459,7 +433,8 @@ async fn a_session_in_a_websocket_has_the_claims_too() {
     };
     let ann = in_websocket(&world, "ep-a.localhost", &signer.token("ann")).await.expect("a session");
     assert_eq!(subject(&ann).await, "ann");
-    ann.batch_execute("reset all; discard all").await.expect("done");
+    ann.batch_execute("reset all").await.expect("done");
+    ann.batch_execute("discard all").await.expect("done");
     assert_eq!(subject(&ann).await, "ann", "a session's own");
 
     // Pooled: all through one server connection.
@@ -472,5 +447,5 @@ async fn a_session_in_a_websocket_has_the_claims_too() {
     }
     let stranger = Signer::new("a", Algorithm::EdDSA);
     let refused = in_websocket(&world, "ep-a.localhost", &stranger.token("ann")).await.map(|_| ());
-    assert_eq!(refused, Err("Some(SqlState(E28P01))".to_owned()));
+    assert!(refused.is_err_and(|error| error.contains("password authentication failed")));
 }

@@ -158,7 +158,7 @@ impl Asking {
 
 /// All of a session that its answers depend on: whose it is, and how it begins.
 fn session(target: &Target) -> Vec<Vec<u8>> {
-    let Target { endpoint, connection, options, auth } = target;
+    let Target { endpoint, connection, options, auth, .. } = target;
     let startup = &connection.startup;
     let mut parts = vec![
         endpoint.as_str().into(),

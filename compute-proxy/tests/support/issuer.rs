@@ -6,6 +6,7 @@ use std::sync::{
 };
 
 use axum::{Router, extract::State, http::StatusCode, response::IntoResponse, routing::get};
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
 use control_plane_api::internal::TokenIssuer;
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode, get_current_timestamp, jwk::Jwk};
 use parking_lot::Mutex;
@@ -18,6 +19,7 @@ pub struct Signer {
     pub id: String,
     algorithm: Algorithm,
     key: EncodingKey,
+    public: Value,
 }
 
 impl Signer {
@@ -27,21 +29,23 @@ impl Signer {
             Algorithm::ES256 => &PKCS_ECDSA_P256_SHA256,
             _ => &PKCS_ED25519,
         };
-        let pem = KeyPair::generate_for(kind).expect("a key").serialize_pem();
+        let pair = KeyPair::generate_for(kind).expect("a key");
         let key = match algorithm {
-            Algorithm::RS256 => EncodingKey::from_rsa_pem(pem.as_bytes()),
-            Algorithm::ES256 => EncodingKey::from_ec_pem(pem.as_bytes()),
-            _ => EncodingKey::from_ed_pem(pem.as_bytes()),
+            Algorithm::RS256 => EncodingKey::from_rsa_pem(pair.serialize_pem().as_bytes()).expect("a key"),
+            Algorithm::ES256 => EncodingKey::from_ec_pem(pair.serialize_pem().as_bytes()).expect("a key"),
+            _ => EncodingKey::from_ed_der(pair.serialized_der()),
         };
-        Self { id: id.to_owned(), algorithm, key: key.expect("a key") }
+        let mut public = match algorithm {
+            Algorithm::EdDSA => json!({"kty": "OKP", "crv": "Ed25519", "x": BASE64.encode(pair.public_key_raw())}),
+            _ => serde_json::to_value(Jwk::from_encoding_key(&key, algorithm).expect("a public key")).expect("JSON"),
+        };
+        public["kid"] = json!(id);
+        Self { id: id.to_owned(), algorithm, key, public }
     }
 
     /// Its public half, as it is published.
     pub fn public(&self) -> Value {
-        let jwk = Jwk::from_encoding_key(&self.key, self.algorithm).expect("a public key");
-        let mut jwk = serde_json::to_value(jwk).expect("JSON");
-        jwk["kid"] = json!(self.id);
-        jwk
+        self.public.clone()
     }
 
     pub fn sign(&self, claims: &Value) -> String {
