@@ -31,6 +31,8 @@ pub enum EndReason {
     UnknownEndpoint,
     /// The endpoint's owner has disabled it.
     EndpointDisabled,
+    /// The endpoint is not open to the client's address.
+    AddressNotAllowed,
     /// Wrong password or token, or no such role.
     WrongPassword,
     /// Too many logins from there have failed.
@@ -70,6 +72,7 @@ impl EndReason {
             Self::EndpointName => "endpoint-name",
             Self::UnknownEndpoint => "unknown-endpoint",
             Self::EndpointDisabled => "endpoint-disabled",
+            Self::AddressNotAllowed => "address-not-allowed",
             Self::WrongPassword => "wrong-password",
             Self::TooManyFailures => "too-many-failures",
             Self::ChannelBinding => "channel-binding",

@@ -98,7 +98,7 @@ impl Login {
         self.check_limit(from, endpoint)?;
         let candidate = self.candidate(endpoint, user, self.fresh_for).await?;
         match exchange(stream, end_point, &candidate.verifier).await {
-            Ok(()) => candidate.admit(user).map(|_| ()),
+            Ok(()) => self.admit(from, candidate, user).await.map(|_| ()),
             Err(LoginError::Scram(ScramError::WrongPassword)) => {
                 self.roles.doubt(endpoint, user);
                 self.limit.failed(self.begun.elapsed(), from, endpoint);
@@ -141,7 +141,7 @@ impl Login {
             self.limit.failed(self.begun.elapsed(), from, endpoint);
             return Err(wrong_password(user));
         }
-        candidate.admit(user)
+        self.admit(from, candidate, user).await
     }
 
     /// Checks a JSON Web Token; gives what the control plane says of the role, and what the token says of its holder.
@@ -156,34 +156,53 @@ impl Login {
     ) -> Result<(Arc<RoleAuth>, Claims), Stop> {
         self.check_limit(from, endpoint)?;
         let Ok(token) = Token::parse(token) else { return Err(self.refuse_token(from, endpoint, user)) };
-        let (mut auth, fresh) = self.role(endpoint, user, fresh_for).await?;
-        let mut outcome = self.verify(auth.as_deref(), &token).await;
-        if outcome.is_err() && !fresh {
+        let mut candidate = self.candidate(endpoint, user, fresh_for).await?;
+        let mut outcome = self.verify(&candidate, &token).await;
+        if outcome.is_err() && !candidate.fresh {
             // Its issuer may have been added in this moment.
             self.roles.doubt(endpoint, user);
-            (auth, _) = self.role(endpoint, user, fresh_for).await?;
-            outcome = self.verify(auth.as_deref(), &token).await;
+            candidate = self.candidate(endpoint, user, fresh_for).await?;
+            outcome = self.verify(&candidate, &token).await;
         }
-        match (outcome, auth) {
-            (Ok(claims), Some(auth)) => Ok((admit(endpoint, auth)?, claims)),
+        match outcome {
+            Ok(claims) => Ok((self.admit(from, candidate, user).await?, claims)),
             // Nobody guesses a signature, and who comes with many tokens comes with some that are old.
-            (Err(VerifyError::Refused(TokenError::Expired)), _) => Err(expired_token(user)),
-            (Err(VerifyError::Unavailable), _) => {
+            Err(VerifyError::Refused(TokenError::Expired)) => Err(expired_token(user)),
+            Err(VerifyError::Unavailable) => {
                 let message = "the token cannot be checked now, its issuer's keys cannot be fetched";
                 Err(Stop::refuse(EndReason::IssuerDown, FatalError::new("57P03", message)))
             }
-            _ => Err(self.refuse_token(from, endpoint, user)),
+            Err(VerifyError::Refused(_)) => Err(self.refuse_token(from, endpoint, user)),
         }
     }
 
-    async fn verify(&self, auth: Option<&RoleAuth>, token: &Token<'_>) -> Result<Claims, VerifyError> {
-        let issuers = auth.map_or(&[][..], |auth| &auth.token_issuers);
-        self.key_sets.verify(issuers, token).await
+    async fn verify(&self, candidate: &Candidate, token: &Token<'_>) -> Result<Claims, VerifyError> {
+        let issuers = candidate.auth.as_ref().map(|auth| auth.token_issuers.as_slice());
+        self.key_sets.verify(issuers.unwrap_or_default(), token).await
     }
 
     fn refuse_token(&self, from: IpAddr, endpoint: &EndpointId, user: &str) -> Stop {
         self.limit.failed(self.begun.elapsed(), from, endpoint);
         wrong_password(user)
+    }
+
+    /// What follows a good login. Only now may a client learn that the endpoint is disabled, or not open to its address: who
+    /// has no password is not to learn which endpoints exist.
+    async fn admit(&self, from: IpAddr, candidate: Candidate, user: &str) -> Result<Arc<RoleAuth>, Stop> {
+        let Candidate { endpoint, auth, fresh, .. } = candidate;
+        // Nothing fits a made-up verifier.
+        let mut auth = auth.ok_or_else(|| wrong_password(user))?;
+        if !allows(&auth, from) && !fresh {
+            // Its address may have been added in this moment.
+            self.roles.doubt(&endpoint, user);
+            let (newest, _) = self.role(&endpoint, user, Duration::ZERO).await?;
+            auth = newest.ok_or_else(|| wrong_password(user))?;
+        }
+        if !allows(&auth, from) {
+            return Err(address_not_allowed(&endpoint, from));
+        }
+        check_enabled(&endpoint, &auth)?;
+        Ok(auth)
     }
 
     fn check_limit(&self, from: IpAddr, endpoint: &EndpointId) -> Result<(), Stop> {
@@ -252,23 +271,31 @@ impl Login {
     }
 }
 
-impl Candidate {
-    fn admit(self, user: &str) -> Result<Arc<RoleAuth>, Stop> {
-        // Nothing fits a made-up verifier.
-        admit(&self.endpoint, self.auth.ok_or_else(|| wrong_password(user))?)
-    }
-}
-
-/// What follows a good login. Only now may a client learn that the endpoint is disabled.
-fn admit(endpoint: &EndpointId, auth: Arc<RoleAuth>) -> Result<Arc<RoleAuth>, Stop> {
+/// The endpoint takes logins.
+fn check_enabled(endpoint: &EndpointId, auth: &RoleAuth) -> Result<(), Stop> {
     if auth.enabled {
-        return Ok(auth);
+        return Ok(());
     }
     let error = FatalError {
         hint: Some("Enable it in the control plane, then connect again.".to_owned()),
         ..FatalError::new("55000", format!("endpoint \"{endpoint}\" is disabled"))
     };
     Err(Stop::refuse(EndReason::EndpointDisabled, error))
+}
+
+/// It does from there. An IPv4 address may come in the form of an IPv6 one.
+fn allows(auth: &RoleAuth, from: IpAddr) -> bool {
+    let from = from.to_canonical();
+    auth.allowed_ips.is_empty() || auth.allowed_ips.iter().any(|network| network.contains(&from))
+}
+
+fn address_not_allowed(endpoint: &EndpointId, from: IpAddr) -> Stop {
+    let from = from.to_canonical();
+    let error = FatalError {
+        hint: Some("Its owner can add the address to the project's allowed_ips.".to_owned()),
+        ..FatalError::new("28000", format!("address {from} is not allowed to connect to endpoint \"{endpoint}\""))
+    };
+    Stop::refuse(EndReason::AddressNotAllowed, error)
 }
 
 /// `None` for a role that may not log in; a verifier that can't be read is that too, and a fault to be seen in the log.

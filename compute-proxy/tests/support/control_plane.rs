@@ -19,6 +19,7 @@ use axum::{
     routing::{get, post},
 };
 use control_plane_api::internal::{ApiError, ENDPOINT_NOT_FOUND, QueryCache, RoleAuth, TokenIssuer, Wake};
+use ipnet::IpNet;
 use parking_lot::Mutex;
 use postgres_protocol::password::scram_sha_256;
 use tokio::net::TcpListener;
@@ -52,6 +53,7 @@ pub struct FakeEndpoint {
     pub query_cache: Mutex<QueryCache>,
     /// By role.
     pub token_issuers: Mutex<HashMap<String, Vec<TokenIssuer>>>,
+    pub allowed_ips: Mutex<Vec<IpNet>>,
     socket: PathBuf,
 }
 
@@ -106,6 +108,7 @@ impl FakeEndpoint {
             verifiers: Mutex::new(verifiers),
             query_cache: Mutex::default(),
             token_issuers: Mutex::default(),
+            allowed_ips: Mutex::default(),
             socket: socket.to_owned(),
         }
     }
@@ -142,8 +145,9 @@ async fn role_auth(
         BranchRef { project: ProjectId::new("project").expect("id"), branch: BranchId::new("branch").expect("id") };
     let query_cache = endpoint.query_cache.lock().clone();
     let token_issuers = endpoint.token_issuers.lock().get(&role).cloned().unwrap_or_default();
+    let allowed_ips = endpoint.allowed_ips.lock().clone();
     let enabled = endpoint.enabled.load(Ordering::SeqCst);
-    Json(RoleAuth { branch, scram_verifier, enabled, query_cache, token_issuers }).into_response()
+    Json(RoleAuth { branch, scram_verifier, enabled, query_cache, token_issuers, allowed_ips }).into_response()
 }
 
 async fn wake(State(state): State<Arc<ControlState>>, UrlPath(endpoint): UrlPath<String>) -> Response {

@@ -8,6 +8,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use types::{BranchRef, EndpointId, Generation, NodeId, ProjectId};
 
@@ -47,6 +48,9 @@ pub struct RoleAuth {
     /// Whose JSON Web Tokens stand for this role's password; none by default.
     #[serde(default)]
     pub token_issuers: Vec<TokenIssuer>,
+    /// Where clients may come from; empty: from anywhere.
+    #[serde(default)]
+    pub allowed_ips: Vec<IpNet>,
 }
 
 /// Who signs tokens, and what must stand in them.

@@ -51,6 +51,9 @@ pub struct Project {
     pub default_endpoint_settings: EndpointDefaults,
     /// How far back in time branches may be made, seconds.
     pub history_retention_seconds: u64,
+    /// Who may reach it.
+    #[serde(default)]
+    pub settings: ProjectSettings,
     /// Who made it.
     pub creation_source: String,
     /// Who owns it.
@@ -79,6 +82,25 @@ pub struct EndpointDefaults {
     /// See [`Endpoint::suspend_timeout_seconds`].
     #[serde(default)]
     pub suspend_timeout_seconds: Option<i64>,
+}
+
+/// Settings of a project.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProjectSettings {
+    /// Where clients may come from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allowed_ips: Option<AllowedIps>,
+}
+
+/// Where clients may come from.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AllowedIps {
+    /// Addresses and networks (CIDR), IPv4 and IPv6; empty: from anywhere.
+    #[serde(default)]
+    pub ips: Vec<String>,
+    /// True: other branches than protected ones can be reached from anywhere.
+    #[serde(default)]
+    pub protected_branches_only: bool,
 }
 
 /// A branch.
@@ -426,6 +448,9 @@ pub struct ProjectFields {
     /// See [`Project::history_retention_seconds`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub history_retention_seconds: Option<u64>,
+    /// See [`Project::settings`]; what is not in it stays as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settings: Option<ProjectSettings>,
     /// False: its compute is started by the first connection, not at once. Only when it is made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_compute: Option<bool>,

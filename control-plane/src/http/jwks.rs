@@ -49,10 +49,7 @@ async fn create(
     Ok((StatusCode::CREATED, Json(JwksEnvelope { jwks, operations: Vec::new() })))
 }
 
-async fn remove(
-    State(app): Shared,
-    Path((project, id)): Path<(String, String)>,
-) -> Result<Json<Jwks>, Problem> {
+async fn remove(State(app): Shared, Path((project, id)): Path<(String, String)>) -> Result<Json<Jwks>, Problem> {
     let project = project_id(&project)?;
     Ok(Json(app.store.call(move |db| jwks::remove(db, &project, &id)).await?))
 }

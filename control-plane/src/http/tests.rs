@@ -553,8 +553,15 @@ async fn a_restore_exchanges_timelines_and_a_detached_branch_stands_alone() {
     ] {
         assert_eq!(world.api(Method::POST, &restore, bad.clone()).await.0, wanted, "{bad}");
     }
+    let invalidations = async || {
+        let role = format!("/internal/v1/endpoints/{endpoint}/roles/dormouse_owner");
+        let (_, auth) = world.request(Method::GET, &role, Some(&world.service_token), Value::Null).await;
+        serde_json::from_value::<RoleAuth>(auth).expect("role").query_cache.all
+    };
+    assert_eq!(invalidations().await, 0);
     let body = json!({"source_branch_id": main, "source_lsn": "0/1800", "preserve_under_name": "old"});
     let restored = world.post(&restore, body).await;
+    assert_eq!(invalidations().await, 1, "answers that proxies have kept are of the old state");
     assert_eq!(restored["branch"]["id"], main);
     assert_eq!(restored["branch"]["parent_lsn"], "0/1800");
     assert_eq!(restored["operations"][0]["status"], "finished");
@@ -801,6 +808,48 @@ async fn proxies_are_told_whose_tokens_stand_for_a_password() {
     assert!((400..500).contains(&world.api(Method::POST, &path, json!({"jwks_url": "https://d.example/"})).await.0));
     // They go with what they belong to.
     assert_eq!(world.api(Method::DELETE, &format!("/projects/{project}"), Value::Null).await.0, 200);
+}
+
+#[tokio::test]
+async fn proxies_are_told_where_clients_may_come_from() {
+    let world = World::new().await;
+    let made = world.project().await;
+    let (project, main) = (text(&made["project"]["id"]), text(&made["branch"]["id"]));
+    let endpoint = text(&made["endpoints"][0]["id"]);
+    let path = format!("/projects/{project}");
+    let told = async || {
+        let role = format!("/internal/v1/endpoints/{endpoint}/roles/dormouse_owner");
+        let (_, auth) = world.request(Method::GET, &role, Some(&world.service_token), Value::Null).await;
+        let networks = serde_json::from_value::<RoleAuth>(auth).expect("role").allowed_ips;
+        networks.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let set = async |allowed: Value| {
+        world.api(Method::PATCH, &path, json!({"project": {"settings": {"allowed_ips": allowed}}})).await
+    };
+    assert!(told().await.is_empty());
+    let ips = json!({"ips": ["192.0.2.7", "198.51.100.0/24", "2001:db8::/32"], "protected_branches_only": false});
+    let (status, changed) = set(ips.clone()).await;
+    assert_eq!((status, &changed["project"]["settings"]["allowed_ips"]), (200, &ips));
+    assert_eq!(told().await, ["192.0.2.7/32", "198.51.100.0/24", "2001:db8::/32"]);
+    // What is not said stays.
+    assert_eq!(world.api(Method::PATCH, &path, json!({"project": {"name": "other"}})).await.0, 200);
+    assert_eq!(told().await.len(), 3);
+
+    set(json!({"ips": ["192.0.2.7"], "protected_branches_only": true})).await;
+    assert!(told().await.is_empty());
+    let protect = json!({"branch": {"protected": true}});
+    world.api(Method::PATCH, &format!("{path}/branches/{main}"), protect).await;
+    assert_eq!(told().await, ["192.0.2.7/32"]);
+    for bad in ["", "localhost", "192.0.2.0/33", "192.0.2", "1.2.3.4-1.2.3.9"] {
+        assert_eq!(set(json!({ "ips": [bad] })).await.0, 400, "{bad}");
+    }
+    assert_eq!(set(json!({"ips": vec!["192.0.2.7"; 201]})).await.0, 400);
+    assert_eq!(told().await, ["192.0.2.7/32"]);
+    set(json!({"ips": []})).await;
+    assert!(told().await.is_empty());
+    let made = json!({"project": {"settings": {"allowed_ips": {"ips": ["192.0.2.0/24"]}}}});
+    let made = world.post("/projects", made).await;
+    assert_eq!(made["project"]["settings"]["allowed_ips"]["ips"], json!(["192.0.2.0/24"]));
 }
 
 #[tokio::test]

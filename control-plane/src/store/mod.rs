@@ -173,8 +173,13 @@ CREATE TABLE jwks (
 CREATE INDEX jwks_by_project ON jwks (project_id);
 ";
 
+/// Version 7: where clients of a project may come from.
+const SCHEMA_7: &str = "
+ALTER TABLE projects ADD COLUMN settings TEXT NOT NULL DEFAULT '{}'; -- JSON of v2::ProjectSettings
+";
+
 /// What brings an older database up to date, in order; `user_version` counts those done.
-const MIGRATIONS: [&str; 6] = [SCHEMA_1, SCHEMA_2, SCHEMA_3, SCHEMA_4, SCHEMA_5, SCHEMA_6];
+const MIGRATIONS: [&str; 7] = [SCHEMA_1, SCHEMA_2, SCHEMA_3, SCHEMA_4, SCHEMA_5, SCHEMA_6, SCHEMA_7];
 
 /// The metadata store; cheap to clone.
 #[derive(Clone)]
