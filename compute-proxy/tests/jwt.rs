@@ -238,6 +238,11 @@ async fn sql_sees_the_claims_and_no_other_client_does() {
         assert_eq!(http.by_password(&format!("select {SUBJECT}")).await, Value::Null, "after {ending}");
     }
 
+    // They are the transaction's: who ends that has none.
+    let batch = json!({"queries": [{"query": "commit"}, {"query": format!("select {SUBJECT} s")}]});
+    let (_, answer) = http.ask(&bob, batch).await;
+    assert_eq!(answer["results"][1]["rows"], json!([{"s": null}]));
+
     // Row-level security, through the one connection, in no order.
     for text in [
         "create table jwt_notes (owner text, note text)",
