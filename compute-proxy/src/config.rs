@@ -71,6 +71,15 @@ pub struct Config {
     #[arg(long, default_value = "1s", value_parser = humantime::parse_duration, value_name = "TIME")]
     pub http_auth_cache: Duration,
 
+    /// How long the keys of an issuer of JSON Web Tokens are used before its JWKS URL is asked again. While that gives no
+    /// answer they are used for an hour.
+    #[arg(long, default_value = "5m", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub jwks_max_age: Duration,
+
+    /// How long after asking a JWKS URL it is not asked again for a token whose key is unknown, or after a failure.
+    #[arg(long, default_value = "10s", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub jwks_min_interval: Duration,
+
     /// Bytes that the body of an HTTP request may have.
     #[arg(long, default_value_t = 10 * 1024 * 1024, value_name = "BYTES")]
     pub http_request_max_bytes: usize,

@@ -7,8 +7,8 @@ use reqwest::{Client, Method, Response, StatusCode, Url};
 use serde::de::DeserializeOwned;
 use types::EndpointId;
 
-/// Bytes that an answer may have: a few names and a verifier.
-const ANSWER_MAX_BYTES: usize = 64 * 1024;
+/// Bytes that an answer may have: a verifier, and lists of bounded length.
+const ANSWER_MAX_BYTES: usize = 256 * 1024;
 
 /// How long a question about a role may take.
 const ROLE_TIMEOUT: Duration = Duration::from_secs(5);

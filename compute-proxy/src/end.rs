@@ -31,7 +31,9 @@ pub enum EndReason {
     UnknownEndpoint,
     /// The endpoint's owner has disabled it.
     EndpointDisabled,
-    /// Wrong password, or no such role.
+    /// The endpoint is not open to the client's address.
+    AddressNotAllowed,
+    /// Wrong password or token, or no such role.
     WrongPassword,
     /// Too many logins from there have failed.
     TooManyFailures,
@@ -41,6 +43,8 @@ pub enum EndReason {
     TooManyConnections,
     /// The login could not be checked.
     ControlPlaneDown,
+    /// The keys that a token is checked with could not be fetched.
+    IssuerDown,
     /// The endpoint did not wake.
     WakeFailed,
     /// Postgres refused the session.
@@ -68,11 +72,13 @@ impl EndReason {
             Self::EndpointName => "endpoint-name",
             Self::UnknownEndpoint => "unknown-endpoint",
             Self::EndpointDisabled => "endpoint-disabled",
+            Self::AddressNotAllowed => "address-not-allowed",
             Self::WrongPassword => "wrong-password",
             Self::TooManyFailures => "too-many-failures",
             Self::ChannelBinding => "channel-binding",
             Self::TooManyConnections => "too-many-connections",
             Self::ControlPlaneDown => "control-plane-down",
+            Self::IssuerDown => "issuer-down",
             Self::WakeFailed => "wake-failed",
             Self::ComputeRefused => "compute-refused",
             Self::PoolRefused => "pool-refused",

@@ -14,6 +14,7 @@ mod end;
 pub mod endpoint_name;
 pub mod handshake;
 mod http;
+mod key_sets;
 mod login;
 mod login_limit;
 mod messages;
@@ -26,6 +27,7 @@ pub mod server;
 mod session;
 mod splice;
 mod tls;
+pub mod token;
 mod wake;
 
 pub use config::Config;

@@ -1,4 +1,4 @@
-//! Checks who a client is, by SCRAM or by a password in clear text, without waking anything.
+//! Checks who a client is, by SCRAM, by a password in clear text or by a token, without waking anything.
 
 use std::{
     net::IpAddr,
@@ -19,12 +19,14 @@ use crate::{
     end::{EndReason, Stop},
     endpoint_name::{EndpointName, split_password},
     handshake::{self, HandshakeError, PASSWORD_MAX_BYTES, SASL_MAX_BYTES},
+    key_sets::{KeySets, VerifyError},
     login_limit::LoginLimit,
     messages::{self, FatalError},
     remembered_passwords::RememberedPasswords,
     roles::{Role, Roles},
     scram::{Binding, Exchange, SCRAM_SHA_256, SCRAM_SHA_256_PLUS, ScramError, Verifier},
     server::ClientStream,
+    token::{Claims, Token, TokenError},
 };
 
 /// Bytes of randomness in a nonce, as in Postgres.
@@ -33,6 +35,7 @@ const NONCE_BYTES: usize = 18;
 /// Checks logins.
 pub struct Login {
     roles: Roles,
+    key_sets: KeySets,
     /// How long a role's verifier is used without asking the control plane again.
     fresh_for: Duration,
     limit: LoginLimit,
@@ -67,11 +70,13 @@ struct Candidate {
 }
 
 impl Login {
-    /// Looks roles up in `roles`. `fresh_for`: how long an answer is used without asking again.
-    pub fn new(roles: Roles, fresh_for: Duration) -> Self {
+    /// Looks roles up in `roles`, and keys of tokens in `key_sets`. `fresh_for`: how long what is known of a role is used
+    /// without asking again.
+    pub fn new(roles: Roles, key_sets: KeySets, fresh_for: Duration) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Self {
             roles,
+            key_sets,
             fresh_for,
             limit: LoginLimit::default(),
             begun: Instant::now(),
@@ -93,7 +98,7 @@ impl Login {
         self.check_limit(from, endpoint)?;
         let candidate = self.candidate(endpoint, user, self.fresh_for).await?;
         match exchange(stream, end_point, &candidate.verifier).await {
-            Ok(()) => candidate.admit(user).map(|_| ()),
+            Ok(()) => self.admit(from, candidate, user).await.map(|_| ()),
             Err(LoginError::Scram(ScramError::WrongPassword)) => {
                 self.roles.doubt(endpoint, user);
                 self.limit.failed(self.begun.elapsed(), from, endpoint);
@@ -136,7 +141,68 @@ impl Login {
             self.limit.failed(self.begun.elapsed(), from, endpoint);
             return Err(wrong_password(user));
         }
-        candidate.admit(user)
+        self.admit(from, candidate, user).await
+    }
+
+    /// Checks a JSON Web Token; gives what the control plane says of the role, and what the token says of its holder.
+    /// `fresh_for`: how long what is known of the role is used without asking again.
+    pub async fn by_token(
+        &self,
+        fresh_for: Duration,
+        from: IpAddr,
+        endpoint: &EndpointId,
+        user: &str,
+        token: &str,
+    ) -> Result<(Arc<RoleAuth>, Claims), Stop> {
+        self.check_limit(from, endpoint)?;
+        let Ok(token) = Token::parse(token) else { return Err(self.refuse_token(from, endpoint, user)) };
+        let mut candidate = self.candidate(endpoint, user, fresh_for).await?;
+        let mut outcome = self.verify(&candidate, &token).await;
+        if outcome.is_err() && !candidate.fresh {
+            // Its issuer may have been added in this moment.
+            self.roles.doubt(endpoint, user);
+            candidate = self.candidate(endpoint, user, fresh_for).await?;
+            outcome = self.verify(&candidate, &token).await;
+        }
+        match outcome {
+            Ok(claims) => Ok((self.admit(from, candidate, user).await?, claims)),
+            // Nobody guesses a signature, and who comes with many tokens comes with some that are old.
+            Err(VerifyError::Refused(TokenError::Expired)) => Err(expired_token(user)),
+            Err(VerifyError::Unavailable) => {
+                let message = "the token cannot be checked now, its issuer's keys cannot be fetched";
+                Err(Stop::refuse(EndReason::IssuerDown, FatalError::new("57P03", message)))
+            }
+            Err(VerifyError::Refused(_)) => Err(self.refuse_token(from, endpoint, user)),
+        }
+    }
+
+    async fn verify(&self, candidate: &Candidate, token: &Token<'_>) -> Result<Claims, VerifyError> {
+        let issuers = candidate.auth.as_ref().map(|auth| auth.token_issuers.as_slice());
+        self.key_sets.verify(issuers.unwrap_or_default(), token).await
+    }
+
+    fn refuse_token(&self, from: IpAddr, endpoint: &EndpointId, user: &str) -> Stop {
+        self.limit.failed(self.begun.elapsed(), from, endpoint);
+        wrong_password(user)
+    }
+
+    /// What follows a good login. Only now may a client learn that the endpoint is disabled, or not open to its address: who
+    /// has no password is not to learn which endpoints exist.
+    async fn admit(&self, from: IpAddr, candidate: Candidate, user: &str) -> Result<Arc<RoleAuth>, Stop> {
+        let Candidate { endpoint, auth, fresh, .. } = candidate;
+        // Nothing fits a made-up verifier.
+        let mut auth = auth.ok_or_else(|| wrong_password(user))?;
+        if !allows(&auth, from) && !fresh {
+            // Its address may have been added in this moment.
+            self.roles.doubt(&endpoint, user);
+            let (newest, _) = self.role(&endpoint, user, Duration::ZERO).await?;
+            auth = newest.ok_or_else(|| wrong_password(user))?;
+        }
+        if !allows(&auth, from) {
+            return Err(address_not_allowed(&endpoint, from));
+        }
+        check_enabled(&endpoint, &auth)?;
+        Ok(auth)
     }
 
     fn check_limit(&self, from: IpAddr, endpoint: &EndpointId) -> Result<(), Stop> {
@@ -173,17 +239,27 @@ impl Login {
         Ok(good)
     }
 
-    async fn candidate(&self, endpoint: &EndpointId, user: &str, fresh_for: Duration) -> Result<Candidate, Stop> {
+    /// What the control plane says of a role, if it exists; says also whether that is from this very moment.
+    async fn role(
+        &self,
+        endpoint: &EndpointId,
+        user: &str,
+        fresh_for: Duration,
+    ) -> Result<(Option<Arc<RoleAuth>>, bool), Stop> {
         let (role, fresh) = self.roles.find(endpoint, user, fresh_for).await.map_err(|error| {
             tracing::warn!(%endpoint, %error, "cannot look a role up");
             let message = "the login cannot be checked now, the control plane gives no answer";
             Stop::refuse(EndReason::ControlPlaneDown, FatalError::new("57P03", message))
         })?;
-        let auth = match role {
-            Role::Known(auth) => Some(auth),
+        Ok(match role {
+            Role::Known(auth) => (Some(auth), fresh),
             // Nobody without a password is to learn which endpoints exist.
-            Role::Missing | Role::EndpointMissing => None,
-        };
+            Role::Missing | Role::EndpointMissing => (None, fresh),
+        })
+    }
+
+    async fn candidate(&self, endpoint: &EndpointId, user: &str, fresh_for: Duration) -> Result<Candidate, Stop> {
+        let (auth, fresh) = self.role(endpoint, user, fresh_for).await?;
         let verifier = auth.as_deref().and_then(|auth| stored_verifier(endpoint, auth));
         let context = || [endpoint.as_str().as_bytes(), b"/", user.as_bytes()];
         Ok(Candidate {
@@ -195,20 +271,31 @@ impl Login {
     }
 }
 
-impl Candidate {
-    /// What follows a good login. Only now may a client learn that the endpoint is disabled.
-    fn admit(self, user: &str) -> Result<Arc<RoleAuth>, Stop> {
-        // Nothing fits a made-up verifier.
-        let auth = self.auth.ok_or_else(|| wrong_password(user))?;
-        if auth.enabled {
-            return Ok(auth);
-        }
-        let error = FatalError {
-            hint: Some("Enable it in the control plane, then connect again.".to_owned()),
-            ..FatalError::new("55000", format!("endpoint \"{}\" is disabled", self.endpoint))
-        };
-        Err(Stop::refuse(EndReason::EndpointDisabled, error))
+/// The endpoint takes logins.
+fn check_enabled(endpoint: &EndpointId, auth: &RoleAuth) -> Result<(), Stop> {
+    if auth.enabled {
+        return Ok(());
     }
+    let error = FatalError {
+        hint: Some("Enable it in the control plane, then connect again.".to_owned()),
+        ..FatalError::new("55000", format!("endpoint \"{endpoint}\" is disabled"))
+    };
+    Err(Stop::refuse(EndReason::EndpointDisabled, error))
+}
+
+/// It does from there. An IPv4 address may come in the form of an IPv6 one.
+fn allows(auth: &RoleAuth, from: IpAddr) -> bool {
+    let from = from.to_canonical();
+    auth.allowed_ips.is_empty() || auth.allowed_ips.iter().any(|network| network.contains(&from))
+}
+
+fn address_not_allowed(endpoint: &EndpointId, from: IpAddr) -> Stop {
+    let from = from.to_canonical();
+    let error = FatalError {
+        hint: Some("Its owner can add the address to the project's allowed_ips.".to_owned()),
+        ..FatalError::new("28000", format!("address {from} is not allowed to connect to endpoint \"{endpoint}\""))
+    };
+    Stop::refuse(EndReason::AddressNotAllowed, error)
 }
 
 /// `None` for a role that may not log in; a verifier that can't be read is that too, and a fault to be seen in the log.
@@ -288,6 +375,15 @@ fn wrong_password(user: &str) -> Stop {
             "Check the role, the password, and the endpoint's id in the host name or in the options.".to_owned(),
         ),
         ..FatalError::new("28P01", format!("password authentication failed for user \"{user}\""))
+    };
+    Stop::refuse(EndReason::WrongPassword, error)
+}
+
+/// For a token that its issuer has signed: whoever has it knows that the role exists.
+fn expired_token(user: &str) -> Stop {
+    let error = FatalError {
+        hint: Some("Get a new token from its issuer.".to_owned()),
+        ..FatalError::new("28P01", format!("the token for user \"{user}\" has expired"))
     };
     Stop::refuse(EndReason::WrongPassword, error)
 }

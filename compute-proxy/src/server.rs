@@ -18,6 +18,7 @@ use crate::{
     config::Config,
     control::ControlPlane,
     http::{self, AnswerCache, Budget},
+    key_sets::{KeySetOptions, KeySets},
     login::Login,
     pooling::{PoolOptions, Pools},
     roles::Roles,
@@ -103,7 +104,7 @@ impl Server {
         let waker = Waker::new(control.clone());
         let shared = Shared {
             tls,
-            login: Login::new(Roles::new(control.clone()), config.auth_cache),
+            login: Login::new(Roles::new(control.clone()), KeySets::new(key_set_options(&config))?, config.auth_cache),
             pools: Pools::new(pool_options(&config), waker.clone()),
             waker,
             http_memory: Budget::new(config.http_memory_bytes),
@@ -256,6 +257,10 @@ async fn renew_certificate(shared: Arc<Shared>, shutdown: CancellationToken) {
             tracing::error!(%error, "cannot use the new certificate; the old one stays in use");
         }
     }
+}
+
+fn key_set_options(config: &Config) -> KeySetOptions {
+    KeySetOptions { max_age: config.jwks_max_age, min_interval: config.jwks_min_interval }
 }
 
 fn pool_options(config: &Config) -> PoolOptions {

@@ -1,6 +1,6 @@
 //! One client connection from its first byte to its last.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{borrow::Cow, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::BytesMut;
 use tokio::{
@@ -24,6 +24,7 @@ use crate::{
     server::{ByteStream, ClientStream, Shared},
     splice::splice,
     tls::TlsInfo,
+    token::{CLAIMS_SETTING, Claims},
     wake::{WakeError, Woken},
 };
 
@@ -76,12 +77,14 @@ pub struct Arrival {
     pub end_point: Option<Arc<[u8]>>,
     /// It sends its password in clear text, perhaps before it is asked.
     pub sends_password: bool,
+    /// A JSON Web Token that counts in place of its password.
+    pub token: Option<String>,
 }
 
 impl Arrival {
     /// Of a client that speaks Postgres's protocol inside TLS.
     pub fn inside_tls(info: TlsInfo) -> Self {
-        Self { host: info.sni, encrypted: true, end_point: info.end_point, sends_password: false }
+        Self { host: info.sni, encrypted: true, end_point: info.end_point, ..Self::default() }
     }
 }
 
@@ -278,8 +281,12 @@ async fn prepare(
     })?;
     let options = Options::parse(startup.options.as_deref().unwrap_or(""))?;
     let logging_in = log_in(shared, stream, arrival, startup, &options, who);
-    let EndpointName { endpoint, pooled } =
+    let (EndpointName { endpoint, pooled }, claims) =
         timeout_at(login_deadline, logging_in).await.map_err(|_| Stop::silent(EndReason::HandshakeTimeout))??;
+    let startup = &match claims {
+        Some(claims) => Cow::Owned(with_claims(startup, &claims)),
+        None => Cow::Borrowed(startup),
+    };
     if pooled {
         let mode = options.pool_mode.unwrap_or(shared.config.pool_mode);
         let Shared { pools, cancels, .. } = shared;
@@ -314,7 +321,7 @@ async fn log_in(
     startup: &Startup,
     options: &Options,
     who: &mut Who,
-) -> Result<EndpointName, Stop> {
+) -> Result<(EndpointName, Option<Claims>), Stop> {
     if startup.needs_negotiation() {
         stream.write_all(&messages::negotiate_protocol_version(&startup.unknown_extensions)).await?;
     }
@@ -328,7 +335,7 @@ async fn log_in(
         who.endpoint = name.endpoint.to_string();
         let end_point = arrival.end_point.as_ref();
         shared.login.by_scram(stream, end_point, from, &name.endpoint, &startup.user).await?;
-        return Ok(name.clone());
+        return Ok((name.clone(), None));
     }
     if !may_ask_password {
         return Err(no_endpoint(domain));
@@ -339,8 +346,21 @@ async fn log_in(
         Choice::AskPassword => login::endpoint_in_password(&sent, || no_endpoint(domain))?,
     };
     who.endpoint = name.endpoint.to_string();
-    shared.login.by_password(from, &name.endpoint, &startup.user, password).await?;
-    Ok(name)
+    let Some(token) = &arrival.token else {
+        shared.login.by_password(from, &name.endpoint, &startup.user, password).await?;
+        return Ok((name, None));
+    };
+    let fresh_for = shared.config.auth_cache;
+    let (_, claims) = shared.login.by_token(fresh_for, from, &name.endpoint, &startup.user, token).await?;
+    Ok((name, Some(claims)))
+}
+
+/// A session whose token says who it is for: SQL finds that in a setting.
+fn with_claims(startup: &Startup, claims: &Claims) -> Startup {
+    let mut startup = startup.clone();
+    startup.parameters.retain(|(name, _)| !name.eq_ignore_ascii_case(CLAIMS_SETTING));
+    startup.parameters.push((CLAIMS_SETTING.to_owned(), claims.as_str().to_owned()));
+    startup
 }
 
 /// What a client is told that names no endpoint.

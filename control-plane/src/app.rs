@@ -57,6 +57,7 @@ impl App {
                 suspend_timeout_seconds: Some(row.default_suspend_timeout_seconds),
             },
             history_retention_seconds: row.history_retention_seconds,
+            settings: row.settings,
             creation_source: "api".into(),
             owner_id: "admin".into(),
             active_time_seconds: 0,

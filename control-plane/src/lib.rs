@@ -5,6 +5,7 @@
 //! [`compute::ComputeLauncher`].
 
 pub mod address;
+mod allowed_ips;
 pub mod app;
 mod branching;
 pub mod compute;

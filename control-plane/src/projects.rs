@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use control_plane_api::v2::{ProjectCreated, ProjectEnvelope, ProjectFields};
+use control_plane_api::v2::{ProjectCreated, ProjectEnvelope, ProjectFields, ProjectSettings};
 use types::{BranchId, BranchRef, EndpointId, ProjectId};
 use wire::pageserver::BranchPoint;
 
 use crate::{
     address::Login,
+    allowed_ips,
     app::{self, App, PG_VERSION},
     branching, endpoint_rules, names,
     problem::Problem,
@@ -38,6 +39,7 @@ struct Wanted {
     database: String,
     suspend_timeout_seconds: i64,
     history_retention_seconds: u64,
+    settings: ProjectSettings,
     start_compute: bool,
 }
 
@@ -68,6 +70,7 @@ impl Wanted {
                 .unwrap_or(0),
             history_retention_seconds: check_history(fields.history_retention_seconds)?
                 .unwrap_or(DEFAULT_HISTORY_SECONDS),
+            settings: ProjectSettings { allowed_ips: allowed_ips::check(fields.settings)? },
             start_compute: fields.start_compute.unwrap_or(true),
         })
     }
@@ -138,7 +141,8 @@ pub async fn create(app: &Arc<App>, fields: ProjectFields) -> Result<ProjectCrea
 
 /// All rows of a new project; answers the operation that makes its storage.
 fn insert(db: &rusqlite::Connection, new: &Wanted) -> Result<String, Problem> {
-    projects::insert(db, &new.id, &new.name, new.suspend_timeout_seconds, new.history_retention_seconds)?;
+    let (timeout, history) = (new.suspend_timeout_seconds, new.history_retention_seconds);
+    projects::insert(db, &new.id, &new.name, timeout, history, &new.settings)?;
     let branch = NewBranch {
         branch: new.branch.clone(),
         name: new.branch_name.clone(),
@@ -164,11 +168,13 @@ pub async fn update(app: &App, id: ProjectId, fields: ProjectFields) -> Result<P
     let history = check_history(fields.history_retention_seconds)?;
     let defaults = fields.default_endpoint_settings.unwrap_or_default();
     let timeout = endpoint_rules::check_suspend_timeout(defaults.suspend_timeout_seconds)?;
+    let allowed_ips = allowed_ips::check(fields.settings)?;
     let updated = app.store.call(move |db| {
         let mut row = projects::get(db, &id)?;
         row.name = name.unwrap_or(row.name);
         row.history_retention_seconds = history.unwrap_or(row.history_retention_seconds);
         row.default_suspend_timeout_seconds = timeout.unwrap_or(row.default_suspend_timeout_seconds);
+        row.settings.allowed_ips = allowed_ips.or(row.settings.allowed_ips);
         projects::update(db, &row)
     });
     Ok(ProjectEnvelope { project: app.project(updated.await?), operations: Vec::new() })

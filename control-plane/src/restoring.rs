@@ -16,7 +16,9 @@ use crate::{
     problem::Problem,
     store::{
         branches::{self, BranchRow, NewBranch, Restored},
+        endpoints,
         operations::{self, Action},
+        query_cache,
     },
 };
 
@@ -131,6 +133,10 @@ async fn exchange(app: &Arc<App>, wanted: &Wanted, begun: &Begun) -> Result<Bran
     let operation = begun.operation.clone();
     let done = app.store.call(move |db| {
         let row = branches::exchange_timelines(db, &restored)?;
+        // What proxies have kept are answers of the old state.
+        if let Some(endpoint) = endpoints::of_branch(db, &restored.target.branch)? {
+            query_cache::invalidate(db, &endpoint.id, &[])?;
+        }
         operations::end(db, &operation, None)?;
         Ok((row, operations::get(db, &restored.target.project, &operation)?))
     });

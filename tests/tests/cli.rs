@@ -43,6 +43,20 @@ async fn daily_work(cluster: &Cluster) -> anyhow::Result<()> {
     dormouse(cluster, &["projects", "update", "daily", "--history-retention", "1d"]).await?;
     let projects = dormouse(cluster, &["projects", "list"]).await?;
     assert!(projects.contains("1day"), "{projects}");
+    dormouse(cluster, &["projects", "update", "daily", "--allow-ip", "192.0.2.0/24", "--allow-ip", "2001:db8::1"])
+        .await?;
+    let refused = dormouse(cluster, &["psql", "main", "--", "-X", "-c", "select 1"]).await.expect_err("from elsewhere");
+    assert!(refused.to_string().contains("address 127.0.0.1 is not allowed"), "{refused}");
+    let projects = dormouse(cluster, &["projects", "list"]).await?;
+    assert!(projects.contains("192.0.2.0/24, 2001:db8::1"), "{projects}");
+    dormouse(cluster, &["projects", "update", "daily", "--allow-any-ip"]).await?;
+    dormouse(cluster, &["psql", "main", "--", "-X", "-c", "select 1"]).await?;
+    let keys = "https://auth.example.com/jwks.json";
+    let made = json(cluster, &["jwks", "add", keys, "--audience", "shop", "--role", "web", "--branch", "main"]).await?;
+    let listed = dormouse(cluster, &["jwks", "list"]).await?;
+    assert!(listed.contains(keys) && listed.contains("auth.example.com") && listed.contains("web"), "{listed}");
+    dormouse(cluster, &["jwks", "delete", &e2e::api::text(&made, "/jwks/id")?]).await?;
+    assert!(!dormouse(cluster, &["jwks", "list"]).await?.contains(keys));
     let help = dormouse(cluster, &["branches", "restore", "--help"]).await?;
     assert!(help.contains("Examples:") && help.contains("--keep-as"), "{help}");
 

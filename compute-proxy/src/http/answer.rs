@@ -66,6 +66,12 @@ impl Answer {
         answer
     }
 
+    /// The same behind `count` more statements, which are not shown.
+    pub fn after(mut self, count: usize) -> Self {
+        self.shown = self.shown.start + count..self.shown.end + count;
+        self
+    }
+
     fn new(shape: Shape, shown: std::ops::Range<usize>, batch: bool, limit: usize) -> Self {
         Self {
             shape,

@@ -66,14 +66,16 @@ impl Asking {
         shape: Shape,
         policy: CachePolicy,
     ) -> Result<Self, SqlError> {
-        let messages = query.messages()?;
+        let claims = target.claims.as_ref();
+        let messages = query.messages(claims)?;
         let session = session(&target);
         let session = || session.iter().map(Vec::as_slice);
-        let form = [u8::from(shape.raw_text), u8::from(shape.arrays)];
+        let form = [u8::from(shape.raw_text), u8::from(shape.arrays), u8::from(claims.is_some())];
         Ok(Self {
+            // The messages hold the claims of a token, so an answer is for these only.
             key: Key::of(session().chain([&form[..], &messages])),
             query_key: Key::of(session().chain([query.query.as_bytes()])),
-            reading_messages: query.reading_messages()?,
+            reading_messages: query.reading_messages(claims)?,
             analysis_messages: query.analysis_messages(&BEGIN_PRINTING)?,
             messages,
             shared,
@@ -94,6 +96,7 @@ impl Asking {
     async fn ask(&self) -> Result<(Bytes, bool), SqlError> {
         let Self { shared, target, shape, policy, key, query_key, .. } = self;
         let (answers, limit) = (&shared.answers, shared.config.http_response_max_bytes);
+        let before = usize::from(target.claims.is_some());
         let stable = match answers.verdict(query_key) {
             Some(stable) => stable,
             None => {
@@ -104,7 +107,7 @@ impl Asking {
         };
         if stable {
             let asked = Instant::now();
-            let answer = Answer::single_in_transaction(*shape, limit);
+            let answer = Answer::single_in_transaction(*shape, limit).after(before);
             match sql::ask(shared, target, &self.reading_messages, answer).await {
                 // The cache has a bound of its own.
                 Ok((json, _share)) => {
@@ -117,7 +120,8 @@ impl Asking {
                 Err(error) => return Err(error),
             }
         }
-        let (json, share) = sql::ask(shared, target, &self.messages, Answer::single(*shape, limit)).await?;
+        let answer = Answer::single(*shape, limit).after(before);
+        let (json, share) = sql::ask(shared, target, &self.messages, answer).await?;
         Ok((share.with(json), false))
     }
 
@@ -154,7 +158,7 @@ impl Asking {
 
 /// All of a session that its answers depend on: whose it is, and how it begins.
 fn session(target: &Target) -> Vec<Vec<u8>> {
-    let Target { endpoint, connection, options, auth } = target;
+    let Target { endpoint, connection, options, auth, .. } = target;
     let startup = &connection.startup;
     let mut parts = vec![
         endpoint.as_str().into(),

@@ -9,12 +9,16 @@ use super::{
     cache_policy::CachePolicyError,
     parameter::{ParameterError, write_parameter},
 };
+use crate::token::Claims;
 
 /// Parameters that one query may have: the protocol counts them in 16 bits.
 const PARAMETERS_MAX: usize = 65_535;
 
 /// Queries that one batch may have.
 pub const QUERIES_MAX: usize = 10_000;
+
+/// Sets the claims of a token for the transaction, as PostgREST does.
+const SET_CLAIMS: &str = "SELECT pg_catalog.set_config('request.jwt.claims', $1, true)";
 
 /// How rows are written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
@@ -121,13 +125,19 @@ impl<'a> Body<'a> {
 }
 
 /// The messages for a batch: a transaction with one `Sync` at its end, to which Postgres skips when a statement fails.
-pub fn batch_messages(queries: &[Query<'_>], options: BatchOptions) -> Result<Vec<u8>, RequestError> {
-    in_transaction(&options.begin(), queries)
+/// `claims`: those of the token that the request came with.
+pub fn batch_messages(
+    queries: &[Query<'_>],
+    options: BatchOptions,
+    claims: Option<&Claims>,
+) -> Result<Vec<u8>, RequestError> {
+    in_transaction(&options.begin(), queries, claims)
 }
 
-fn in_transaction(begin: &str, queries: &[Query<'_>]) -> Result<Vec<u8>, RequestError> {
+fn in_transaction(begin: &str, queries: &[Query<'_>], claims: Option<&Claims>) -> Result<Vec<u8>, RequestError> {
     let mut messages = Vec::new();
     write_query(begin, &[], &mut messages)?;
+    write_claims(claims, &mut messages)?;
     queries.iter().try_for_each(|query| write_query(&query.query, &query.params, &mut messages))?;
     write_query("COMMIT", &[], &mut messages)?;
     write_sync(&mut messages);
@@ -147,17 +157,18 @@ pub fn statements<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<Vec<u8
 }
 
 impl Query<'_> {
-    /// The messages for this query by itself.
-    pub fn messages(&self) -> Result<Vec<u8>, RequestError> {
+    /// The messages for this query by itself; with `claims`, it and what sets these are one transaction.
+    pub fn messages(&self, claims: Option<&Claims>) -> Result<Vec<u8>, RequestError> {
         let mut messages = Vec::new();
+        write_claims(claims, &mut messages)?;
         write_query(&self.query, &self.params, &mut messages)?;
         write_sync(&mut messages);
         Ok(messages)
     }
 
     /// The messages for this query in a transaction that only reads.
-    pub fn reading_messages(&self) -> Result<Vec<u8>, RequestError> {
-        in_transaction("BEGIN READ ONLY", std::slice::from_ref(self))
+    pub fn reading_messages(&self, claims: Option<&Claims>) -> Result<Vec<u8>, RequestError> {
+        in_transaction("BEGIN READ ONLY", std::slice::from_ref(self), claims)
     }
 
     /// The messages for some statements and then the query's analysis, without running it.
@@ -182,20 +193,43 @@ fn write_parse(text: &str, messages: &mut Vec<u8>) -> Result<(), RequestError> {
     Ok(())
 }
 
-/// `Parse`, `Bind`, `Describe` and `Execute` of the unnamed statement and portal, all values as text.
 fn write_query(text: &str, parameters: &[&RawValue], messages: &mut Vec<u8>) -> Result<(), RequestError> {
     let count = u16::try_from(parameters.len()).map_err(|_| RequestError::TooManyParameters)?;
+    write_statement(text, count, messages, |body| {
+        Ok(parameters.iter().try_for_each(|parameter| write_parameter(parameter, body))?)
+    })
+}
+
+/// Makes the claims of a token a setting of the transaction; they end with it.
+fn write_claims(claims: Option<&Claims>, messages: &mut Vec<u8>) -> Result<(), RequestError> {
+    let Some(claims) = claims else { return Ok(()) };
+    let text = claims.as_str().as_bytes();
+    write_statement(SET_CLAIMS, 1, messages, |body| {
+        // A token is far shorter than this can count.
+        body.extend_from_slice(&(text.len() as u32).to_be_bytes());
+        body.extend_from_slice(text);
+        Ok(())
+    })
+}
+
+/// `Parse`, `Bind`, `Describe` and `Execute` of the unnamed statement and portal, all values as text.
+fn write_statement(
+    text: &str,
+    parameters: u16,
+    messages: &mut Vec<u8>,
+    write_parameters: impl FnOnce(&mut Vec<u8>) -> Result<(), RequestError>,
+) -> Result<(), RequestError> {
     write_parse(text, messages)?;
     let mut outcome = Ok(());
     frame::write(messages, b'B', |body| {
         body.extend_from_slice(&[0, 0, 0, 0]);
-        body.extend_from_slice(&count.to_be_bytes());
-        outcome = parameters.iter().try_for_each(|parameter| write_parameter(parameter, body));
+        body.extend_from_slice(&parameters.to_be_bytes());
+        outcome = write_parameters(body);
         body.extend_from_slice(&[0, 0]);
     });
     frame::write(messages, b'D', |body| body.extend_from_slice(b"P\0"));
     frame::write(messages, b'E', |body| body.extend_from_slice(&[0; 5]));
-    Ok(outcome?)
+    outcome
 }
 
 /// A header's one value; errors when it is there twice or is no text.
@@ -206,6 +240,16 @@ pub fn single<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<Option<&
         return Err(RequestError::HeaderTwice(name));
     }
     value.to_str().map(Some).map_err(|_| RequestError::HeaderText(name))
+}
+
+/// The token of a header `Authorization: Bearer <token>`.
+pub fn bearer(headers: &HeaderMap) -> Result<Option<&str>, RequestError> {
+    let Some(value) = single(headers, "authorization")? else { return Ok(None) };
+    let (scheme, token) = value.split_once(' ').ok_or(RequestError::Authorization)?;
+    if !scheme.eq_ignore_ascii_case("bearer") {
+        return Err(RequestError::Authorization);
+    }
+    Ok(Some(token.trim()))
 }
 
 fn flag(headers: &HeaderMap, name: &'static str) -> Result<Option<bool>, RequestError> {
@@ -232,6 +276,9 @@ pub enum RequestError {
     /// A header that is not a boolean.
     #[error("the header {0} must be true or false")]
     Flag(&'static str),
+    /// Something else than a token.
+    #[error("the header Authorization must be Bearer and a JSON Web Token; a password stands in the connection string")]
+    Authorization,
     /// No such isolation level.
     #[error("Neon-Batch-Isolation-Level must be ReadUncommitted, ReadCommitted, RepeatableRead or Serializable")]
     Isolation,
@@ -269,6 +316,7 @@ impl RequestError {
             | Self::HeaderTwice(_)
             | Self::HeaderText(_)
             | Self::Flag(_)
+            | Self::Authorization
             | Self::Isolation
             | Self::Json(_)
             | Self::Cache(_)
@@ -356,7 +404,7 @@ mod tests {
     fn a_batch_is_one_transaction_with_one_sync() {
         let body = Body::parse(br#"{"queries":[{"query":"a"},{"query":"b","params":[null]}]}"#).expect("good");
         let Body::Batch(queries) = body else { panic!("a batch") };
-        let messages = batch_messages(&queries, BatchOptions::default()).expect("good");
+        let messages = batch_messages(&queries, BatchOptions::default(), None).expect("good");
         let (mut rest, mut kinds) = (&messages[..], Vec::new());
         while let Some(header) = frame::header(rest).expect("framed") {
             kinds.push(char::from(header.kind));
@@ -369,7 +417,7 @@ mod tests {
     fn a_zero_in_a_text_is_refused() {
         let body = Body::parse(br#"{"query":"select '\u0000'"}"#).expect("JSON");
         let Body::Single(query) = body else { panic!("one query") };
-        assert_eq!(query.messages().map_err(|error| error.sqlstate()), Err("22021"));
+        assert_eq!(query.messages(None).map_err(|error| error.sqlstate()), Err("22021"));
     }
 
     proptest! {
@@ -379,7 +427,7 @@ mod tests {
             let _ = Body::parse(text.as_bytes());
             let wrapped = format!(r#"{{"query":"x","params":[{text}]}}"#);
             if let Ok(Body::Single(query)) = Body::parse(wrapped.as_bytes()) {
-                let _ = query.messages();
+                let _ = query.messages(None);
             }
         }
     }

@@ -21,7 +21,7 @@ use super::{
     cached,
     connection_string::ConnectionString,
     error::SqlError,
-    request::{BatchOptions, Body, RequestError, Shape, batch_messages, single},
+    request::{BatchOptions, Body, RequestError, Shape, batch_messages, bearer, single},
     routes::Context,
 };
 use crate::{
@@ -32,6 +32,7 @@ use crate::{
     pooling::{Exchange, ExchangeError, TransactionStatus},
     server::Shared,
     session,
+    token::Claims,
 };
 
 /// Name of the header that says whom to connect to, and as whom.
@@ -64,13 +65,17 @@ async fn attempt(Context { shared, visitor }: &Context, request: Request) -> Res
     let mut share = shared.http_memory.share();
     let body = read_body(shared, &mut share, body).await?;
     let limit = shared.config.http_response_max_bytes;
+    let claims = target.claims.as_ref();
     let (messages, answer) = match Body::parse(&body)? {
         Body::Single(query) => match wish.policy(target.auth.query_cache.settings) {
             Some(policy) => return Box::pin(cached::answer(shared, target, &query, shape, policy)).await,
-            None => (query.messages()?, Answer::single(shape, limit)),
+            None => (query.messages(claims)?, Answer::single(shape, limit)),
         },
-        Body::Batch(queries) => (batch_messages(&queries, batch_options)?, Answer::batch(shape, queries.len(), limit)),
+        Body::Batch(queries) => {
+            (batch_messages(&queries, batch_options, claims)?, Answer::batch(shape, queries.len(), limit))
+        }
     };
+    let answer = answer.after(usize::from(claims.is_some()));
     let (json, answer_share) = ask(shared, &target, &messages, answer).await?;
     Ok(Answered { json: answer_share.with(json), cache: None })
 }
@@ -109,6 +114,8 @@ pub struct Target {
     pub options: Options,
     /// What the control plane says of the role and its endpoint.
     pub auth: Arc<RoleAuth>,
+    /// What a token says of its holder, when it came in place of a password.
+    pub claims: Option<Claims>,
 }
 
 async fn log_in(shared: &Shared, visitor: &Visitor, headers: &HeaderMap) -> Result<Target, SqlError> {
@@ -124,9 +131,15 @@ async fn log_in(shared: &Shared, visitor: &Visitor, headers: &HeaderMap) -> Resu
         Choice::AskPassword => login::endpoint_in_password(sent, || session::no_endpoint(domain))?,
     };
     let (fresh_for, from) = (shared.config.http_auth_cache.max(shared.config.auth_cache), visitor.peer.ip());
-    let checking = shared.login.by_password_within(fresh_for, from, &name.endpoint, &startup.user, password);
-    let auth = checking.await?;
-    Ok(Target { endpoint: name.endpoint, connection, options, auth })
+    let (login, endpoint, user) = (&shared.login, name.endpoint, &startup.user);
+    let (auth, claims) = match bearer(headers)? {
+        Some(token) => {
+            let (auth, claims) = login.by_token(fresh_for, from, &endpoint, user, token).await?;
+            (auth, Some(claims))
+        }
+        None => (login.by_password_within(fresh_for, from, &endpoint, user, password).await?, None),
+    };
+    Ok(Target { endpoint, connection, options, auth, claims })
 }
 
 /// The whole body; its share of memory holds it and the messages that are made of it.

@@ -19,7 +19,7 @@ use futures::{Sink, Stream};
 use serde::Deserialize;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::routes::Context;
+use super::{error::SqlError, request::bearer, routes::Context};
 use crate::session::{self, Arrival};
 
 /// Bytes that one message of a client may have.
@@ -44,16 +44,18 @@ pub async fn upgrade(
     Query(Address { address }): Query<Address>,
     headers: HeaderMap,
     upgrade: WebSocketUpgrade,
-) -> Response {
+) -> Result<Response, SqlError> {
     let own = headers.get(header::HOST).and_then(|host| host.to_str().ok());
     let host = address.as_deref().or(own).map(|address| without_port(address).to_owned());
-    let arrival = Arrival { host, encrypted: visitor.encrypted, end_point: None, sends_password: true };
-    upgrade
+    let token = bearer(&headers)?.map(str::to_owned);
+    let arrival = Arrival { host, encrypted: visitor.encrypted, end_point: None, sends_password: true, token };
+    let upgrade = upgrade
         .max_message_size(MESSAGE_MAX_BYTES)
         .max_frame_size(MESSAGE_MAX_BYTES)
         .write_buffer_size(0)
-        .max_write_buffer_size(WRITE_BUFFER_BYTES)
-        .on_upgrade(move |socket| session::serve_inside(shared, Box::new(Tunnel::new(socket)), arrival, visitor.peer))
+        .max_write_buffer_size(WRITE_BUFFER_BYTES);
+    let serve = move |socket| session::serve_inside(shared, Box::new(Tunnel::new(socket)), arrival, visitor.peer);
+    Ok(upgrade.on_upgrade(serve))
 }
 
 fn without_port(address: &str) -> &str {

@@ -25,6 +25,7 @@ use crate::{
     handshake::Startup,
     messages::FatalError,
     session::wake_refusal,
+    token::CLAIMS_SETTING,
     wake::{WakeError, Waker, Woken},
 };
 
@@ -137,7 +138,8 @@ impl EndpointPool {
 
     /// What a client's connections are opened with, and what it sets on top of that.
     ///
-    /// Clients differ most in `application_name`, so in transaction mode that is set rather than opened with.
+    /// Clients differ most in `application_name` and in the claims of their tokens, so in transaction mode these are set
+    /// rather than opened with.
     pub fn profile(
         &self,
         startup: &Startup,
@@ -148,11 +150,11 @@ impl EndpointPool {
         let mut settings = Settings::new();
         if mode == PoolMode::Transaction {
             startup.parameters.retain(|(name, value)| {
-                let is_name = name == "application_name";
-                if is_name {
+                let is_set = name == "application_name" || name == CLAIMS_SETTING;
+                if is_set {
                     settings.insert(name.clone(), value.clone());
                 }
-                !is_name
+                !is_set
             });
         }
         startup.parameters.sort();

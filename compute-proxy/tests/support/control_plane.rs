@@ -18,7 +18,8 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use control_plane_api::internal::{ApiError, ENDPOINT_NOT_FOUND, QueryCache, RoleAuth, Wake};
+use control_plane_api::internal::{ApiError, ENDPOINT_NOT_FOUND, QueryCache, RoleAuth, TokenIssuer, Wake};
+use ipnet::IpNet;
 use parking_lot::Mutex;
 use postgres_protocol::password::scram_sha_256;
 use tokio::net::TcpListener;
@@ -50,6 +51,9 @@ pub struct FakeEndpoint {
     pub enabled: AtomicBool,
     pub verifiers: Mutex<HashMap<String, Option<String>>>,
     pub query_cache: Mutex<QueryCache>,
+    /// By role.
+    pub token_issuers: Mutex<HashMap<String, Vec<TokenIssuer>>>,
+    pub allowed_ips: Mutex<Vec<IpNet>>,
     socket: PathBuf,
 }
 
@@ -103,6 +107,8 @@ impl FakeEndpoint {
             enabled: true.into(),
             verifiers: Mutex::new(verifiers),
             query_cache: Mutex::default(),
+            token_issuers: Mutex::default(),
+            allowed_ips: Mutex::default(),
             socket: socket.to_owned(),
         }
     }
@@ -138,8 +144,10 @@ async fn role_auth(
     let branch =
         BranchRef { project: ProjectId::new("project").expect("id"), branch: BranchId::new("branch").expect("id") };
     let query_cache = endpoint.query_cache.lock().clone();
+    let token_issuers = endpoint.token_issuers.lock().get(&role).cloned().unwrap_or_default();
+    let allowed_ips = endpoint.allowed_ips.lock().clone();
     let enabled = endpoint.enabled.load(Ordering::SeqCst);
-    Json(RoleAuth { branch, scram_verifier, enabled, query_cache }).into_response()
+    Json(RoleAuth { branch, scram_verifier, enabled, query_cache, token_issuers, allowed_ips }).into_response()
 }
 
 async fn wake(State(state): State<Arc<ControlState>>, UrlPath(endpoint): UrlPath<String>) -> Response {

@@ -3,13 +3,16 @@
 #![allow(dead_code)]
 
 mod control_plane;
+mod issuer;
 mod postgres;
+mod websocket;
 
 use std::{net::SocketAddr, process::Stdio, sync::Arc, time::Duration};
 
 use clap::Parser;
 pub use control_plane::{FakeControlPlane, FakeEndpoint, TOKEN};
 use dormouse_compute_proxy::{Config, Server};
+pub use issuer::{Issuer, Signer};
 pub use postgres::Postgres;
 use tokio::{io::AsyncWriteExt, process::Command, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -91,6 +94,12 @@ impl World {
         tokio::spawn(connection);
         Ok(client)
     }
+}
+
+/// What the proxy or Postgres has said.
+pub fn said(error: tokio_postgres::Error) -> String {
+    let said = error.as_db_error().map(|error| format!("{} {}", error.code().code(), error.message()));
+    said.unwrap_or_else(|| error.to_string())
 }
 
 /// Runs psql; its output when it succeeds, its complaints when it fails.

@@ -8,6 +8,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use types::{BranchRef, EndpointId, Generation, NodeId, ProjectId};
 
@@ -44,6 +45,25 @@ pub struct RoleAuth {
     /// What proxies do with answers to queries over HTTP.
     #[serde(default)]
     pub query_cache: QueryCache,
+    /// Whose JSON Web Tokens stand for this role's password; none by default.
+    #[serde(default)]
+    pub token_issuers: Vec<TokenIssuer>,
+    /// Where clients may come from; empty: from anywhere.
+    #[serde(default)]
+    pub allowed_ips: Vec<IpNet>,
+}
+
+/// Who signs tokens, and what must stand in them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenIssuer {
+    /// Where its public keys are, as a JSON Web Key Set.
+    pub jwks_url: String,
+    /// Must be among a token's `aud`; `None`: any, or none.
+    #[serde(default)]
+    pub audience: Option<String>,
+    /// Must be a token's `iss`; `None`: any, or none.
+    #[serde(default)]
+    pub issuer: Option<String>,
 }
 
 /// How long answers to queries over HTTP are kept, and which are not to be used any more.

@@ -51,6 +51,9 @@ pub struct Project {
     pub default_endpoint_settings: EndpointDefaults,
     /// How far back in time branches may be made, seconds.
     pub history_retention_seconds: u64,
+    /// Who may reach it.
+    #[serde(default)]
+    pub settings: ProjectSettings,
     /// Who made it.
     pub creation_source: String,
     /// Who owns it.
@@ -79,6 +82,25 @@ pub struct EndpointDefaults {
     /// See [`Endpoint::suspend_timeout_seconds`].
     #[serde(default)]
     pub suspend_timeout_seconds: Option<i64>,
+}
+
+/// Settings of a project.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProjectSettings {
+    /// Where clients may come from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allowed_ips: Option<AllowedIps>,
+}
+
+/// Where clients may come from.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AllowedIps {
+    /// Addresses and networks (CIDR), IPv4 and IPv6; empty: from anywhere.
+    #[serde(default)]
+    pub ips: Vec<String>,
+    /// True: other branches than protected ones can be reached from anywhere.
+    #[serde(default)]
+    pub protected_branches_only: bool,
 }
 
 /// A branch.
@@ -271,6 +293,73 @@ pub struct Database {
     pub updated_at: String,
 }
 
+/// Whose JSON Web Tokens stand for the passwords of which roles, over HTTP and WebSocket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Jwks {
+    /// A UUID.
+    pub id: String,
+    /// Its project.
+    pub project_id: ProjectId,
+    /// The only branch that it counts for; all of the project's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub branch_id: Option<BranchId>,
+    /// Where the issuer's public keys are.
+    pub jwks_url: String,
+    /// Its owner's name for the issuer.
+    pub provider_name: String,
+    /// Must be among a token's `aud`; any or none will do when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jwt_audience: Option<String>,
+    /// Must be a token's `iss`; any or none will do when absent. Not in Neon's API.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jwt_issuer: Option<String>,
+    /// Roles that a token may take.
+    pub role_names: Vec<String>,
+    /// When it was made.
+    pub created_at: String,
+    /// When it was last changed.
+    pub updated_at: String,
+}
+
+/// `POST /projects/{id}/jwks`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct JwksFields {
+    /// `https://…`, or `http://…`.
+    pub jwks_url: String,
+    /// The host of `jwks_url` by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub provider_name: Option<String>,
+    /// See [`Jwks::branch_id`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub branch_id: Option<String>,
+    /// See [`Jwks::jwt_audience`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jwt_audience: Option<String>,
+    /// See [`Jwks::jwt_issuer`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jwt_issuer: Option<String>,
+    /// `authenticator`, `authenticated` and `anonymous` by default. The roles themselves are not made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub role_names: Option<Vec<String>>,
+}
+
+/// `{"jwks": …}`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct JwksEnvelope {
+    /// What was made.
+    pub jwks: Jwks,
+    /// Nothing.
+    #[serde(default)]
+    pub operations: Vec<Operation>,
+}
+
+/// A project's issuers of tokens, in order of creation.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct JwksList {
+    /// The issuers.
+    pub jwks: Vec<Jwks>,
+}
+
 /// Something the control plane did or does.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Operation {
@@ -359,6 +448,9 @@ pub struct ProjectFields {
     /// See [`Project::history_retention_seconds`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub history_retention_seconds: Option<u64>,
+    /// See [`Project::settings`]; what is not in it stays as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settings: Option<ProjectSettings>,
     /// False: its compute is started by the first connection, not at once. Only when it is made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_compute: Option<bool>,

@@ -9,8 +9,9 @@ use control_plane_api::internal::{GenerationTaken, RoleAuth, TakeGeneration, Wak
 
 use super::{Shared, endpoint_id, parse};
 use crate::{
+    allowed_ips,
     problem::Problem,
-    store::{branches, catalog, endpoints, generations, query_cache},
+    store::{branches, catalog, endpoints, generations, jwks, projects, query_cache},
 };
 
 /// A pageserver starts.
@@ -35,11 +36,17 @@ pub async fn role_auth(
     let endpoint = endpoint_id(&endpoint)?;
     let found = app.store.call(move |db| {
         let row = endpoints::find(db, &endpoint)?.ok_or_else(|| Problem::not_found("endpoint", &endpoint))?;
-        branches::get(db, &row.branch.project, &row.branch.branch)?;
+        let branch = branches::get(db, &row.branch.project, &row.branch.branch)?;
+        let project = projects::get(db, &row.branch.project)?;
         let role = catalog::role(db, &row.branch.branch, &role)?;
-        let query_cache = query_cache::of(db, &row)?;
-        let scram_verifier = Some(role.scram_verifier);
-        Ok(RoleAuth { branch: row.branch, scram_verifier, enabled: !row.disabled, query_cache })
+        Ok(RoleAuth {
+            query_cache: query_cache::of(db, &row)?,
+            token_issuers: jwks::of_role(db, &row.branch, &role.name)?,
+            allowed_ips: allowed_ips::of_branch(&project.settings, branch.protected),
+            scram_verifier: Some(role.scram_verifier),
+            enabled: !row.disabled,
+            branch: row.branch,
+        })
     });
     Ok(Json(found.await?))
 }

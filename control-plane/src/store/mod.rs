@@ -8,6 +8,7 @@ pub mod branches;
 pub mod catalog;
 pub mod endpoints;
 pub mod generations;
+pub mod jwks;
 pub mod leases;
 pub mod operations;
 pub mod projects;
@@ -154,8 +155,31 @@ CREATE TABLE query_cache_invalidations (
 ) STRICT;
 ";
 
+/// Version 6: issuers of JSON Web Tokens that stand for passwords.
+const SCHEMA_6: &str = "
+CREATE TABLE jwks (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    project_id TEXT NOT NULL REFERENCES projects (id) ON DELETE CASCADE,
+    branch_id TEXT REFERENCES branches (id) ON DELETE CASCADE, -- NULL: all of the project's
+    jwks_url TEXT NOT NULL,
+    provider_name TEXT NOT NULL,
+    jwt_audience TEXT,
+    jwt_issuer TEXT,
+    role_names TEXT NOT NULL,                  -- JSON
+    created_at TEXT NOT NULL,
+    updated_at TEXT NOT NULL
+) STRICT;
+CREATE INDEX jwks_by_project ON jwks (project_id);
+";
+
+/// Version 7: where clients of a project may come from.
+const SCHEMA_7: &str = "
+ALTER TABLE projects ADD COLUMN settings TEXT NOT NULL DEFAULT '{}'; -- JSON of v2::ProjectSettings
+";
+
 /// What brings an older database up to date, in order; `user_version` counts those done.
-const MIGRATIONS: [&str; 5] = [SCHEMA_1, SCHEMA_2, SCHEMA_3, SCHEMA_4, SCHEMA_5];
+const MIGRATIONS: [&str; 7] = [SCHEMA_1, SCHEMA_2, SCHEMA_3, SCHEMA_4, SCHEMA_5, SCHEMA_6, SCHEMA_7];
 
 /// The metadata store; cheap to clone.
 #[derive(Clone)]

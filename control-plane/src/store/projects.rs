@@ -1,6 +1,7 @@
 //! Rows of `projects`.
 
-use rusqlite::{Connection, OptionalExtension, Row};
+use control_plane_api::v2::ProjectSettings;
+use rusqlite::{Connection, OptionalExtension, Row, types::Type};
 use types::ProjectId;
 
 use super::{Page, Paged, now, parsed};
@@ -21,6 +22,8 @@ pub struct ProjectRow {
     pub default_suspend_timeout_seconds: i64,
     /// How far back branches may be made, seconds.
     pub history_retention_seconds: u64,
+    /// Who may reach it.
+    pub settings: ProjectSettings,
     /// When it was made.
     pub created_at: String,
     /// When it was last changed.
@@ -28,6 +31,9 @@ pub struct ProjectRow {
 }
 
 fn from_row(row: &Row<'_>) -> rusqlite::Result<ProjectRow> {
+    let settings: String = row.get("settings")?;
+    let settings = serde_json::from_str(&settings)
+        .map_err(|e| rusqlite::Error::FromSqlConversionFailure(0, Type::Text, Box::new(e)))?;
     Ok(ProjectRow {
         seq: row.get("seq")?,
         id: parsed(row, "id")?,
@@ -35,9 +41,14 @@ fn from_row(row: &Row<'_>) -> rusqlite::Result<ProjectRow> {
         deleting: row.get::<_, String>("state")? == "deleting",
         default_suspend_timeout_seconds: row.get("default_suspend_timeout_seconds")?,
         history_retention_seconds: row.get::<_, i64>("history_retention_seconds")?.cast_unsigned(),
+        settings,
         created_at: row.get("created_at")?,
         updated_at: row.get("updated_at")?,
     })
+}
+
+fn settings_text(settings: &ProjectSettings) -> Result<String, Problem> {
+    serde_json::to_string(settings).map_err(|e| Problem::Internal(format!("settings: {e}")))
 }
 
 /// A project, also one that is being deleted.
@@ -57,12 +68,20 @@ pub fn insert(
     name: &str,
     default_suspend_timeout_seconds: i64,
     history_retention_seconds: u64,
+    settings: &ProjectSettings,
 ) -> Result<ProjectRow, Problem> {
     let now = now();
     db.execute(
-        "INSERT INTO projects (id, name, state, default_suspend_timeout_seconds, history_retention_seconds, created_at,
-         updated_at) VALUES (?1, ?2, 'ready', ?3, ?4, ?5, ?5)",
-        (id.as_str(), name, default_suspend_timeout_seconds, history_retention_seconds.cast_signed(), &now),
+        "INSERT INTO projects (id, name, state, default_suspend_timeout_seconds, history_retention_seconds, settings,
+         created_at, updated_at) VALUES (?1, ?2, 'ready', ?3, ?4, ?5, ?6, ?6)",
+        (
+            id.as_str(),
+            name,
+            default_suspend_timeout_seconds,
+            history_retention_seconds.cast_signed(),
+            settings_text(settings)?,
+            &now,
+        ),
     )?;
     get(db, id)
 }
@@ -70,12 +89,13 @@ pub fn insert(
 /// Changes what may be changed.
 pub fn update(db: &Connection, row: &ProjectRow) -> Result<ProjectRow, Problem> {
     db.execute(
-        "UPDATE projects SET name = ?, default_suspend_timeout_seconds = ?, history_retention_seconds = ?, updated_at = ?
-         WHERE id = ?",
+        "UPDATE projects SET name = ?, default_suspend_timeout_seconds = ?, history_retention_seconds = ?, settings = ?,
+         updated_at = ? WHERE id = ?",
         (
             &row.name,
             row.default_suspend_timeout_seconds,
             row.history_retention_seconds.cast_signed(),
+            settings_text(&row.settings)?,
             now(),
             row.id.as_str(),
         ),

@@ -4,4 +4,5 @@ pub mod branches;
 pub mod catalog;
 pub mod endpoints;
 pub mod history;
+pub mod jwks;
 pub mod projects;

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use control_plane_api::v2::{
-    EndpointDefaults, FirstBranchFields, Project, ProjectCreated, ProjectEnvelope, ProjectFields, ProjectRequest,
-    TakeOverRequest,
+    AllowedIps, EndpointDefaults, FirstBranchFields, Project, ProjectCreated, ProjectEnvelope, ProjectFields,
+    ProjectRequest, ProjectSettings, TakeOverRequest,
 };
 
 use super::super::{Api, Connection, ProjectChoice, output::Output, select};
@@ -23,9 +23,9 @@ pub enum ProjectCommand {
     },
     /// Show a project
     Get(OneArguments),
-    /// Change a project's name, history window or sleep
+    /// Change a project's name, history window, sleep, or where its clients may come from
     #[command(
-        after_help = "Examples:\n  dormouse projects update shop --history-retention 14d\n  dormouse projects update shop --history-retention 0s    no history: only the newest state is kept\n\nA longer window keeps more from now on; what a shorter one has let go does not come back."
+        after_help = "Examples:\n  dormouse projects update shop --history-retention 14d\n  dormouse projects update shop --history-retention 0s    no history: only the newest state is kept\n  dormouse projects update shop --allow-ip 203.0.113.7 --allow-ip 2001:db8::/32\n\nA longer window keeps more from now on; what a shorter one has let go does not come back."
     )]
     Update(UpdateArguments),
     /// Give a project to another pageserver, though the one before may still run
@@ -79,6 +79,15 @@ pub struct UpdateArguments {
     /// Idle seconds before new endpoints sleep; 0 is the default of 300, -1 never
     #[arg(long, allow_hyphen_values = true)]
     suspend_timeout: Option<i64>,
+    /// Address or network (CIDR) that clients may come from; may be there several times. Takes the place of all before
+    #[arg(long = "allow-ip", value_name = "CIDR")]
+    allowed_ips: Vec<String>,
+    /// Clients may come from anywhere, as at first
+    #[arg(long, conflicts_with = "allowed_ips")]
+    allow_any_ip: bool,
+    /// With --allow-ip: branches that are not protected can be reached from anywhere
+    #[arg(long, requires = "allowed_ips")]
+    protected_branches_only: bool,
     #[command(flatten)]
     connection: Connection,
 }
@@ -145,10 +154,14 @@ async fn update(arguments: UpdateArguments) -> anyhow::Result<()> {
     let api = Api::new(&arguments.connection)?;
     let found = select::project(&api, &ProjectChoice { project: Some(arguments.project) }).await?;
     let timeout = arguments.suspend_timeout;
+    let (ips, protected_branches_only) = (arguments.allowed_ips, arguments.protected_branches_only);
+    let allowed_ips =
+        (arguments.allow_any_ip || !ips.is_empty()).then_some(AllowedIps { ips, protected_branches_only });
     let project = ProjectFields {
         name: arguments.name,
         history_retention_seconds: arguments.history_retention.map(|kept| kept.as_secs()),
         default_endpoint_settings: timeout.map(|seconds| EndpointDefaults { suspend_timeout_seconds: Some(seconds) }),
+        settings: allowed_ips.map(|allowed| ProjectSettings { allowed_ips: Some(allowed) }),
         ..Default::default()
     };
     let updated: ProjectEnvelope = api.patch(&format!("/projects/{}", found.id), &ProjectRequest { project }).await?;
@@ -158,7 +171,9 @@ async fn update(arguments: UpdateArguments) -> anyhow::Result<()> {
 fn print(output: Output, answer: &impl serde::Serialize, projects: &[Project]) -> anyhow::Result<()> {
     let rows = projects.iter().map(|p| {
         let history = humantime::format_duration(Duration::from_secs(p.history_retention_seconds)).to_string();
-        [p.id.to_string(), p.name.clone(), p.pg_version.to_string(), history, p.created_at.clone()]
+        let ips = p.settings.allowed_ips.as_ref().filter(|allowed| !allowed.ips.is_empty());
+        let clients = ips.map_or_else(|| "anywhere".to_owned(), |allowed| allowed.ips.join(", "));
+        [p.id.to_string(), p.name.clone(), p.pg_version.to_string(), history, clients, p.created_at.clone()]
     });
-    output.print(answer, ["id", "name", "postgres", "history", "created"], rows)
+    output.print(answer, ["id", "name", "postgres", "history", "clients from", "created"], rows)
 }
