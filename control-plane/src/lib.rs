@@ -15,6 +15,7 @@ mod history;
 pub mod host;
 pub mod http;
 pub mod keys;
+mod membership;
 mod names;
 mod placement;
 mod problem;

@@ -6,6 +6,7 @@ mod endpoints;
 mod history;
 mod internal;
 mod projects;
+mod safekeepers;
 
 use std::{sync::Arc, time::Duration};
 
@@ -42,6 +43,7 @@ pub fn router(app: Arc<App>) -> Router {
         .merge(history::routes())
         .merge(endpoints::routes())
         .merge(catalog::routes())
+        .merge(safekeepers::routes())
         .fallback(unknown_path)
         .layer(middleware::from_fn_with_state(Arc::clone(&app), require_api_key));
     let internal = Router::new()

@@ -59,6 +59,9 @@ pub enum ClientCommand {
     /// Make, list and delete databases
     #[command(subcommand, visible_alias = "database")]
     Databases(resources::catalog::DatabaseCommand),
+    /// List, add, replace and remove safekeepers
+    #[command(subcommand)]
+    Safekeepers(resources::safekeepers::SafekeeperCommand),
     /// Print how to connect to a branch
     #[command(visible_alias = "cs")]
     ConnectionString(connect::ConnectionStringArguments),
@@ -80,6 +83,7 @@ async fn run(command: ClientCommand) -> anyhow::Result<ExitCode> {
         ClientCommand::Endpoints(command) => resources::endpoints::run(command).await?,
         ClientCommand::Roles(command) => resources::catalog::run_role(command).await?,
         ClientCommand::Databases(command) => resources::catalog::run_database(command).await?,
+        ClientCommand::Safekeepers(command) => resources::safekeepers::run(command).await?,
         ClientCommand::ConnectionString(arguments) => connect::connection_string(arguments).await?,
         ClientCommand::Psql(arguments) => return connect::psql(arguments).await,
     }

@@ -5,3 +5,4 @@ pub mod catalog;
 pub mod endpoints;
 pub mod history;
 pub mod projects;
+pub mod safekeepers;
