@@ -12,7 +12,7 @@ use e2e::regress::Target;
 use safekeeper::{Config, Server};
 use safekeeper_client::{ProposerConfig, WalProposer};
 use tokio_util::sync::CancellationToken;
-use types::{BranchId, BranchRef, Lsn, NodeId, ProjectId};
+use types::{BranchId, BranchRef, Lsn, Member, Membership, NodeId, ProjectId};
 use wal::{
     RmgrId,
     encode::{RecordToWrite, encode_record},
@@ -132,10 +132,17 @@ async fn into_safekeepers(wal: &[Bytes]) -> anyhow::Result<f64> {
             idle_seconds: 3600,
         };
         let server = Server::bind(config).await?;
-        safekeepers.push((NodeId(id), server.local_addr().to_string()));
+        safekeepers.push(Member { node: NodeId(id), address: server.local_addr().to_string() });
         tasks.push(tokio::spawn(server.run(shutdown.clone())));
     }
-    let config = ProposerConfig { branch, safekeepers, token, branch_start_lsn: START, system_identifier: Some(1) };
+    let config = ProposerConfig {
+        branch,
+        membership: Membership::first(safekeepers),
+        follows_membership: false,
+        token,
+        branch_start_lsn: START,
+        system_identifier: Some(1),
+    };
     let (proposer, _) = WalProposer::elect(config).await?;
     let (began, mut end) = (Instant::now(), START);
     for piece in wal {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use control_plane_api::v2::{Branch, Database, Endpoint, EndpointDefaults, Project, Role};
+use tokio::sync::Notify;
 use wire::TokenVerifier;
 
 use crate::{
@@ -37,6 +38,8 @@ pub struct App {
     pub admin_key_hash: [u8; 32],
     /// Checks services' tokens.
     pub verifier: TokenVerifier,
+    /// Notified when the safekeepers that are wanted have changed.
+    pub safekeepers_changed: Arc<Notify>,
     /// Garbage collection keeps at least so much history.
     pub gc_slack_seconds: u64,
 }

@@ -17,7 +17,7 @@ use crate::{
     store::{
         Store,
         branches::{self, BranchRow, NewBranch},
-        catalog, endpoints,
+        catalog, endpoints, memberships,
         operations::{self, Action},
         projects,
     },
@@ -151,7 +151,9 @@ pub async fn finish_deletion(app: &App, branch: &BranchRef) -> Result<(), Proble
     let wanted = branch.clone();
     let row = app.store.call(move |db| branches::find(db, &wanted.project, &wanted.branch)).await?;
     let Some(row) = row else { return Ok(()) };
-    app.storage.delete_branch(&row.timeline).await?;
+    let timeline = row.timeline.branch.clone();
+    let safekeepers = app.store.call(move |db| memberships::everybody(db, &timeline)).await?;
+    app.storage.delete_branch(&row.timeline, &safekeepers).await?;
     let wanted = branch.clone();
     let endpoint: Option<EndpointId> = app
         .store

@@ -7,8 +7,7 @@ use std::{
     time::Duration,
 };
 
-use control_plane_api::compute::SafekeeperAddress;
-use types::NodeId;
+use types::{Member, NodeId};
 
 /// Settings of `dormouse control-plane`.
 #[derive(Debug, Clone, clap::Args)]
@@ -22,7 +21,8 @@ pub struct Config {
     /// The pageserver, as host:port.
     #[arg(long, default_value = "127.0.0.1:9810", env = "DORMOUSE_PAGESERVER")]
     pub pageserver: String,
-    /// The safekeepers, as <node>=<host:port>, separated by commas.
+    /// The safekeepers at the first start, as <node>=<host:port>, separated by commas; and where those that are known are reached
+    /// now. Others are added with `dormouse safekeepers`.
     #[arg(
         long,
         value_delimiter = ',',
@@ -112,7 +112,7 @@ pub fn api_url_path(data_dir: &Path) -> PathBuf {
 
 /// A safekeeper on the command line: `1=127.0.0.1:9801`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SafekeeperArg(pub SafekeeperAddress);
+pub struct SafekeeperArg(pub Member);
 
 impl FromStr for SafekeeperArg {
     type Err = String;
@@ -124,7 +124,7 @@ impl FromStr for SafekeeperArg {
         if !good {
             return Err(error());
         }
-        Ok(SafekeeperArg(SafekeeperAddress { node: NodeId(node), address: address.to_owned() }))
+        Ok(SafekeeperArg(Member { node: NodeId(node), address: address.to_owned() }))
     }
 }
 

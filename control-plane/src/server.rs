@@ -15,6 +15,7 @@ use nix::{
 };
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+use types::Member;
 use wire::Scope;
 
 use crate::{
@@ -25,8 +26,9 @@ use crate::{
     config::{Config, api_url_path},
     garbage, host, http,
     keys::{self, InstallationKeys},
+    membership,
     storage::{Services, Storage},
-    store::{Store, generations, operations},
+    store::{Store, generations, memberships, operations},
 };
 
 /// The control plane's own token for pageserver and safekeepers.
@@ -70,7 +72,9 @@ impl Server {
         store.call(operations::fail_interrupted).await?;
         let token = keys.signer.sign(Scope::Service, SERVICE_TOKEN_LIFETIME)?;
         let settings = compute_settings(&config, shim)?;
-        let services = Services::new(config.pageserver.clone(), settings.safekeepers.clone(), token);
+        let safekeepers: Vec<Member> = config.safekeepers.iter().map(|arg| arg.0.clone()).collect();
+        store.call(move |db| memberships::configure(db, &safekeepers)).await?;
+        let services = Services::new(config.pageserver.clone(), token);
         services.set_placements(store.call(generations::placements).await?);
         let storage = Arc::new(services);
         let program = std::env::current_exe().context("finding this program")?;
@@ -80,7 +84,9 @@ impl Server {
         let address = ProxyAddress { domain: config.domain, host: config.proxy_host, port: config.proxy_port };
         let gc_slack_seconds = config.gc_slack_seconds;
         let verifier = keys.verifier;
-        let app = App { store, storage, computes, address, admin_key_hash, verifier, gc_slack_seconds };
+        let safekeepers_changed = Arc::default();
+        let app =
+            App { store, storage, computes, address, admin_key_hash, verifier, safekeepers_changed, gc_slack_seconds };
         let url = format!("http://{}\n", listener.local_addr()?);
         std::fs::write(api_url_path(&config.data_dir), url).context("writing api.url")?;
         let interrupted = Interrupted::read(&app.store).await?;
@@ -103,6 +109,7 @@ impl Server {
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         tracing::info!(address = %self.local_addr()?, "control plane is listening");
         let cleaning = tokio::spawn(clean_up(Arc::clone(&self.app), self.interrupted));
+        let moving = tokio::spawn(membership::run(Arc::clone(&self.app)));
         let collecting = tokio::spawn(garbage::run(Arc::clone(&self.app), self.gc_interval));
         let stop = shutdown.clone();
         let serving = axum::serve(self.listener, http::router(Arc::clone(&self.app)))
@@ -110,6 +117,7 @@ impl Server {
         let serving = tokio::spawn(async move { serving.await });
         shutdown.cancelled().await;
         cleaning.abort();
+        moving.abort();
         collecting.abort();
         if self.stop_computes_at_exit {
             self.app.computes.stop_all().await;
@@ -180,7 +188,6 @@ fn compute_settings(config: &Config, shim: &Path) -> anyhow::Result<ComputeSetti
     Ok(ComputeSettings {
         runtime_dir: host::runtime_dir(config.runtime_dir.as_deref())?,
         page_cache_dir: host::disk_dir(&absolute(&config.data_dir)?, "page-cache")?,
-        safekeepers: config.safekeepers.iter().map(|arg| arg.0.clone()).collect(),
         postgres_bin_dir: host::postgres_bin_dir(config.postgres_bin_dir.as_deref())?,
         shim_path: config.shim_path.clone().unwrap_or_else(|| shim.to_owned()),
         postgres_user: host::postgres_user(config.postgres_user.as_deref())?,

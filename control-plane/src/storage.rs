@@ -3,18 +3,21 @@
 use std::{collections::HashMap, time::Duration};
 
 use async_trait::async_trait;
-use control_plane_api::compute::SafekeeperAddress;
 use futures::future::join_all;
 use pageserver_client::{ClientError, PageserverClient};
 use parking_lot::RwLock;
 use safekeeper_client::ProposerConfig;
-use types::{BranchId, BranchRef, ForkNumber, Generation, Lsn, ProjectId, RelTag, oids};
+use types::{BranchId, BranchRef, ForkNumber, Generation, Lsn, Member, Membership, NodeId, ProjectId, RelTag, oids};
 use wire::pageserver::{BranchPoint, BranchSizes, ErrorKind, GarbageReport, ReadLsn};
 
 use crate::problem::Problem;
 
 /// Longest wait for a quorum when a branch's end of WAL must be learned.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest wait for a safekeeper to take note of a branch's membership.
+const TELL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest wait for new safekeepers of a branch to have all that is committed; then it is tried again. Wakes wait for it.
+const CATCH_UP_LIMIT: Duration = Duration::from_secs(5);
 /// Longest wait for a safekeeper to forget a branch.
 const SAFEKEEPER_DELETE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest wait for branches' sizes, which are only shown.
@@ -51,8 +54,8 @@ pub trait Storage: Send + Sync + 'static {
         leases: Vec<Lsn>,
     ) -> Result<GarbageReport, Problem>;
 
-    /// Removes a branch from pageserver and safekeepers. Repeating it is harmless.
-    async fn delete_branch(&self, branch: &BranchRef) -> Result<(), Problem>;
+    /// Removes a branch from pageserver and safekeepers, as far as these answer. Repeating it is harmless.
+    async fn delete_branch(&self, branch: &BranchRef, safekeepers: &[Member]) -> Result<(), Problem>;
 
     /// The last position whose commits are all at or before `timestamp_us` (microseconds since 2000), in a history that ends
     /// at `head`.
@@ -62,7 +65,20 @@ pub trait Storage: Send + Sync + 'static {
     async fn timestamp_by_lsn(&self, branch: &BranchRef, lsn: Lsn) -> Result<Option<i64>, Problem>;
 
     /// The end of a branch's WAL. Fences any compute: the caller makes sure that none runs.
-    async fn settle(&self, branch: &BranchRef, start_lsn: Lsn) -> Result<Lsn, Problem>;
+    async fn settle(&self, branch: &BranchRef, start_lsn: Lsn, membership: Membership) -> Result<Lsn, Problem>;
+
+    /// Tells a safekeeper of a branch's membership, which is stored.
+    async fn tell_membership(&self, branch: &BranchRef, to: &Member, membership: &Membership) -> Result<(), Problem>;
+
+    /// Establishes a joint membership of a branch that no compute runs on, and waits a while for these safekeepers to have
+    /// everything that is committed; those that have not. Fences any compute.
+    async fn carry_over(
+        &self,
+        branch: &BranchRef,
+        start_lsn: Lsn,
+        joint: Membership,
+        to: &[NodeId],
+    ) -> Result<Vec<NodeId>, Problem>;
 
     /// How large branches of a project are, each as of a position or later; for information only.
     async fn sizes(
@@ -83,20 +99,19 @@ pub fn template() -> BranchRef {
     }
 }
 
-/// A pageserver and safekeepers over the network.
+/// Pageservers and safekeepers over the network.
 pub struct Services {
     default_pageserver: PageserverClient,
     /// Projects that were given to other pageservers.
     placed: RwLock<HashMap<ProjectId, PageserverClient>>,
-    safekeepers: Vec<SafekeeperAddress>,
     token: String,
 }
 
 impl Services {
     /// `token` has scope `Service`.
-    pub fn new(pageserver: String, safekeepers: Vec<SafekeeperAddress>, token: String) -> Services {
+    pub fn new(pageserver: String, token: String) -> Services {
         let default_pageserver = PageserverClient::new(pageserver, token.clone());
-        Services { default_pageserver, placed: RwLock::default(), safekeepers, token }
+        Services { default_pageserver, placed: RwLock::default(), token }
     }
 
     fn client(&self, project: &ProjectId) -> PageserverClient {
@@ -105,6 +120,18 @@ impl Services {
 
     fn pageserver(&self, branch: &BranchRef) -> PageserverClient {
         self.client(&branch.project)
+    }
+
+    fn proposer_config(&self, branch: &BranchRef, start_lsn: Lsn, membership: Membership) -> ProposerConfig {
+        ProposerConfig {
+            branch: branch.clone(),
+            membership,
+            // The store knows the newest; and a service's token is shown to no address that safekeepers name.
+            follows_membership: false,
+            token: self.token.clone(),
+            branch_start_lsn: start_lsn,
+            system_identifier: None,
+        }
     }
 }
 
@@ -166,14 +193,14 @@ impl Storage for Services {
         self.pageserver(branch).collect_garbage(branch, since_us, leases).await.map_err(problem)
     }
 
-    async fn delete_branch(&self, branch: &BranchRef) -> Result<(), Problem> {
+    async fn delete_branch(&self, branch: &BranchRef, safekeepers: &[Member]) -> Result<(), Problem> {
         match self.pageserver(branch).delete_branch(branch).await {
             Ok(()) => {}
             Err(ClientError::Pageserver(error)) if error.kind == ErrorKind::NotFound => {}
             Err(error) => return Err(problem(error)),
         }
         // A safekeeper that is away keeps a few bytes of a branch that no one will ask for again.
-        let deletions = self.safekeepers.iter().map(|safekeeper| async move {
+        let deletions = safekeepers.iter().map(|safekeeper| async move {
             let deletion = safekeeper_client::delete_branch(&safekeeper.address, &self.token, branch);
             match tokio::time::timeout(SAFEKEEPER_DELETE_TIMEOUT, deletion).await {
                 Ok(Ok(_)) => {}
@@ -198,18 +225,37 @@ impl Storage for Services {
         self.pageserver(branch).timestamp_by_lsn(branch, lsn).await.map_err(problem)
     }
 
-    async fn settle(&self, branch: &BranchRef, start_lsn: Lsn) -> Result<Lsn, Problem> {
-        let config = ProposerConfig {
-            branch: branch.clone(),
-            safekeepers: self.safekeepers.iter().map(|s| (s.node, s.address.clone())).collect(),
-            token: self.token.clone(),
-            branch_start_lsn: start_lsn,
-            system_identifier: None,
-        };
+    async fn settle(&self, branch: &BranchRef, start_lsn: Lsn, membership: Membership) -> Result<Lsn, Problem> {
+        let config = self.proposer_config(branch, start_lsn, membership);
         match tokio::time::timeout(SETTLE_TIMEOUT, safekeeper_client::settle(config)).await {
             Ok(Ok(lsn)) => Ok(lsn),
             Ok(Err(error)) => Err(Problem::Unavailable(format!("end of the branch's WAL: {error}"))),
             Err(_) => Err(Problem::Unavailable("no majority of safekeepers answered; try again".into())),
+        }
+    }
+
+    async fn tell_membership(&self, branch: &BranchRef, to: &Member, membership: &Membership) -> Result<(), Problem> {
+        let telling = safekeeper_client::set_branch_membership(&to.address, &self.token, branch, membership);
+        match tokio::time::timeout(TELL_TIMEOUT, telling).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(Problem::Unavailable(error.to_string())),
+            Err(_) => Err(Problem::Unavailable(format!("safekeeper {} at {} did not answer", to.node, to.address))),
+        }
+    }
+
+    async fn carry_over(
+        &self,
+        branch: &BranchRef,
+        start_lsn: Lsn,
+        joint: Membership,
+        to: &[NodeId],
+    ) -> Result<Vec<NodeId>, Problem> {
+        let config = self.proposer_config(branch, start_lsn, joint);
+        let carrying = safekeeper_client::carry_over(config, to, CATCH_UP_LIMIT);
+        match tokio::time::timeout(SETTLE_TIMEOUT, carrying).await {
+            Ok(Ok(lagging)) => Ok(lagging),
+            Ok(Err(error)) => Err(Problem::Unavailable(format!("election: {error}"))),
+            Err(_) => Err(Problem::Unavailable("no majority of the old and of the new safekeepers answered".into())),
         }
     }
 

@@ -15,7 +15,7 @@ use tokio::{
     time::timeout,
 };
 use tracing::{debug, error, info};
-use types::{BranchRef, Lsn, WAL_SEGMENT_BYTES};
+use types::{BranchRef, Lsn, Membership, NodeId, WAL_SEGMENT_BYTES};
 
 use crate::{
     registry::Registry,
@@ -32,20 +32,28 @@ pub(crate) enum BranchCommand {
     Close { connection: ConnectionId },
     Report { remote_consistent_lsn: Lsn },
     Delete { done: oneshot::Sender<Result<(), String>> },
+    SetMembership { membership: Membership, done: oneshot::Sender<Result<BranchStatus, String>> },
 }
 
 /// What readers and askers see of a branch. Everything in it is durable.
 #[derive(Debug, Clone)]
 pub(crate) enum BranchView {
     Loading,
-    Here(BranchStatus),
+    Here {
+        status: BranchStatus,
+        membership: Option<Arc<Membership>>,
+    },
     Deleted,
     /// The files could not be used; says why.
     Failed(String),
 }
 
 pub(crate) struct BranchActor {
+    /// This safekeeper.
+    node: NodeId,
     branch: BranchRef,
+    /// The acceptor's, shared with readers.
+    membership: Option<Arc<Membership>>,
     directory: PathBuf,
     view: watch::Sender<BranchView>,
     /// Weak: the registry owns the actors.
@@ -71,13 +79,15 @@ enum State {
 
 impl BranchActor {
     pub fn new(
+        node: NodeId,
         branch: BranchRef,
         directory: PathBuf,
         view: watch::Sender<BranchView>,
         registry: Weak<Registry>,
         lock: Arc<File>,
     ) -> BranchActor {
-        BranchActor { branch, directory, view, registry, links: BTreeMap::new(), distrust_beyond: None, lock }
+        let (membership, links, distrust_beyond) = (None, BTreeMap::new(), None);
+        BranchActor { node, branch, membership, directory, view, registry, links, distrust_beyond, lock }
     }
 
     /// Serves the branch until nobody has used it for `idle_after`.
@@ -120,6 +130,7 @@ impl BranchActor {
         let state = match loaded {
             Ok(Ok(Loaded::Branch { store, state })) => {
                 self.distrust_beyond = None;
+                self.membership = state.membership.clone().map(Arc::new);
                 debug!(branch = %self.branch, term = %state.term, lsn = %state.flush_lsn, "branch loaded");
                 State::Open(Box::new(Open { acceptor: Acceptor::new(state), store: *store }))
             }
@@ -138,12 +149,20 @@ impl BranchActor {
 
     fn publish(&self, state: &State) {
         let view = match state {
-            State::Open(open) => BranchView::Here(open.acceptor.status()),
+            State::Open(open) => {
+                BranchView::Here { status: open.acceptor.status(), membership: self.membership.clone() }
+            }
             State::Deleted => BranchView::Deleted,
             State::Failed(reason) => BranchView::Failed(reason.clone()),
         };
         self.view.send_if_modified(|current| {
-            let same = matches!((&*current, &view), (BranchView::Here(a), BranchView::Here(b)) if a == b);
+            let same = match (&*current, &view) {
+                // What else of the membership could change comes with another generation.
+                (BranchView::Here { status: a, membership: m }, BranchView::Here { status: b, membership: n }) => {
+                    a == b && m.is_some() == n.is_some()
+                }
+                _ => false,
+            };
             *current = view;
             !same
         });
@@ -151,7 +170,7 @@ impl BranchActor {
 
     async fn take(&mut self, state: State, batch: &mut Vec<BranchCommand>) -> State {
         let mut state = state;
-        let mut effects = Vec::new();
+        let (mut effects, mut told) = (Vec::new(), Vec::new());
         for command in batch.drain(..) {
             match (command, &mut state) {
                 (BranchCommand::Open { connection, link }, _) => {
@@ -170,6 +189,11 @@ impl BranchActor {
                     open.acceptor.handle_report(remote_consistent_lsn);
                 }
                 (BranchCommand::Message { .. } | BranchCommand::Report { .. }, State::Deleted | State::Failed(_)) => {}
+                (BranchCommand::SetMembership { membership, done }, State::Open(open)) => {
+                    effects.extend(self.set_membership(open, membership));
+                    told.push(done);
+                }
+                (BranchCommand::SetMembership { done, .. }, State::Deleted | State::Failed(_)) => told.push(done),
                 (BranchCommand::Delete { done }, _) => {
                     effects.clear();
                     state = self.delete(state, done).await;
@@ -190,7 +214,29 @@ impl BranchActor {
             State::Failed(reason) => self.end_links(AcceptorMessage::Failed { reason: reason.clone() }),
         }
         self.publish(&state);
+        for done in told {
+            // Who asked may be gone.
+            let _ = done.send(match &state {
+                State::Open(open) => Ok(open.acceptor.status()),
+                State::Deleted => Err("the branch has been deleted".to_owned()),
+                State::Failed(reason) => Err(reason.clone()),
+            });
+        }
         state
+    }
+
+    fn set_membership(&mut self, open: &mut Open, membership: Membership) -> Vec<Effect> {
+        let (before, had_log) = (open.acceptor.state().membership.clone(), open.acceptor.status().flush_lsn.is_valid());
+        let effects = open.acceptor.set_membership(self.node, membership);
+        let state = open.acceptor.state();
+        if state.membership != before {
+            self.membership = state.membership.clone().map(Arc::new);
+            let left = had_log && !state.flush_lsn.is_valid();
+            if let Some(membership) = &self.membership {
+                info!(branch = %self.branch, %membership, left, "the branch's safekeepers change");
+            }
+        }
+        effects
     }
 
     /// Carries out effects; what they promise is sent once they are done.

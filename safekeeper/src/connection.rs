@@ -24,7 +24,7 @@ use tokio::{
     time::timeout,
 };
 use tracing::{debug, info};
-use types::Lsn;
+use types::{Lsn, Membership, MembershipGeneration};
 use wire::{
     Claims, FrameReader, FrameWriter, Hello, HelloReply, MAX_GREETING_BYTES, PROTOCOL_VERSION, TokenVerifier, WireError,
 };
@@ -94,11 +94,23 @@ async fn converse(
         RequestBody::Propose => propose(reader, writer, &handle).await,
         RequestBody::Read { from } => read(reader, writer, &handle, from, claims.is_service()).await,
         RequestBody::Status => {
-            let answer = match loaded(&handle).await? {
-                BranchView::Here(status) => Answer::Status(status),
-                BranchView::Deleted => Answer::Failed("the branch has been deleted".to_owned()),
-                BranchView::Failed(reason) => Answer::Failed(reason),
-                BranchView::Loading => return Err(ConnectionEnd::Stopping),
+            let answer = known(&handle, |status, _| Answer::Status(status)).await?;
+            Ok(writer.send(&answer).await?)
+        }
+        RequestBody::Membership => {
+            let of = |membership: Option<Arc<Membership>>| membership.map(|known| (*known).clone());
+            let answer = known(&handle, |_, membership| Answer::Membership(of(membership))).await?;
+            Ok(writer.send(&answer).await?)
+        }
+        RequestBody::SetMembership { membership } => {
+            if let Err(error) = membership.check() {
+                return Ok(writer.send(&Answer::Failed(error.to_string())).await?);
+            }
+            let (done, answered) = oneshot::channel();
+            tell(&handle, BranchCommand::SetMembership { membership, done }).await?;
+            let answer = match answered.await.map_err(|_| ConnectionEnd::Stopping)? {
+                Ok(status) => Answer::Status(status),
+                Err(reason) => Answer::Failed(reason),
             };
             Ok(writer.send(&answer).await?)
         }
@@ -118,6 +130,19 @@ async fn converse(
     }
 }
 
+/// What there is to say of a branch once its files have been read.
+async fn known(
+    handle: &BranchHandle,
+    answer: impl FnOnce(BranchStatus, Option<Arc<Membership>>) -> Answer,
+) -> Result<Answer, ConnectionEnd> {
+    match loaded(handle).await? {
+        BranchView::Here { status, membership } => Ok(answer(status, membership)),
+        BranchView::Deleted => Ok(Answer::Failed("the branch has been deleted".to_owned())),
+        BranchView::Failed(reason) => Ok(Answer::Failed(reason)),
+        BranchView::Loading => Err(ConnectionEnd::Stopping),
+    }
+}
+
 /// Checks version, token and whether the token allows the request.
 fn admit(hello: &Hello, request: &Request, verifier: &TokenVerifier) -> Result<Claims, String> {
     if hello.version != PROTOCOL_VERSION {
@@ -125,8 +150,11 @@ fn admit(hello: &Hello, request: &Request, verifier: &TokenVerifier) -> Result<C
     }
     let claims = verifier.verify(&hello.token).map_err(|e| e.to_string())?;
     let allowed = match request.body {
-        RequestBody::Propose | RequestBody::Read { .. } | RequestBody::Status => claims.allows_branch(&request.branch),
-        RequestBody::Report { .. } | RequestBody::Delete => claims.is_service(),
+        RequestBody::Propose | RequestBody::Read { .. } | RequestBody::Status | RequestBody::Membership => {
+            claims.allows_branch(&request.branch)
+        }
+        // A membership names addresses that others, with a service's token, connect to.
+        RequestBody::Report { .. } | RequestBody::Delete | RequestBody::SetMembership { .. } => claims.is_service(),
     };
     if allowed { Ok(claims) } else { Err(format!("the token does not allow this for branch {}", request.branch)) }
 }
@@ -202,10 +230,17 @@ async fn stream(writer: &mut Writer, handle: &BranchHandle, from: Lsn) -> Result
     let mut segments = SegmentReader::new(handle.directory.clone());
     let mut position = from;
     let mut heartbeat = FIRST_HEARTBEAT;
+    let mut told: Option<MembershipGeneration> = None;
     loop {
         let current = view.borrow_and_update().clone();
         let status = match current {
-            BranchView::Here(status) => status,
+            BranchView::Here { status, membership } => {
+                if let Some(newer) = membership.filter(|membership| told < Some(membership.generation)) {
+                    told = Some(newer.generation);
+                    writer.send(&ReaderReply::Membership((*newer).clone())).await?;
+                }
+                status
+            }
             BranchView::Loading => BranchStatus::default(),
             BranchView::Deleted => {
                 return Ok(writer.send(&ReaderReply::Failed("the branch has been deleted".to_owned())).await?);

@@ -12,7 +12,7 @@ use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
 };
-use types::BranchRef;
+use types::{BranchRef, NodeId};
 
 use crate::branch::{BranchActor, BranchCommand, BranchView};
 
@@ -20,6 +20,7 @@ use crate::branch::{BranchActor, BranchCommand, BranchView};
 const INBOX_MESSAGES: usize = 32;
 
 pub(crate) struct Registry {
+    node: NodeId,
     data_dir: PathBuf,
     idle_after: Duration,
     branches: Mutex<Branches>,
@@ -42,8 +43,8 @@ pub(crate) struct BranchHandle {
 }
 
 impl Registry {
-    pub fn new(data_dir: PathBuf, idle_after: Duration, lock: Arc<File>) -> Registry {
-        Registry { data_dir, idle_after, branches: Mutex::default(), lock }
+    pub fn new(node: NodeId, data_dir: PathBuf, idle_after: Duration, lock: Arc<File>) -> Registry {
+        Registry { node, data_dir, idle_after, branches: Mutex::default(), lock }
     }
 
     /// The branch, loaded if need be; `None` when the server is stopping.
@@ -64,7 +65,8 @@ impl Registry {
         let handle = Arc::new(BranchHandle { inbox, view, directory: directory.clone() });
         branches.handles.insert(branch.clone(), Arc::clone(&handle));
         while branches.actors.try_join_next().is_some() {}
-        let actor = BranchActor::new(branch.clone(), directory, publish, Arc::downgrade(self), Arc::clone(&self.lock));
+        let (registry, lock) = (Arc::downgrade(self), Arc::clone(&self.lock));
+        let actor = BranchActor::new(self.node, branch.clone(), directory, publish, registry, lock);
         branches.actors.spawn(actor.run(commands, self.idle_after));
         Some(handle)
     }

@@ -74,7 +74,8 @@ impl Server {
             _ => ServerError::Listen { address: config.listen, source },
         })?;
         let address = listener.local_addr().map_err(|source| ServerError::Listen { address: config.listen, source })?;
-        let registry = Registry::new(config.data_dir, Duration::from_secs(config.idle_seconds), Arc::new(lock));
+        let idle_after = Duration::from_secs(config.idle_seconds);
+        let registry = Registry::new(config.id, config.data_dir, idle_after, Arc::new(lock));
         Ok(Server { id: config.id, listener, address, verifier, registry: Arc::new(registry) })
     }
 

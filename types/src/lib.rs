@@ -4,10 +4,12 @@
 
 mod id;
 mod lsn;
+mod membership;
 mod rel;
 
 pub use id::{BranchId, BranchRef, EndpointId, Generation, IdError, NodeId, ProjectId, Term};
 pub use lsn::{Lsn, LsnParseError, WAL_SEGMENT_BYTES, XLOG_PAGE_BYTES};
+pub use membership::{Member, Membership, MembershipError, MembershipGeneration};
 pub use rel::{BlockNumber, ForkNumber, Oid, PageTag, RelTag, UnknownFork, oids};
 
 /// Bytes in a relation page (`BLCKSZ` of a stock build).

@@ -10,7 +10,7 @@ use axum::{
     routing::{get, post},
 };
 use control_plane_api::{
-    compute::{AgentStatus, CatalogSpec, StopAnswer},
+    compute::{AgentStatus, CatalogSpec, MembershipProgress, StopAnswer},
     internal::ApiError,
 };
 use parking_lot::Mutex;
@@ -20,7 +20,7 @@ use tokio::{
     sync::{mpsc, oneshot},
 };
 use tokio_util::sync::CancellationToken;
-use types::Lsn;
+use types::{Lsn, Membership};
 
 use crate::{activity::Activity, backend::AgentBackend, catalog, compute_dir::ComputePaths};
 
@@ -50,6 +50,7 @@ pub async fn serve(listener: UnixListener, api: Arc<AgentApi>, shutdown: Cancell
         .route("/status", get(status))
         .route("/stop", post(stop))
         .route("/apply", post(apply))
+        .route("/membership", post(set_membership))
         .with_state(api);
     let served = axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned()).await;
     if let Err(error) = served {
@@ -62,12 +63,18 @@ async fn status(State(api): State<Arc<AgentApi>>) -> Json<AgentStatus> {
         let activity = api.activity.lock();
         (activity.idle_ms(Instant::now()), activity.connections())
     };
+    let membership = api.backend.proposer.membership().await.ok();
     Json(AgentStatus {
         running: !api.backend.stopping.is_cancelled(),
         branch: api.backend.branch.clone(),
         commit_lsn: api.backend.proposer.commit_lsn(),
         idle_ms,
         connections,
+        membership: membership.map(|now| MembershipProgress {
+            generation: now.generation,
+            established: now.established,
+            lagging: now.lagging,
+        }),
         problem: problem(&api.backend),
     })
 }
@@ -105,6 +112,16 @@ async fn apply(State(api): State<Arc<AgentApi>>, Json(spec): Json<CatalogSpec>) 
         Err(error @ (catalog::CatalogError::Name(_) | catalog::CatalogError::Verifier(_))) => {
             failure(StatusCode::BAD_REQUEST, error.to_string())
         }
+    }
+}
+
+async fn set_membership(State(api): State<Arc<AgentApi>>, Json(membership): Json<Membership>) -> Response {
+    if let Err(error) = membership.check() {
+        return failure(StatusCode::BAD_REQUEST, error.to_string());
+    }
+    match api.backend.proposer.set_membership(membership) {
+        Ok(()) => Json(json!({})).into_response(),
+        Err(fenced) => failure(StatusCode::CONFLICT, fenced.to_string()),
     }
 }
 

@@ -176,17 +176,14 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
 }
 
 fn wal_reader_config(spec: &ComputeSpec) -> WalReaderConfig {
-    WalReaderConfig {
-        branch: spec.branch.clone(),
-        safekeepers: spec.safekeepers.iter().map(|keeper| (keeper.node, keeper.address.clone())).collect(),
-        token: spec.token.clone(),
-    }
+    WalReaderConfig { branch: spec.branch.clone(), safekeepers: spec.membership.all(), token: spec.token.clone() }
 }
 
 fn proposer_config(spec: &ComputeSpec) -> ProposerConfig {
     ProposerConfig {
         branch: spec.branch.clone(),
-        safekeepers: spec.safekeepers.iter().map(|keeper| (keeper.node, keeper.address.clone())).collect(),
+        membership: spec.membership.clone(),
+        follows_membership: true,
         token: spec.token.clone(),
         branch_start_lsn: spec.branch_start_lsn,
         system_identifier: None,

@@ -3,12 +3,12 @@
 //! The control plane runs `dormouse compute` with a [`ComputeSpec`] as JSON on standard input (then end of file). The agent
 //! prints one [`AgentEvent`] as a JSON line on standard output: ready or failed. From then on it serves HTTP on the Unix
 //! socket `agent.sock` in its compute directory: `GET /status` ([`AgentStatus`]), `POST /stop`, `POST /apply`
-//! ([`CatalogSpec`]). It outlives the control plane that started it.
+//! ([`CatalogSpec`]), `POST /membership` ([`Membership`]). It outlives the control plane that started it.
 
 use std::{collections::BTreeMap, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
-use types::{BranchRef, EndpointId, Lsn, NodeId, Term};
+use types::{BranchRef, EndpointId, Lsn, Membership, MembershipGeneration, NodeId, Term};
 
 /// Everything an agent needs to start a compute.
 #[derive(Clone, Serialize, Deserialize)]
@@ -24,8 +24,8 @@ pub struct ComputeSpec {
     pub compute_dir: PathBuf,
     /// Where pages that do not fit in memory are kept (dirty ones that Postgres evicted, and clean ones). On disk.
     pub page_cache_dir: PathBuf,
-    /// All safekeepers of the branch.
-    pub safekeepers: Vec<SafekeeperAddress>,
+    /// The safekeepers of the branch.
+    pub membership: Membership,
     /// `host:port` of the pageserver.
     pub pageserver: String,
     /// A token of scope `Branch`. Never logged.
@@ -48,15 +48,6 @@ pub struct ComputeSpec {
     /// cache is removed when the compute stops.
     #[serde(default)]
     pub sleeping_caches_bytes: u64,
-}
-
-/// Where a safekeeper listens.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SafekeeperAddress {
-    /// Which.
-    pub node: NodeId,
-    /// `host:port`.
-    pub address: String,
 }
 
 /// Roles and databases as the control plane knows them.
@@ -140,8 +131,22 @@ pub struct AgentStatus {
     pub idle_ms: u64,
     /// Client connections now.
     pub connections: u32,
+    /// How far it has come with the branch's membership; `None` once it is fenced.
+    #[serde(default)]
+    pub membership: Option<MembershipProgress>,
     /// Why it is failing, when it is (fenced by a newer term, no quorum).
     pub problem: Option<String>,
+}
+
+/// How far a compute has come with its branch's membership.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MembershipProgress {
+    /// The membership by which it counts.
+    pub generation: MembershipGeneration,
+    /// It has committed under it: a joint one may be completed.
+    pub established: bool,
+    /// Members that do not have everything that is committed.
+    pub lagging: Vec<NodeId>,
 }
 
 /// Answer of `POST /stop`, once Postgres has ended. Errors (of every call) are [`crate::internal::ApiError`].

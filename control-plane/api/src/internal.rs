@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use types::{BranchRef, EndpointId, Generation, NodeId, ProjectId};
+use types::{BranchRef, EndpointId, Generation, Member, NodeId, ProjectId};
 
 use crate::v2::QueryCacheSettings;
 
@@ -31,6 +31,9 @@ pub struct GenerationTaken {
     /// Projects that were given to other pageservers: it must not serve them.
     #[serde(default)]
     pub elsewhere: Vec<ProjectId>,
+    /// The installation's safekeepers; of those that a branch has they tell themselves. Empty: those of the settings.
+    #[serde(default)]
+    pub safekeepers: Vec<Member>,
 }
 
 /// What a proxy needs to check a login without waking anything.

@@ -2,4 +2,5 @@
 
 pub mod compute;
 pub mod internal;
+pub mod safekeepers;
 pub mod v2;

@@ -11,7 +11,7 @@ use hyper::{Method, Request, body::Bytes, header};
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::net::UnixStream;
-use types::Lsn;
+use types::{Lsn, Membership};
 
 /// Answers are small JSON texts.
 const MAX_ANSWER_BYTES: usize = 1024 * 1024;
@@ -56,6 +56,12 @@ pub async fn stop(socket: &Path, limit: Duration) -> Result<Option<Lsn>, AgentEr
 pub async fn apply(socket: &Path, catalog: &CatalogSpec, limit: Duration) -> Result<(), AgentError> {
     let body = Bytes::from(serde_json::to_vec(catalog)?);
     call(socket, Method::POST, "/apply", body, limit).await.map(|_| ())
+}
+
+/// `POST /membership`.
+pub async fn set_membership(socket: &Path, membership: &Membership, limit: Duration) -> Result<(), AgentError> {
+    let body = Bytes::from(serde_json::to_vec(membership)?);
+    call(socket, Method::POST, "/membership", body, limit).await.map(|_| ())
 }
 
 async fn call(

@@ -18,7 +18,7 @@ use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     process::{Child, ChildStdin, ChildStdout, Command},
 };
-use types::{EndpointId, Lsn};
+use types::{EndpointId, Lsn, Membership};
 
 use super::agent_http::{self, AgentError};
 
@@ -71,6 +71,8 @@ pub trait ComputeLauncher: Send + Sync + 'static {
     async fn stop(&self, socket: &Path, limit: Duration) -> Result<Option<Lsn>, AgentError>;
     /// Brings roles and databases to it.
     async fn apply(&self, socket: &Path, catalog: &CatalogSpec, limit: Duration) -> Result<(), AgentError>;
+    /// Tells it of another membership of its branch.
+    async fn set_membership(&self, socket: &Path, membership: &Membership) -> Result<(), AgentError>;
     /// Ends it and all its children at once.
     fn kill(&self, process: AgentProcess);
 }
@@ -132,6 +134,10 @@ impl ComputeLauncher for ProcessLauncher {
 
     async fn apply(&self, socket: &Path, catalog: &CatalogSpec, limit: Duration) -> Result<(), AgentError> {
         agent_http::apply(socket, catalog, limit).await
+    }
+
+    async fn set_membership(&self, socket: &Path, membership: &Membership) -> Result<(), AgentError> {
+        agent_http::set_membership(socket, membership, STATUS_TIMEOUT).await
     }
 
     fn kill(&self, process: AgentProcess) {

@@ -12,16 +12,17 @@ use std::{
 };
 
 use control_plane_api::{
-    compute::{CatalogSpec, ComputeSpec, SafekeeperAddress},
+    compute::{CatalogSpec, ComputeSpec},
     internal::Wake,
     v2::Operation,
 };
 use parking_lot::{Mutex, RwLock};
 use time::OffsetDateTime;
-use types::{BranchId, BranchRef, EndpointId, Lsn};
+use types::{BranchId, BranchRef, EndpointId, Lsn, Membership, NodeId};
 use wire::{Scope, TokenSigner};
 
 use super::{
+    agent_http::AgentError,
     idle,
     launcher::{AgentProcess, ComputeLauncher, LaunchError},
     watch,
@@ -34,6 +35,7 @@ use crate::{
         branches::{self, BranchRow},
         catalog,
         endpoints::{self, EndpointRow},
+        memberships,
         operations::{self, Action},
     },
 };
@@ -54,8 +56,6 @@ pub struct ComputeSettings {
     pub runtime_dir: PathBuf,
     /// Page caches are made in it; on disk.
     pub page_cache_dir: PathBuf,
-    /// All safekeepers.
-    pub safekeepers: Vec<SafekeeperAddress>,
     /// The directory of `postgres`.
     pub postgres_bin_dir: PathBuf,
     /// The shim's shared object.
@@ -283,7 +283,7 @@ impl Computes {
         let process = launching.process();
         let branch = route.slot.branch.clone();
         let prepared = self.inner.store.call(move |db| prepare_start(db, &branch, &endpoint, process, operation)).await;
-        let Prepared { row, timeline, start_lsn, catalog, operation } = match prepared {
+        let Prepared { row, timeline, start_lsn, membership, catalog, operation } = match prepared {
             Ok(prepared) => prepared,
             Err(problem) => {
                 self.inner.launcher.kill(process);
@@ -291,7 +291,7 @@ impl Computes {
             }
         };
         let (version, catalog) = catalog.map_or((None, None), |(version, spec)| (Some(version), Some(spec)));
-        let spec = self.spec(&row, timeline, start_lsn, catalog)?;
+        let spec = self.spec(&row, timeline, start_lsn, membership, catalog)?;
         let outcome = launching.start(&spec, self.inner.settings.wake_timeout).await;
         match outcome {
             Ok(ready) => {
@@ -344,6 +344,7 @@ impl Computes {
         row: &EndpointRow,
         timeline: BranchRef,
         start_lsn: Lsn,
+        membership: Membership,
         catalog: Option<CatalogSpec>,
     ) -> Result<ComputeSpec, Problem> {
         let settings = &self.inner.settings;
@@ -355,7 +356,7 @@ impl Computes {
             branch_start_lsn: start_lsn,
             compute_dir: self.compute_dir(&row.id),
             page_cache_dir: settings.page_cache_dir.join(row.id.as_str()),
-            safekeepers: settings.safekeepers.clone(),
+            membership,
             pageserver: self.inner.storage.pageserver_of(&row.branch.project),
             token: token.map_err(|e| Problem::Internal(e.to_string()))?,
             postgres_bin_dir: settings.postgres_bin_dir.clone(),
@@ -545,10 +546,47 @@ impl Computes {
 
     /// The caller holds the turn, and no compute runs.
     async fn settle(&self, row: &BranchRow) -> Result<Lsn, Problem> {
-        let head = self.inner.storage.settle(&row.timeline, row.start_lsn).await?;
+        let timeline = row.timeline.branch.clone();
+        let membership = self.inner.store.call(move |db| memberships::of(db, &timeline)).await?;
+        let head = self.inner.storage.settle(&row.timeline, row.start_lsn, membership).await?;
         let id = row.branch.branch.clone();
         self.inner.store.call(move |db| branches::set_settled(db, &id, Some(head))).await?;
         Ok(head)
+    }
+
+    /// Brings a branch under its joint membership, and these safekeepers, which are new, up to what is committed: by its compute if
+    /// one runs, else by an election. True when the joint membership is established and all of these have everything.
+    pub async fn carry_over(&self, row: &BranchRow, joint: &Membership, to: &[NodeId]) -> Result<bool, Problem> {
+        let slot = self.slot(&row.branch);
+        let _turn = slot.turn.lock().await;
+        let phase = slot.state.lock().phase.clone();
+        if let Phase::Awake(running) = phase {
+            match self.carry_over_awake(&running, joint, to).await {
+                Err(error) if self.inner.launcher.is_alive(running.process) => return Err(error),
+                Err(_) => self.bury(&slot).await?,
+                Ok(done) => return Ok(done),
+            }
+        }
+        let lagging = self.inner.storage.carry_over(&row.timeline, row.start_lsn, joint.clone(), to).await?;
+        Ok(lagging.is_empty())
+    }
+
+    async fn carry_over_awake(&self, running: &Running, joint: &Membership, to: &[NodeId]) -> Result<bool, Problem> {
+        let unavailable = |error: AgentError| Problem::Unavailable(format!("the branch's compute: {error}"));
+        let launcher = &self.inner.launcher;
+        launcher.set_membership(&running.agent_socket, joint).await.map_err(unavailable)?;
+        let status = launcher.status(&running.agent_socket).await.map_err(unavailable)?;
+        let now = status.membership.filter(|now| now.generation == joint.generation && now.established);
+        Ok(now.is_some_and(|now| !now.lagging.iter().any(|node| to.contains(node))))
+    }
+
+    /// Tells a branch's compute, if one runs, of another membership.
+    pub async fn tell_membership(&self, branch: &BranchRef, membership: &Membership) -> Result<(), Problem> {
+        let slot = self.inner.slots.lock().get(&branch.branch).cloned();
+        let phase = slot.map_or(Phase::Idle, |slot| slot.state.lock().phase.clone());
+        let Phase::Awake(running) = phase else { return Ok(()) };
+        let told = self.inner.launcher.set_membership(&running.agent_socket, membership).await;
+        told.map_err(|error| Problem::Unavailable(format!("the branch's compute: {error}")))
     }
 
     /// Brings changed roles and databases to a running compute; a sleeping one gets them when it wakes (`None`).
@@ -676,6 +714,7 @@ struct Prepared {
     row: EndpointRow,
     timeline: BranchRef,
     start_lsn: Lsn,
+    membership: Membership,
     catalog: Option<(i64, CatalogSpec)>,
     operation: String,
 }
@@ -700,7 +739,9 @@ fn prepare_start(
         None => operations::begin(db, branch, Some(endpoint), Action::StartCompute)?.id,
     };
     let catalog = catalog::pending(db, &branch.branch)?;
-    Ok(Prepared { row, timeline: branch_row.timeline, start_lsn: branch_row.start_lsn, catalog, operation })
+    let membership = memberships::of(db, &branch_row.timeline.branch)?;
+    let (timeline, start_lsn) = (branch_row.timeline, branch_row.start_lsn);
+    Ok(Prepared { row, timeline, start_lsn, membership, catalog, operation })
 }
 
 fn answer(running: &Running, cold: bool) -> Wake {

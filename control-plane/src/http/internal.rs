@@ -11,7 +11,7 @@ use super::{Shared, endpoint_id, parse};
 use crate::{
     allowed_ips,
     problem::Problem,
-    store::{branches, catalog, endpoints, generations, jwks, projects, query_cache},
+    store::{branches, catalog, endpoints, generations, jwks, memberships, projects, query_cache},
 };
 
 /// A pageserver starts.
@@ -19,7 +19,9 @@ pub async fn take_generation(State(app): Shared, body: Bytes) -> Result<Json<Gen
     let TakeGeneration { pageserver, address } = parse(&body)?;
     let taken = app.store.call(move |db| {
         let generation = generations::take(db, pageserver, &address)?;
-        Ok((GenerationTaken { generation, elsewhere: generations::elsewhere(db, pageserver)? }, address))
+        let elsewhere = generations::elsewhere(db, pageserver)?;
+        let known = memberships::safekeepers(db)?.into_iter().map(|row| row.member);
+        Ok((GenerationTaken { generation, elsewhere, safekeepers: known.collect() }, address))
     });
     let (taken, address) = taken.await?;
     tracing::info!(%pageserver, address, generation = %taken.generation, "generation was handed out");

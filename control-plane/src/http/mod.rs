@@ -7,6 +7,7 @@ mod history;
 mod internal;
 mod jwks;
 mod projects;
+mod safekeepers;
 
 use std::{sync::Arc, time::Duration};
 
@@ -44,6 +45,7 @@ pub fn router(app: Arc<App>) -> Router {
         .merge(endpoints::routes())
         .merge(catalog::routes())
         .merge(jwks::routes())
+        .merge(safekeepers::routes())
         .fallback(unknown_path)
         .layer(middleware::from_fn_with_state(Arc::clone(&app), require_api_key));
     let internal = Router::new()

@@ -1,7 +1,7 @@
 //! The API over real HTTP, on the real router and SQLite; storage and computes are fakes that keep count.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::Path,
     sync::{
         Arc,
@@ -12,7 +12,7 @@ use std::{
 
 use async_trait::async_trait;
 use control_plane_api::{
-    compute::{AgentStatus, CatalogSpec, ComputeReady, ComputeSpec},
+    compute::{AgentStatus, CatalogSpec, ComputeReady, ComputeSpec, MembershipProgress},
     internal::{GenerationTaken, RoleAuth, Wake},
 };
 use http_body_util::{BodyExt, Full};
@@ -20,7 +20,9 @@ use hyper::{Method, body::Bytes};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
-use types::{BranchId, BranchRef, EndpointId, Generation, Lsn, ProjectId, Term};
+use types::{
+    BranchId, BranchRef, EndpointId, Generation, Lsn, Member, Membership, MembershipGeneration, NodeId, ProjectId, Term,
+};
 use wire::{
     Scope, TokenSigner, TokenVerifier,
     auth::TokenKeys,
@@ -37,7 +39,7 @@ use crate::{
     },
     keys,
     storage::Storage,
-    store::Store,
+    store::{Store, memberships},
 };
 
 const ADMIN_KEY: &str = "dormouse_test";
@@ -53,6 +55,13 @@ struct FakeStorage {
     /// Branch, start of the window, leases.
     collected: Mutex<Vec<(BranchRef, i64, Vec<Lsn>)>>,
     failing: std::sync::atomic::AtomicBool,
+    /// Safekeepers that don't answer, and such that are slow to have what is committed.
+    silent: Mutex<BTreeSet<NodeId>>,
+    slow: Mutex<BTreeSet<NodeId>>,
+    /// The last membership that a safekeeper was told of.
+    told: Mutex<BTreeMap<(BranchRef, NodeId), Membership>>,
+    /// Elections under joint memberships.
+    carried: Mutex<Vec<(BranchRef, Membership)>>,
     /// WAL arrives only once it was settled.
     forgetful: std::sync::atomic::AtomicBool,
 }
@@ -108,7 +117,7 @@ impl Storage for FakeStorage {
         Ok(GarbageReport { start_lsn, last_record_lsn, is_held: false, removed_layers: 2, removed_bytes: 100 })
     }
 
-    async fn delete_branch(&self, branch: &BranchRef) -> Result<(), Problem> {
+    async fn delete_branch(&self, branch: &BranchRef, _safekeepers: &[Member]) -> Result<(), Problem> {
         let child = self.branches.lock().iter().find(|(_, (ancestor, _))| ancestor == branch).map(|(b, _)| b.clone());
         if let Some(child) = child {
             return Err(Problem::Conflict { code: "STORAGE_CONFLICT", message: format!("it has a child: {child}") });
@@ -127,9 +136,28 @@ impl Storage for FakeStorage {
         Ok(i64::try_from(lsn.0).ok())
     }
 
-    async fn settle(&self, _branch: &BranchRef, _start_lsn: Lsn) -> Result<Lsn, Problem> {
+    async fn settle(&self, _branch: &BranchRef, _start_lsn: Lsn, _membership: Membership) -> Result<Lsn, Problem> {
         self.settled.fetch_add(1, Ordering::Relaxed);
         Ok(HEAD)
+    }
+
+    async fn tell_membership(&self, branch: &BranchRef, to: &Member, membership: &Membership) -> Result<(), Problem> {
+        if self.silent.lock().contains(&to.node) {
+            return Err(Problem::Unavailable("it does not answer".into()));
+        }
+        self.told.lock().insert((branch.clone(), to.node), membership.clone());
+        Ok(())
+    }
+
+    async fn carry_over(
+        &self,
+        branch: &BranchRef,
+        _start_lsn: Lsn,
+        joint: Membership,
+        to: &[NodeId],
+    ) -> Result<Vec<NodeId>, Problem> {
+        self.carried.lock().push((branch.clone(), joint));
+        Ok(to.iter().copied().filter(|node| self.slow.lock().contains(node)).collect())
     }
 
     async fn sizes(
@@ -154,6 +182,8 @@ struct FakeComputes {
     alive: Mutex<BTreeMap<u32, BranchRef>>,
     specs: Mutex<Vec<ComputeSpec>>,
     applied: Mutex<Vec<CatalogSpec>>,
+    told: Mutex<Vec<Membership>>,
+    membership: Mutex<Option<MembershipProgress>>,
     idle_ms: AtomicU64,
     failing: std::sync::atomic::AtomicBool,
 }
@@ -213,6 +243,7 @@ impl ComputeLauncher for FakeLauncher {
             commit_lsn: Lsn(0x2000),
             idle_ms: self.0.idle_ms.load(Ordering::Relaxed),
             connections: 0,
+            membership: self.0.membership.lock().clone(),
             problem: None,
         })
     }
@@ -224,6 +255,11 @@ impl ComputeLauncher for FakeLauncher {
 
     async fn apply(&self, _socket: &Path, catalog: &CatalogSpec, _limit: Duration) -> Result<(), AgentError> {
         self.0.applied.lock().push(catalog.clone());
+        Ok(())
+    }
+
+    async fn set_membership(&self, _socket: &Path, membership: &Membership) -> Result<(), AgentError> {
+        self.0.told.lock().push(membership.clone());
         Ok(())
     }
 
@@ -248,10 +284,12 @@ impl World {
         let signer = || TokenSigner::from_pem(&token_keys.private_pem).expect("signer");
         let (storage, fakes) = (Arc::new(FakeStorage::default()), Arc::new(FakeComputes::default()));
         let store = Store::in_memory().expect("store");
+        let member = |node| Member { node: NodeId(node), address: format!("sk{node}:1") };
+        let safekeepers = [1, 2, 3].map(member);
+        store.call(move |db| memberships::configure(db, &safekeepers)).await.expect("safekeepers");
         let settings = ComputeSettings {
             runtime_dir: "/nonexistent/run".into(),
             page_cache_dir: "/nonexistent/cache".into(),
-            safekeepers: Vec::new(),
             postgres_bin_dir: "/nonexistent/bin".into(),
             shim_path: "/nonexistent/shim.so".into(),
             postgres_user: None,
@@ -269,8 +307,10 @@ impl World {
             address: ProxyAddress { domain: None, host: "localhost".into(), port: 5432 },
             admin_key_hash: keys::hash(ADMIN_KEY),
             verifier: TokenVerifier::from_pem(&token_keys.public_pem).expect("verifier"),
+            safekeepers_changed: Arc::default(),
             gc_slack_seconds: 0,
         });
+        tokio::spawn(crate::membership::run(Arc::clone(&app)));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
         let url = format!("http://{}", listener.local_addr().expect("address"));
         tokio::spawn(async move { axum::serve(listener, super::router(app)).await });
@@ -908,4 +948,109 @@ async fn lists_have_pages_and_failures_leave_nothing() {
     let (status, error) = world.api(Method::POST, "/projects", json!({})).await;
     assert_eq!((status, text(&error["message"])), (503, "pageserver is away"));
     assert_eq!(world.get("/projects").await["projects"].as_array().expect("list").len(), 5);
+}
+
+impl World {
+    /// The timeline of a branch that is awake, and its endpoint's path.
+    async fn timeline(&self) -> (BranchRef, String) {
+        let made = self.project().await;
+        let project = text(&made["project"]["id"]);
+        let branch = text(&made["branch"]["id"]).parse().expect("id");
+        let endpoint = format!("/projects/{project}/endpoints/{}", text(&made["endpoints"][0]["id"]));
+        (BranchRef { project: project.parse().expect("id"), branch }, endpoint)
+    }
+
+    /// Waits until a safekeeper was told of a branch's membership of this generation.
+    async fn told(&self, branch: &BranchRef, node: u64, generation: u64) -> Membership {
+        let waited = async {
+            loop {
+                let told = self.storage.told.lock().get(&(branch.clone(), NodeId(node))).cloned();
+                if let Some(membership) = told.filter(|told| told.generation == MembershipGeneration(generation)) {
+                    return membership;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), waited).await.expect("told in time")
+    }
+}
+
+#[tokio::test]
+async fn a_sleeping_branch_goes_over_to_other_safekeepers() {
+    let world = World::new().await;
+    let (timeline, endpoint) = world.timeline().await;
+    world.post(&format!("{endpoint}/suspend"), Value::Null).await;
+    world.storage.slow.lock().insert(NodeId(4));
+    let fourth = json!({ "id": 4, "address": "sk4:1" });
+    let (status, answer) = world.api(Method::POST, "/safekeepers/3/replace", fourth.clone()).await;
+    assert_eq!((status, &answer["safekeepers"][2]["state"]), (200, &json!("leaving")), "{answer}");
+    let joint = world.told(&timeline, 4, 2).await;
+    assert_eq!(joint.to_string(), "2: 1,2,3 and 1,2,4");
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    let (_, answer) = world.api(Method::GET, "/safekeepers", Value::Null).await;
+    assert_eq!(answer["branches"]["changing"], 1, "the fourth lacks WAL: {answer}");
+    assert!(world.storage.carried.lock().iter().all(|(_, membership)| *membership == joint));
+
+    world.storage.slow.lock().clear();
+    assert_eq!(world.told(&timeline, 3, 3).await.to_string(), "3: 1,2,4");
+    world.post(&format!("{endpoint}/start"), Value::Null).await;
+    let waked = async {
+        while world.computes.specs.lock().len() < 2 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), waked).await.expect("awake");
+    let given = world.computes.specs.lock().iter().map(|spec| spec.membership.to_string()).collect::<Vec<_>>();
+    assert_eq!(given, ["1: 1,2,3", "3: 1,2,4"]);
+    let forgotten = async {
+        loop {
+            let (_, answer) = world.api(Method::GET, "/safekeepers", Value::Null).await;
+            if answer["branches"]["changing"] == 0 && answer["safekeepers"].as_array().is_some_and(|all| all.len() == 3)
+            {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), forgotten).await.expect("who has left is not listed any more");
+    assert_eq!(world.api(Method::POST, "/safekeepers", fourth).await.0, 409, "it is there already");
+    assert_eq!(world.api(Method::DELETE, "/safekeepers/3", Value::Null).await.0, 404);
+}
+
+#[tokio::test]
+async fn a_running_compute_takes_its_branch_to_other_safekeepers() {
+    let world = World::new().await;
+    let (timeline, _) = world.timeline().await;
+    let progress = |generation, lagging: &[u64]| MembershipProgress {
+        generation: MembershipGeneration(generation),
+        established: true,
+        lagging: lagging.iter().copied().map(NodeId).collect(),
+    };
+    *world.computes.membership.lock() = Some(progress(2, &[3, 4]));
+    world.api(Method::POST, "/safekeepers", json!({ "id": 4, "address": "sk4:1" })).await;
+    world.told(&timeline, 4, 2).await;
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    assert!(world.computes.told.lock().iter().all(|told| told.to_string() == "2: 1,2,3 and 1,2,3,4"));
+    assert_eq!(world.storage.carried.lock().len(), 0, "nobody else stands for election");
+    *world.computes.membership.lock() = Some(progress(2, &[3]));
+    world.told(&timeline, 4, 3).await;
+    assert_eq!(world.computes.told.lock().last().map(ToString::to_string), Some("3: 1,2,3,4".to_owned()));
+}
+
+#[tokio::test]
+async fn a_new_safekeeper_that_does_not_answer_holds_nobody_up() {
+    let world = World::new().await;
+    let (timeline, endpoint) = world.timeline().await;
+    world.post(&format!("{endpoint}/suspend"), Value::Null).await;
+    world.storage.silent.lock().insert(NodeId(4));
+    world.api(Method::POST, "/safekeepers", json!({ "id": 4, "address": "sk4:1" })).await;
+    world.told(&timeline, 1, 2).await;
+    let (_, answer) = world.api(Method::GET, "/safekeepers", Value::Null).await;
+    assert_eq!(answer["branches"]["changing"], 1);
+    assert_eq!(world.storage.carried.lock().len(), 0, "no election is held in vain");
+    // It is given up again: the change is taken back.
+    world.api(Method::DELETE, "/safekeepers/4", Value::Null).await;
+    assert_eq!(world.told(&timeline, 1, 3).await.to_string(), "3: 1,2,3");
+    let (status, _) = world.api(Method::DELETE, "/safekeepers/4", Value::Null).await;
+    assert_eq!(status, 200, "it will not come back to be told");
 }

@@ -143,7 +143,7 @@ pub fn insert(db: &Connection, new: &NewBranch) -> Result<(), Problem> {
         ),
     );
     match inserted {
-        Ok(_) => Ok(()),
+        Ok(_) => super::memberships::begin(db, &new.branch.branch),
         Err(e) if is_taken(&e) => Err(Problem::Conflict {
             code: "BRANCH_ALREADY_EXISTS",
             message: format!("the project has a branch called {:?} already", new.name),
@@ -294,7 +294,9 @@ pub fn remove(db: &Connection, branch: &BranchRef) -> Result<(), Problem> {
     for table in ["endpoints", "roles", "databases", "dropped", "leases"] {
         db.execute(&format!("DELETE FROM {table} WHERE branch_id = ?"), [branch.branch.as_str()])?;
     }
-    db.execute("DELETE FROM branches WHERE id = ?", [branch.branch.as_str()])?;
+    let removed = "DELETE FROM branches WHERE id = ? RETURNING timeline";
+    let timeline: Option<String> = db.query_row(removed, [branch.branch.as_str()], |row| row.get(0)).optional()?;
+    db.execute("DELETE FROM memberships WHERE timeline = ?", [timeline])?;
     Ok(())
 }
 
@@ -375,6 +377,12 @@ pub fn detached(db: &Connection, branch: &BranchRef) -> Result<(), Problem> {
 pub fn set_collected(db: &Connection, branch: &BranchId, lsn: Option<Lsn>) -> Result<(), Problem> {
     db.execute("UPDATE branches SET collected_lsn = ? WHERE id = ?", (lsn.map(lsn_column), branch.as_str()))?;
     Ok(())
+}
+
+/// The branch in use that has a timeline.
+pub fn of_timeline(db: &Connection, timeline: &BranchId) -> Result<Option<BranchRow>, Problem> {
+    let sql = "SELECT * FROM branches WHERE timeline = ? AND state = 'ready'";
+    Ok(db.query_row(sql, [timeline.as_str()], from_row).optional()?)
 }
 
 /// Branches of all projects in which garbage collection may find something, by their order of creation after `after`.

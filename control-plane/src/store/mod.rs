@@ -10,6 +10,7 @@ pub mod endpoints;
 pub mod generations;
 pub mod jwks;
 pub mod leases;
+pub mod memberships;
 pub mod operations;
 pub mod projects;
 pub mod query_cache;
@@ -178,8 +179,26 @@ const SCHEMA_7: &str = "
 ALTER TABLE projects ADD COLUMN settings TEXT NOT NULL DEFAULT '{}'; -- JSON of v2::ProjectSettings
 ";
 
+/// Version 8: which safekeepers there are, and which each timeline has.
+const SCHEMA_8: &str = "
+CREATE TABLE safekeepers (
+    node INTEGER PRIMARY KEY,
+    address TEXT NOT NULL,
+    is_member INTEGER NOT NULL                 -- 0: it is leaving, branches may still have it
+) STRICT;
+CREATE TABLE memberships (
+    timeline TEXT PRIMARY KEY,
+    generation INTEGER NOT NULL,
+    members TEXT NOT NULL,                     -- JSON list of nodes
+    new_members TEXT,                          -- the same while it is joint, else NULL
+    is_told INTEGER NOT NULL,                  -- everybody whom it concerns has been told of this generation
+    trouble TEXT                               -- why a change does not come to its end
+) STRICT;
+CREATE INDEX memberships_untold ON memberships (is_told) WHERE is_told = 0;
+";
+
 /// What brings an older database up to date, in order; `user_version` counts those done.
-const MIGRATIONS: [&str; 7] = [SCHEMA_1, SCHEMA_2, SCHEMA_3, SCHEMA_4, SCHEMA_5, SCHEMA_6, SCHEMA_7];
+const MIGRATIONS: [&str; 8] = [SCHEMA_1, SCHEMA_2, SCHEMA_3, SCHEMA_4, SCHEMA_5, SCHEMA_6, SCHEMA_7, SCHEMA_8];
 
 /// The metadata store; cheap to clone.
 #[derive(Clone)]

@@ -62,6 +62,9 @@ pub enum ClientCommand {
     /// Whose JSON Web Tokens stand for passwords
     #[command(subcommand)]
     Jwks(resources::jwks::JwksCommand),
+    /// List, add, replace and remove safekeepers
+    #[command(subcommand)]
+    Safekeepers(resources::safekeepers::SafekeeperCommand),
     /// Print how to connect to a branch
     #[command(visible_alias = "cs")]
     ConnectionString(connect::ConnectionStringArguments),
@@ -84,6 +87,7 @@ async fn run(command: ClientCommand) -> anyhow::Result<ExitCode> {
         ClientCommand::Roles(command) => resources::catalog::run_role(command).await?,
         ClientCommand::Databases(command) => resources::catalog::run_database(command).await?,
         ClientCommand::Jwks(command) => resources::jwks::run(command).await?,
+        ClientCommand::Safekeepers(command) => resources::safekeepers::run(command).await?,
         ClientCommand::ConnectionString(arguments) => connect::connection_string(arguments).await?,
         ClientCommand::Psql(arguments) => return connect::psql(arguments).await,
     }

@@ -8,7 +8,7 @@ use tokio::{
     time::{Duration, Instant, MissedTickBehavior, interval, sleep},
 };
 use tokio_util::sync::CancellationToken;
-use types::{Lsn, NodeId};
+use types::{Lsn, Member};
 
 use super::Branch;
 use crate::{
@@ -30,8 +30,8 @@ const CATCH_UP_WAIT: Duration = Duration::from_secs(3);
 /// The safekeepers that have WAL.
 #[derive(Clone)]
 pub struct WalSource {
-    /// All of them, with their `host:port`.
-    pub safekeepers: Vec<(NodeId, String)>,
+    /// They tell of a branch's members where these are others.
+    pub safekeepers: Vec<Member>,
     /// Shown to them. Never logged.
     pub token: String,
 }

@@ -16,7 +16,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// errors when it refuses.
 pub(super) async fn take(config: &Config, address: SocketAddr) -> anyhow::Result<GenerationTaken> {
     if let Some(generation) = config.generation {
-        return Ok(GenerationTaken { generation, elsewhere: Vec::new() });
+        return Ok(GenerationTaken { generation, elsewhere: Vec::new(), safekeepers: Vec::new() });
     }
     let base = config.control_plane.as_deref().context("neither --control-plane nor --generation is given")?;
     let url = format!("{}/internal/v1/generations", base.trim_end_matches('/'));

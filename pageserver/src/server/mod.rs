@@ -16,6 +16,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use types::Member;
 use wire::TokenVerifier;
 
 use crate::{
@@ -72,12 +73,14 @@ impl Server {
 
     /// Serves until `shutdown`, then writes everything out.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
-        let GenerationTaken { generation, elsewhere } = tokio::select! {
+        let GenerationTaken { generation, elsewhere, safekeepers } = tokio::select! {
             taken = generation::take(&self.config, self.address) => taken?,
             () = shutdown.cancelled() => return Ok(()),
         };
-        let safekeepers: Vec<_> =
-            self.config.safekeepers.iter().map(|safekeeper| (safekeeper.id, safekeeper.address.clone())).collect();
+        let configured = self.config.safekeepers.iter();
+        let configured = configured.map(|keeper| Member { node: keeper.id, address: keeper.address.clone() });
+        // They may have been replaced since this pageserver was configured.
+        let safekeepers: Vec<Member> = if safekeepers.is_empty() { configured.collect() } else { safekeepers };
         let wal = (!safekeepers.is_empty()).then(|| WalSource { safekeepers, token: self.config.token.clone() });
         let shared = Shared {
             remote: self.remote,

@@ -5,7 +5,7 @@ use std::time::Duration;
 pub use safekeeper_protocol::message::BranchStatus;
 use safekeeper_protocol::message::{Answer, RequestBody};
 use tokio::time::timeout;
-use types::{BranchRef, Lsn};
+use types::{BranchRef, Lsn, Membership};
 
 use crate::connection::{Connection, ConnectionError, welcome};
 
@@ -46,7 +46,37 @@ impl From<ConnectionError> for AdminError {
 pub async fn branch_status(address: &str, token: &str, branch: &BranchRef) -> Result<BranchStatus, AdminError> {
     match ask(address, token, branch, RequestBody::Status).await? {
         Answer::Status(status) => Ok(status),
-        Answer::Done => Err(failed(address, "unexpected answer".to_owned())),
+        Answer::Done | Answer::Membership(_) => Err(failed(address, "unexpected answer".to_owned())),
+        Answer::Failed(reason) => Err(failed(address, reason)),
+    }
+}
+
+/// The newest membership of a branch that one safekeeper has been told of, if any.
+pub async fn branch_membership(
+    address: &str,
+    token: &str,
+    branch: &BranchRef,
+) -> Result<Option<Membership>, AdminError> {
+    match ask(address, token, branch, RequestBody::Membership).await? {
+        Answer::Membership(membership) => Ok(membership),
+        Answer::Done | Answer::Status(_) => Err(failed(address, "unexpected answer".to_owned())),
+        Answer::Failed(reason) => Err(failed(address, reason)),
+    }
+}
+
+/// Tells one safekeeper of a branch's membership, which must have been stored before; answers where the branch stands there,
+/// with the highest generation that it has heard of. One that is not a member any more, of a membership that is not joint, drops
+/// the branch's WAL. Repeating it is harmless. Needs a service's token.
+pub async fn set_branch_membership(
+    address: &str,
+    token: &str,
+    branch: &BranchRef,
+    membership: &Membership,
+) -> Result<BranchStatus, AdminError> {
+    let body = RequestBody::SetMembership { membership: membership.clone() };
+    match ask(address, token, branch, body).await? {
+        Answer::Status(status) => Ok(status),
+        Answer::Done | Answer::Membership(_) => Err(failed(address, "unexpected answer".to_owned())),
         Answer::Failed(reason) => Err(failed(address, reason)),
     }
 }
@@ -70,7 +100,7 @@ pub async fn report_remote_consistent(
 fn done(address: &str, answer: Answer) -> Result<(), AdminError> {
     match answer {
         Answer::Done => Ok(()),
-        Answer::Status(_) => Err(failed(address, "unexpected answer".to_owned())),
+        Answer::Status(_) | Answer::Membership(_) => Err(failed(address, "unexpected answer".to_owned())),
         Answer::Failed(reason) => Err(failed(address, reason)),
     }
 }

@@ -2,13 +2,14 @@
 //!
 //! - [`WalProposer`]: a compute's side of the consensus. It wins a term, ships WAL and learns what is committed.
 //! - [`WalReader`]: committed WAL for a pageserver, from whichever safekeeper has it.
-//! - [`settle`], [`branch_status`], [`delete_branch`]: single questions.
+//! - [`settle`], [`carry_over`]: what the control plane does for a branch that has no compute.
+//! - [`branch_status`], [`delete_branch`], [`set_branch_membership`]: single questions.
 
 mod admin;
 mod connection;
 mod proposer;
 mod reader;
 
-pub use admin::{AdminError, BranchStatus, branch_status, delete_branch};
-pub use proposer::{ElectError, Elected, Fenced, ProposerConfig, WalProposer, settle};
+pub use admin::{AdminError, BranchStatus, branch_membership, branch_status, delete_branch, set_branch_membership};
+pub use proposer::{ElectError, Elected, Fenced, MembershipStatus, ProposerConfig, WalProposer, carry_over, settle};
 pub use reader::{WalChunk, WalReadError, WalReader, WalReaderConfig};

@@ -12,7 +12,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 use tracing::{debug, info};
-use types::{BranchRef, Lsn, NodeId};
+use types::{BranchRef, Lsn, Member, Membership, MembershipGeneration};
 use wire::{FrameReader, FrameWriter};
 
 use crate::{
@@ -43,8 +43,8 @@ pub struct WalReader {
 pub struct WalReaderConfig {
     /// The branch.
     pub branch: BranchRef,
-    /// All of the branch's safekeepers and their `host:port`.
-    pub safekeepers: Vec<(NodeId, String)>,
+    /// The branch's safekeepers, or others that have been: they tell of the members there are now.
+    pub safekeepers: Vec<Member>,
     /// A token that allows the branch; reports need a service's. Never logged.
     pub token: String,
 }
@@ -84,8 +84,10 @@ impl WalReader {
     pub fn new(config: WalReaderConfig, from: Lsn) -> WalReader {
         let (sender, chunks) = mpsc::channel(READ_AHEAD_CHUNKS);
         let (report, reports) = watch::channel(Lsn::INVALID);
-        let spread = tokio::spawn(spread_reports(config.clone(), reports.clone()));
-        let task = ReaderTask { config, position: from, sender, reports, current: 0 };
+        let (members, known_members) = watch::channel(config.safekeepers.clone());
+        let spread = tokio::spawn(spread_reports(config.clone(), known_members, reports.clone()));
+        let (position, current, generation) = (from, 0, None);
+        let task = ReaderTask { config, generation, members, position, sender, reports, current };
         WalReader { chunks, report, tasks: [tokio::spawn(task.run()), spread] }
     }
 
@@ -113,7 +115,12 @@ impl Drop for WalReader {
 }
 
 struct ReaderTask {
+    /// With the members that are known now.
     config: WalReaderConfig,
+    /// Of the newest membership that a safekeeper has told of.
+    generation: Option<MembershipGeneration>,
+    /// Tells of changes of the members.
+    members: watch::Sender<Vec<Member>>,
     position: Lsn,
     sender: mpsc::Sender<Result<WalChunk, WalReadError>>,
     reports: watch::Receiver<Lsn>,
@@ -131,12 +138,14 @@ enum StreamEnd {
     Behind {
         better: usize,
     },
+    /// The members are others than they were.
+    Members(Membership),
     ReaderGone,
 }
 
 impl ReaderTask {
     async fn run(mut self) {
-        let count = self.config.safekeepers.len();
+        let mut count = self.config.safekeepers.len();
         if count == 0 {
             return self.fail(WalReadError::Failed("the branch has no safekeepers".to_owned())).await;
         }
@@ -158,6 +167,12 @@ impl ReaderTask {
                     self.current = better;
                     continue;
                 }
+                StreamEnd::Members(membership) => {
+                    self.go_over_to(&membership);
+                    count = self.config.safekeepers.len();
+                    hopeless = vec![None; count];
+                    continue;
+                }
                 StreamEnd::Denied(reason) => return self.fail(WalReadError::Denied(reason)).await,
                 StreamEnd::Trimmed(log_start_lsn) => Some(WalReadError::Trimmed { from: self.position, log_start_lsn }),
                 StreamEnd::Failed(reason) => Some(WalReadError::Failed(reason)),
@@ -177,13 +192,33 @@ impl ReaderTask {
         }
     }
 
+    /// Reads from members that there are now, from the same one if it is among them.
+    fn go_over_to(&mut self, membership: &Membership) {
+        let node = self.config.safekeepers[self.current].node;
+        info!(branch = %self.config.branch, %membership, "reading WAL from the branch's members");
+        self.config.safekeepers = membership.all();
+        self.generation = Some(membership.generation);
+        let same = self.config.safekeepers.iter().position(|member| member.node == node);
+        self.current = same.unwrap_or_else(|| rand::random_range(0..self.config.safekeepers.len()));
+        self.members.send_replace(self.config.safekeepers.clone());
+    }
+
+    /// Takes note of a membership; what the members are if they are not those that are known.
+    fn other_members(&mut self, membership: Membership) -> Option<Membership> {
+        if self.generation >= Some(membership.generation) || membership.check().is_err() {
+            return None;
+        }
+        self.generation = Some(membership.generation);
+        (membership.all() != self.config.safekeepers).then_some(membership)
+    }
+
     async fn fail(&self, error: WalReadError) {
         // The reader may be gone; then nobody wants to know.
         let _ = self.sender.send(Err(error)).await;
     }
 
     async fn stream(&mut self) -> StreamEnd {
-        let address = self.config.safekeepers[self.current].1.clone();
+        let address = self.config.safekeepers[self.current].address.clone();
         let body = RequestBody::Read { from: self.position };
         let opened = Connection::open(&address, &self.config.token, &self.config.branch, body).await;
         let Connection { mut reader, mut writer } = match opened {
@@ -220,6 +255,10 @@ impl ReaderTask {
                 ReaderReply::Wal { begin, wal, commit_lsn } => (begin, wal, commit_lsn),
                 ReaderReply::Trimmed { log_start_lsn } => return StreamEnd::Trimmed(log_start_lsn),
                 ReaderReply::Failed(reason) => return StreamEnd::Failed(reason),
+                ReaderReply::Membership(membership) => match self.other_members(membership) {
+                    Some(membership) => return StreamEnd::Members(membership),
+                    None => continue,
+                },
             };
             if begin != self.position {
                 return StreamEnd::Lost(format!("got WAL from {begin}, expected {}", self.position));
@@ -248,7 +287,7 @@ impl ReaderTask {
             (status.log_start_lsn <= self.position).then_some((status.commit_lsn, index))
         };
         let others = self.config.safekeepers.iter().enumerate().filter(|(index, _)| *index != self.current);
-        let answers = join_all(others.map(|(index, (_, address))| ask((index, address)))).await;
+        let answers = join_all(others.map(|(index, member)| ask((index, &member.address)))).await;
         let (commit_lsn, index) = answers.into_iter().flatten().max()?;
         (commit_lsn > self.position).then_some(index)
     }
@@ -271,11 +310,16 @@ async fn send_reports(writer: &mut FrameWriter<OwnedWriteHalf>, mut reports: wat
 }
 
 /// Tells all safekeepers now and then: without a compute running they don't hear of it from each other.
-async fn spread_reports(config: WalReaderConfig, mut reports: watch::Receiver<Lsn>) {
+async fn spread_reports(
+    config: WalReaderConfig,
+    members: watch::Receiver<Vec<Member>>,
+    mut reports: watch::Receiver<Lsn>,
+) {
     while reports.changed().await.is_ok() {
         sleep(REPORT_INTERVAL).await;
         let lsn = *reports.borrow_and_update();
-        let told = config.safekeepers.iter().map(async |(node, address)| {
+        let members = members.borrow().clone();
+        let told = members.iter().map(async |Member { node, address }| {
             if let Err(error) = report_remote_consistent(address, &config.token, &config.branch, lsn).await {
                 debug!(branch = %config.branch, safekeeper = %node, %error, "could not report");
             }

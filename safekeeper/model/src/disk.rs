@@ -63,6 +63,18 @@ impl Disk {
         state
     }
 
+    /// What a safekeeper starts with whose last byte has rotted since it acknowledged it: it knows that, by the mark.
+    pub fn rot(&mut self) -> AcceptorState {
+        self.wal.truncate(self.flushed_bytes - 1);
+        self.control.doubtful = true;
+        self.recover(true)
+    }
+
+    /// Whether there is a byte that was acknowledged and that a restart takes for the end of the log.
+    pub fn can_rot(&self) -> bool {
+        self.control.flush_lsn.is_valid() && self.flushed_bytes > offset(self.control.flush_lsn)
+    }
+
     /// Whether there is WAL that a crash could take.
     pub fn has_unflushed(&self) -> bool {
         self.flushed_bytes < self.wal.len()

@@ -15,6 +15,12 @@ struct Arguments {
     /// A compute, by the safekeepers that it reaches ("123"); once for each. By default two, which reach 1, 2 and 2, 3
     #[arg(long = "proposer", value_parser = parse_reach)]
     proposers: Vec<Reach>,
+    /// Safekeepers that are the branch's at first ("123")
+    #[arg(long, default_value = "123", value_parser = parse_reach)]
+    members: Reach,
+    /// Those that are to be its members after a change ("124"); by default there is none
+    #[arg(long, value_parser = parse_reach)]
+    new_members: Option<Reach>,
     /// Records that each of them writes
     #[arg(long, default_value_t = 1)]
     records: usize,
@@ -30,6 +36,9 @@ struct Arguments {
     /// Heartbeats
     #[arg(long, default_value_t = 0)]
     heartbeats: usize,
+    /// Times that a safekeeper loses the last byte which it acknowledged
+    #[arg(long, default_value_t = 0)]
+    rots: usize,
     /// Seconds after which it ends without having seen all
     #[arg(long, default_value_t = 600)]
     seconds: u64,
@@ -44,8 +53,8 @@ struct Reach(Vec<usize>);
 
 fn parse_reach(text: &str) -> Result<Reach, String> {
     let digit = |c: char| match c {
-        '1'..='3' => Ok(c as usize - '1' as usize),
-        other => Err(format!("{other} is none of the safekeepers 1, 2, 3")),
+        '1'..='6' => Ok(c as usize - '1' as usize),
+        other => Err(format!("{other} is none of the safekeepers 1 to 6")),
     };
     text.chars().map(digit).collect::<Result<_, _>>().map(Reach)
 }
@@ -60,6 +69,9 @@ fn main() -> ExitCode {
         crashes: arguments.crashes,
         losses: arguments.losses,
         heartbeats: arguments.heartbeats,
+        rots: arguments.rots,
+        members: arguments.members.0.clone(),
+        new_members: arguments.new_members.as_ref().map(|reach| reach.0.clone()),
         ..Quorum::fresh(&proposers)
     };
     let (limit, began) = (Duration::from_secs(arguments.seconds), Instant::now());

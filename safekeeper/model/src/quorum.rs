@@ -1,17 +1,17 @@
 //! What can happen.
 
 use safekeeper_protocol::{
-    Acceptor, AcceptorMessage, Action, ConnectionId, Effect, Mutation, Proposer, ProposerId, ProposerMessage,
-    ProposerSettings,
+    Acceptor, AcceptorMessage, AcceptorState, Action, ConnectionId, Effect, Mutation, Proposer, ProposerId,
+    ProposerMessage, ProposerSettings,
 };
 use stateright::{Model, Property};
-use types::{NodeId, Term};
+use types::{Member, Membership, NodeId, Term};
 
 use crate::{
     START,
     disk::offset,
-    setup::Setup,
-    state::{Broken, Candidate, Link, State},
+    setup::{Setup, only_the_second},
+    state::{Broken, Candidate, Control, Link, Node, State},
 };
 
 /// The model: an installation and how much may happen to it.
@@ -19,6 +19,10 @@ use crate::{
 pub struct Quorum {
     /// What there is at first.
     pub setup: Setup,
+    /// Safekeepers (from 0) that are the branch's at first.
+    pub members: Vec<usize>,
+    /// Those that are to be its members after a change, if there is to be one. The change may be taken back once.
+    pub new_members: Option<Vec<usize>>,
     /// Proposers, each by the safekeepers (from 0) that it can reach. All connections are there at first.
     pub proposers: Vec<Vec<usize>>,
     /// So many records each of them writes at most.
@@ -31,6 +35,8 @@ pub struct Quorum {
     pub losses: usize,
     /// So many heartbeats, which bring back safekeepers that were left behind in a higher term.
     pub heartbeats: usize,
+    /// So many times may a safekeeper die and lose the last byte that it acknowledged.
+    pub rots: usize,
     /// A rule that is broken.
     pub mutation: Option<Mutation>,
 }
@@ -58,6 +64,18 @@ pub enum Happening {
     Heartbeat { proposer: usize },
     /// A leader writes a record.
     Write { proposer: usize },
+    /// A safekeeper dies, and its last byte, which it had acknowledged, is damaged when it comes back.
+    Rot { node: usize },
+    /// The control plane stores the joint membership.
+    BeginChange,
+    /// It stores the new members alone, for the joint membership is established.
+    CompleteChange,
+    /// It goes back to the old ones.
+    AbandonChange,
+    /// It tells a safekeeper of the membership that is stored.
+    TellNode { node: usize },
+    /// It tells a proposer.
+    TellProposer { proposer: usize },
 }
 
 /// Answers over a lost connection go nowhere.
@@ -68,13 +86,35 @@ impl Quorum {
     pub fn fresh(proposers: &[&[usize]]) -> Quorum {
         let (setup, records, terms) = (Setup::Fresh, 1, proposers.len() as u64);
         let proposers = proposers.iter().map(|reach| reach.to_vec()).collect();
-        Quorum { setup, proposers, records, terms, crashes: 0, losses: 0, heartbeats: 0, mutation: None }
+        let (members, new_members) = (vec![0, 1, 2], None);
+        let (crashes, losses, heartbeats, rots, mutation) = (0, 0, 0, 0, None);
+        Quorum { setup, members, new_members, proposers, records, terms, crashes, losses, heartbeats, rots, mutation }
     }
 
-    fn proposer(&self, index: usize, members: usize) -> Proposer<crate::ByteScanner> {
+    /// The same, but for fresh safekeepers of which these are the branch's at first, and those after a change.
+    pub fn changing(members: &[usize], new_members: &[usize], proposers: &[&[usize]]) -> Quorum {
+        let (members, new_members) = (members.to_vec(), Some(new_members.to_vec()));
+        Quorum { members, new_members, ..Quorum::fresh(proposers) }
+    }
+
+    /// What the control plane has stored at first.
+    fn stored(&self) -> Membership {
+        match self.setup {
+            Setup::Moved => only_the_second(),
+            Setup::Fresh | Setup::LongerButOlder | Setup::Figure8 | Setup::OneLags => {
+                Membership::first(members(&self.members))
+            }
+        }
+    }
+
+    fn safekeepers(&self) -> usize {
+        self.members.iter().chain(self.new_members.iter().flatten()).max().map_or(0, |last| last + 1)
+    }
+
+    fn proposer(&self, index: usize) -> Proposer<crate::ByteScanner> {
         let settings = ProposerSettings {
             id: ProposerId(index as u128 + 1),
-            members: (1..=members as u64).map(NodeId).collect(),
+            membership: Membership::first(members(&self.members)),
             branch_start_lsn: START,
             system_identifier: None,
             buffer_bytes: 1000,
@@ -111,8 +151,12 @@ impl Quorum {
 
     fn crash(&self, state: &mut State, node: usize, lose_unflushed: bool) {
         let recovered = state.nodes[node].disk.recover(lose_unflushed);
-        state.nodes[node].acceptor = Acceptor::new(recovered).with_mutation(self.mutation);
         state.crashes_left -= 1;
+        self.restart(state, node, recovered);
+    }
+
+    fn restart(&self, state: &mut State, node: usize, recovered: AcceptorState) {
+        state.nodes[node].acceptor = Acceptor::new(recovered).with_mutation(self.mutation);
         let lost: Vec<usize> = state.links.keys().filter(|(_, n)| *n == node).map(|(p, _)| *p).collect();
         // What was on the way is not heard by the process that follows.
         state.late.retain(|(n, _)| *n != node);
@@ -139,6 +183,9 @@ impl Quorum {
     }
 
     fn connect(&self, state: &mut State, proposer: usize, node: usize) {
+        if !state.proposers[proposer].proposer.membership().contains(number(node)) {
+            return;
+        }
         state.links.insert((proposer, node), Link::default());
         let actions = state.proposers[proposer].proposer.connected(number(node));
         self.act(state, proposer, actions);
@@ -174,7 +221,69 @@ impl Quorum {
                     state.links.remove(&(who, to.0 as usize - 1));
                     self.disconnected(state, who, to.0 as usize - 1);
                 }
+                Action::Established { generation } => state.control.established(generation),
+                Action::NewerMembership { membership: Some(told), .. } => self.tell_proposer(state, who, told),
+                Action::NewerMembership { from, membership: None, .. } => {
+                    state.links.remove(&(who, from.0 as usize - 1));
+                    self.disconnected(state, who, from.0 as usize - 1);
+                }
                 Action::Damaged { .. } | Action::BranchDeleted => unreachable!("nothing is damaged or deleted here"),
+            }
+        }
+    }
+
+    fn tell_proposer(&self, state: &mut State, who: usize, told: Membership) {
+        let gone = |state: &State, node: usize| !state.proposers[who].proposer.membership().contains(number(node));
+        let actions = state.proposers[who].proposer.set_membership(told);
+        self.act(state, who, actions);
+        for node in self.proposers[who].iter().copied() {
+            if gone(state, node) {
+                self.give_up(state, who, node);
+            } else if !state.links.contains_key(&(who, node)) && !state.proposers[who].over {
+                self.connect(state, who, node);
+            }
+        }
+    }
+
+    /// A connection is closed; what is on the way may still arrive.
+    fn give_up(&self, state: &mut State, who: usize, node: usize) {
+        if let Some(link) = state.links.remove(&(who, node))
+            && !link.to_node.is_empty()
+        {
+            state.late.push((node, link.to_node));
+            state.late.sort_by_key(|(node, queue)| (*node, format!("{queue:?}")));
+        }
+    }
+
+    fn tell_node(&self, state: &mut State, node: usize) {
+        let told = state.control.current.clone();
+        let Node { acceptor, disk } = &mut state.nodes[node];
+        let mut effects = acceptor.set_membership(number(node), told);
+        effects.extend(acceptor.end_batch());
+        disk.perform(effects, None);
+    }
+
+    /// What the control plane may do.
+    fn changes(&self, state: &State, actions: &mut Vec<Happening>) {
+        let control = &state.control;
+        if self.new_members.is_none() {
+            return;
+        }
+        if control.current.is_joint() {
+            let may = control.is_established || self.mutation == Some(Mutation::CompleteUnestablished);
+            actions.extend(may.then_some(Happening::CompleteChange));
+            actions.push(Happening::AbandonChange);
+        } else if control.current.generation == Default::default() {
+            actions.push(Happening::BeginChange);
+        }
+        for (node, safekeeper) in state.nodes.iter().enumerate() {
+            if safekeeper.acceptor.state().membership.as_ref() != Some(&control.current) {
+                actions.push(Happening::TellNode { node });
+            }
+        }
+        for (proposer, candidate) in state.proposers.iter().enumerate().filter(|(_, candidate)| !candidate.over) {
+            if candidate.proposer.membership().generation < control.current.generation {
+                actions.push(Happening::TellProposer { proposer });
             }
         }
     }
@@ -183,13 +292,7 @@ impl Quorum {
     fn end(&self, state: &mut State, who: usize) {
         state.proposers[who].over = true;
         let nodes: Vec<usize> = state.links.keys().filter(|(p, _)| *p == who).map(|(_, n)| *n).collect();
-        for node in nodes {
-            if let Some(link) = state.links.remove(&(who, node))
-                && !link.to_node.is_empty()
-            {
-                state.late.push((node, link.to_node));
-            }
-        }
+        nodes.into_iter().for_each(|node| self.give_up(state, who, node));
     }
 
     fn crashes(&self, state: &State, actions: &mut Vec<Happening>) {
@@ -219,9 +322,9 @@ impl Model for Quorum {
     type Action = Happening;
 
     fn init_states(&self) -> Vec<State> {
-        let nodes = self.setup.nodes(self.mutation);
+        let nodes = self.setup.nodes(self.safekeepers(), self.mutation);
         let candidates = (0..self.proposers.len()).map(|index| Candidate {
-            proposer: self.proposer(index, nodes.len()),
+            proposer: self.proposer(index),
             term: None,
             log: Vec::new(),
             written: 0,
@@ -235,6 +338,8 @@ impl Model for Quorum {
             crashes_left: self.crashes,
             losses_left: self.losses,
             heartbeats_left: self.heartbeats,
+            rots_left: self.rots,
+            control: Control { current: self.stored(), is_established: false },
             seen: self.setup.seen(),
             nodes,
         };
@@ -259,7 +364,10 @@ impl Model for Quorum {
         }
         actions.extend((0..state.late.len()).map(|index| Happening::Late { index }));
         for (proposer, candidate) in state.proposers.iter().enumerate().filter(|(_, candidate)| !candidate.over) {
-            let away = self.proposers[proposer].iter().filter(|node| !state.links.contains_key(&(proposer, **node)));
+            let away = self.proposers[proposer].iter().filter(|node| {
+                !state.links.contains_key(&(proposer, **node))
+                    && candidate.proposer.membership().contains(number(**node))
+            });
             actions.extend(away.map(|node| Happening::Connect { proposer, node: *node }));
             if candidate.retry {
                 actions.push(Happening::Campaign { proposer });
@@ -274,6 +382,11 @@ impl Model for Quorum {
         if state.crashes_left > 0 {
             self.crashes(state, actions);
         }
+        if state.rots_left > 0 {
+            let rotten = state.nodes.iter().enumerate().filter(|(_, node)| node.disk.can_rot());
+            actions.extend(rotten.map(|(node, _)| Happening::Rot { node }));
+        }
+        self.changes(state, actions);
     }
 
     fn next_state(&self, last: &State, happening: Happening) -> Option<State> {
@@ -321,6 +434,26 @@ impl Model for Quorum {
                 let actions = candidate.proposer.append([vec![record].into()]);
                 self.act(&mut state, proposer, actions);
             }
+            Happening::Rot { node } => {
+                state.rots_left -= 1;
+                let recovered = state.nodes[node].disk.rot();
+                self.restart(&mut state, node, recovered);
+            }
+            Happening::BeginChange => {
+                let joint = state.control.current.joint_with(members(self.new_members.as_ref()?)).ok()?;
+                state.control = Control { current: joint, is_established: false };
+            }
+            Happening::CompleteChange => {
+                state.control = Control { current: state.control.current.completed(), is_established: false };
+            }
+            Happening::AbandonChange => {
+                state.control = Control { current: state.control.current.abandoned(), is_established: false };
+            }
+            Happening::TellNode { node } => self.tell_node(&mut state, node),
+            Happening::TellProposer { proposer } => {
+                let told = state.control.current.clone();
+                self.tell_proposer(&mut state, proposer, told);
+            }
         }
         Some(state)
     }
@@ -343,6 +476,10 @@ impl Model for Quorum {
             Property::<Self>::sometimes("records of all can be committed", |model, state| {
                 state.seen.committed.len() >= model.proposers.len() * model.records
             }),
+            Property::<Self>::sometimes("a change can be completed", |model, state| {
+                let is_last = |new: &Vec<usize>| state.control.current.members == members(new);
+                model.new_members.as_ref().is_none_or(is_last)
+            }),
         ]
     }
 
@@ -356,6 +493,10 @@ fn found_log(state: &State, term: Term, bytes: usize) -> Vec<u8> {
     let has =
         |node: &&crate::state::Node| node.acceptor.state().history.last_term() == term && node.disk.wal.len() >= bytes;
     state.nodes.iter().find(has).map(|node| node.disk.wal[..bytes].to_vec()).unwrap_or_default()
+}
+
+fn members(nodes: &[usize]) -> Vec<Member> {
+    nodes.iter().map(|node| Member { node: number(*node), address: String::new() }).collect()
 }
 
 fn number(node: usize) -> NodeId {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use safekeeper_protocol::{Acceptor, AcceptorMessage, Proposer, ProposerMessage, TermHistory};
-use types::{Lsn, Term};
+use types::{Lsn, Membership, MembershipGeneration, Term};
 
 use crate::{
     ByteScanner, START,
@@ -27,8 +27,28 @@ pub struct State {
     pub losses_left: usize,
     /// So many heartbeats may still be sent.
     pub heartbeats_left: usize,
+    /// So many times may a safekeeper still lose what it acknowledged.
+    pub rots_left: usize,
+    /// What the control plane has stored.
+    pub control: Control,
     /// What was seen.
     pub seen: Seen,
+}
+
+/// What the control plane has stored.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Control {
+    /// The branch's membership.
+    pub current: Membership,
+    /// It is joint, and a proposer has committed under it.
+    pub is_established: bool,
+}
+
+impl Control {
+    /// A proposer has committed under a membership.
+    pub fn established(&mut self, generation: MembershipGeneration) {
+        self.is_established |= self.current.is_joint() && self.current.generation == generation;
+    }
 }
 
 /// A safekeeper.
@@ -115,11 +135,15 @@ impl Seen {
 }
 
 impl State {
-    /// A majority of disks hold everything committed, unchanged.
+    /// A majority of the members' disks hold everything committed, unchanged, or know that they have lost it; of the new members'
+    /// too once a joint membership is established.
     pub fn committed_is_held(&self) -> bool {
         let committed = &self.seen.committed;
-        let holders = self.nodes.iter().filter(|node| node.disk.durable(Lsn::MAX).starts_with(committed)).count();
-        holders > self.nodes.len() / 2
+        let holds = |node: &Node| node.disk.control.doubtful || node.disk.durable(Lsn::MAX).starts_with(committed);
+        let sets = if self.control.is_established { 2 } else { 1 };
+        self.control.current.sets().take(sets).all(|set| {
+            set.iter().filter(|member| holds(&self.nodes[member.node.0 as usize - 1])).count() > set.len() / 2
+        })
     }
 
     /// Whenever two logs have a term, they hold the same bytes up to where it ends in the shorter one.

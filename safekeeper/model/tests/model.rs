@@ -93,3 +93,47 @@ fn old_terms_committed_by_counting_are_found_out() {
 fn a_parted_log_that_is_kept_is_found_out() {
     found_out(Mutation::KeepPartedLog, Quorum { setup: Setup::LongerButOlder, ..Quorum::fresh(&[&[0, 1]]) });
 }
+
+#[test]
+fn a_change_of_members_under_one_proposer() {
+    for (members, new) in [(&[0][..], &[0, 1][..]), (&[0, 1], &[0]), (&[0], &[1])] {
+        holds(&format!("{members:?} to {new:?}"), Quorum::changing(members, new, &[&[0, 1]]));
+    }
+}
+
+#[test]
+fn who_was_given_members_that_have_left_learns_of_the_others() {
+    let model = Quorum { setup: Setup::Moved, crashes: 1, ..Quorum::changing(&[0], &[1], &[&[0, 1]]) };
+    holds("a late proposer, one crash", model);
+}
+
+#[test]
+fn an_acknowledged_byte_that_rots() {
+    holds("one proposer, one rot", Quorum { setup: Setup::OneLags, rots: 1, ..Quorum::fresh(&[&[0, 1, 2]]) });
+}
+
+#[test]
+fn committing_with_the_new_members_only_is_found_out() {
+    found_out(Mutation::CommitWithNewMembersOnly, Quorum::changing(&[0], &[1], &[&[0, 1]]));
+}
+
+#[test]
+fn acknowledgements_that_outlive_their_membership_are_found_out() {
+    found_out(Mutation::KeepOldAcknowledgements, Quorum::changing(&[0], &[1], &[&[0, 1], &[0]]));
+}
+
+#[test]
+fn a_membership_that_is_not_stored_is_found_out() {
+    let model = Quorum { setup: Setup::Moved, crashes: 1, ..Quorum::changing(&[0], &[1], &[&[0]]) };
+    found_out(Mutation::MembershipNotStored, model);
+}
+
+#[test]
+fn a_membership_completed_before_it_is_established_is_found_out() {
+    found_out(Mutation::CompleteUnestablished, Quorum::changing(&[0], &[1], &[&[0, 1]]));
+}
+
+#[test]
+fn votes_of_those_who_lost_what_they_acknowledged_are_found_out() {
+    found_out(Mutation::CountDoubtfulVotes, Quorum { setup: Setup::OneLags, rots: 1, ..Quorum::fresh(&[&[1, 2]]) });
+}

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use types::{Lsn, Term};
+use types::{Lsn, Membership, MembershipGeneration, NodeId, Term};
 
 use crate::{
     history::TermHistory,
@@ -75,6 +75,10 @@ pub struct AcceptorState {
     /// WAL that was acknowledged is missing: a restart found less than there was. Such a safekeeper's votes don't count
     /// until it has everything that a leader knows to be committed.
     pub doubtful: bool,
+    /// The highest membership heard of: nothing of an older one is taken.
+    pub generation: MembershipGeneration,
+    /// The newest membership that a service has told of in full.
+    pub membership: Option<Membership>,
 }
 
 /// What the driver must do.
@@ -144,6 +148,7 @@ impl Acceptor {
             remote_consistent_lsn: s.remote_consistent_lsn,
             log_start_lsn: s.log_start_lsn,
             doubtful: s.doubtful,
+            generation: s.generation,
         }
     }
 
@@ -192,6 +197,40 @@ impl Acceptor {
         self.state.remote_consistent_lsn = self.state.remote_consistent_lsn.max(lsn);
     }
 
+    /// Takes the branch's membership from the control plane, which stores each before it tells of it; `own` is this safekeeper's
+    /// number. An older one than is known changes nothing. One that this safekeeper is not in, and that is not joint, is only
+    /// made when others have everything committed: the log goes. What this safekeeper must never forget stays, its term and its
+    /// membership. Call between batches.
+    pub fn set_membership(&mut self, own: NodeId, membership: Membership) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        let known = self.state.membership.as_ref().map(|known| known.generation);
+        if membership.generation < self.state.generation || known >= Some(membership.generation) {
+            return effects;
+        }
+        let leaves = !membership.is_joint() && !membership.contains(own);
+        self.state.generation = membership.generation;
+        self.state.membership = Some(membership);
+        if leaves {
+            self.forget_log();
+        }
+        self.persist(&mut effects);
+        if leaves {
+            effects.push(Effect::TruncateWal { at: Lsn::INVALID });
+        }
+        effects
+    }
+
+    /// As if there had never been a log.
+    fn forget_log(&mut self) {
+        let s = &mut self.state;
+        s.history = TermHistory::default();
+        (s.log_start_lsn, s.flush_lsn, s.commit_lsn) = (Lsn::INVALID, Lsn::INVALID, Lsn::INVALID);
+        s.doubtful = false;
+        (self.write_lsn, self.boundary, self.leader_commit_lsn) = (Lsn::INVALID, Lsn::INVALID, Lsn::INVALID);
+        (self.commit_told, self.unflushed) = (false, false);
+        self.to_acknowledge.clear();
+    }
+
     /// Drops WAL that the object store holds, in whole segments of this size while the branch is in use (`idle` false), else
     /// all of it if nothing else is left. Call between batches.
     pub fn trim(&mut self, idle: bool, segment_bytes: u64) -> Vec<Effect> {
@@ -226,7 +265,13 @@ impl Acceptor {
             let reason = format!("the branch's WAL is of system {known}, the proposer's of system {named}");
             return vec![self.refuse(from, reason)];
         }
+        if let Some(newer) = self.newer_membership(from, vote.generation) {
+            return vec![newer];
+        }
+        let moves_on = vote.generation > self.state.generation;
+        self.state.generation = self.state.generation.max(vote.generation);
         let granted = self.grants(&vote);
+        let mut voted = false;
         if let Some(term) = granted {
             // The log must not change any more once its end has been told.
             self.flush(&mut effects);
@@ -237,10 +282,11 @@ impl Acceptor {
                 self.state.system_identifier = self.state.system_identifier.or(vote.system_identifier);
                 self.leader_commit_lsn = self.state.commit_lsn;
                 self.commit_told = false;
-                if !self.breaks(Mutation::VoteNotStored) {
-                    self.persist(&mut effects);
-                }
+                voted = true;
             }
+        }
+        if moves_on || (voted && !self.breaks(Mutation::VoteNotStored)) {
+            self.persist(&mut effects);
         }
         let s = &self.state;
         let reply = VoteReply {
@@ -252,19 +298,36 @@ impl Acceptor {
             log_start_lsn: s.log_start_lsn,
             remote_consistent_lsn: s.remote_consistent_lsn,
             doubtful: s.doubtful,
+            generation: s.generation,
         };
         effects.push(Effect::Reply { to: from, message: AcceptorMessage::Vote(reply) });
         effects
     }
 
-    /// The term in which the vote is granted: one proposer per term, terms grow.
+    /// The term in which the vote is granted: one proposer per term, terms grow. A vote may be given again to who has it, but not
+    /// once the term's winner has been heard of: that may be somebody else, by the votes of members that have gone since.
     fn grants(&self, vote: &Vote) -> Option<Term> {
         let mine = self.state.voted_for == Some(vote.proposer);
+        let is_open = self.state.history.last_term() < self.state.term;
         match vote.term {
             VoteTerm::Next => Some(Term(self.state.term.0 + 1)),
             VoteTerm::Exactly(term) if term > self.state.term => Some(term),
-            VoteTerm::Exactly(term) => (term == self.state.term && mine).then_some(term),
+            VoteTerm::Exactly(term) => (term == self.state.term && mine && is_open).then_some(term),
         }
+    }
+
+    /// The answer to what is said under an older membership than this safekeeper knows; `None` when it is not older.
+    fn newer_membership(&self, to: ConnectionId, theirs: MembershipGeneration) -> Option<Effect> {
+        let AcceptorState { generation, membership, .. } = &self.state;
+        let message = AcceptorMessage::NewerMembership { generation: *generation, membership: membership.clone() };
+        (theirs < *generation).then_some(Effect::Reply { to, message })
+    }
+
+    /// The refusal of what is said under another membership than the vote was asked for.
+    fn other_membership(&self, to: ConnectionId, theirs: MembershipGeneration) -> Option<Effect> {
+        let own = self.state.generation;
+        let refusal = || self.refuse(to, format!("membership {theirs} is not known here, {own} is"));
+        self.newer_membership(to, theirs).or_else(|| (theirs > own).then(refusal))
     }
 
     fn handle_elected(&mut self, from: ConnectionId, elected: Elected) -> Vec<Effect> {
@@ -272,6 +335,9 @@ impl Acceptor {
         // Whoever got this safekeeper's vote: a term has one winner, and the log has not changed since the term began.
         if elected.term != self.state.term {
             return vec![self.refuse(from, format!("term {} is not the one of this safekeeper", elected.term))];
+        }
+        if let Some(refusal) = self.other_membership(from, elected.generation) {
+            return vec![refusal];
         }
         if let Err(error) = elected.history.check() {
             return vec![Effect::Reply { to: from, message: AcceptorMessage::Failed { reason: error.to_string() } }];
@@ -313,6 +379,9 @@ impl Acceptor {
         let leads = append.term == s.term || self.breaks(Mutation::AppendsOfOldTerms);
         if !leads || s.history.last_term() != append.term {
             return vec![self.refuse(from, format!("term {} does not lead here", append.term))];
+        }
+        if let Some(refusal) = self.other_membership(from, append.generation) {
+            return vec![refusal];
         }
         let end = append.begin + append.wal.len() as u64;
         let new_end = end.max(self.write_lsn);
@@ -379,13 +448,18 @@ impl Acceptor {
             received_lsn: self.write_lsn,
             commit_lsn: self.state.commit_lsn,
             remote_consistent_lsn: self.state.remote_consistent_lsn,
+            generation: self.state.generation,
         }
     }
 
     fn persist(&mut self, effects: &mut Vec<Effect>) {
         self.persisted_flush_lsn = self.state.flush_lsn;
         self.persisted_commit_lsn = self.state.commit_lsn;
-        effects.push(Effect::Persist(Box::new(self.state.clone())));
+        let mut state = self.state.clone();
+        if self.breaks(Mutation::MembershipNotStored) {
+            (state.generation, state.membership) = (MembershipGeneration::FIRST, None);
+        }
+        effects.push(Effect::Persist(Box::new(state)));
     }
 
     fn flush(&mut self, effects: &mut Vec<Effect>) {

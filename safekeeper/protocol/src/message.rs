@@ -8,7 +8,7 @@ use std::fmt;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use types::{BranchRef, Lsn, NodeId, Term};
+use types::{BranchRef, Lsn, Membership, MembershipGeneration, NodeId, Term};
 
 use crate::history::TermHistory;
 
@@ -37,13 +37,20 @@ pub enum RequestBody {
     Report { remote_consistent_lsn: Lsn },
     /// Remove the branch's WAL; its id is refused from then on. Answered with [`Answer::Done`]. Services only.
     Delete,
+    /// The branch's membership, which this safekeeper will tell to others. One that is not joint, and that the safekeeper is not
+    /// in, has it drop the branch's WAL. Answered with [`Answer::Status`]. Services only.
+    SetMembership { membership: Membership },
+    /// Answered with [`Answer::Membership`].
+    Membership,
 }
 
 /// The answer to a single question.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Answer {
-    /// To [`RequestBody::Status`].
+    /// To [`RequestBody::Status`] and [`RequestBody::SetMembership`].
     Status(BranchStatus),
+    /// To [`RequestBody::Membership`]: the newest that this safekeeper has been told of, if any.
+    Membership(Option<Membership>),
     /// Done.
     Done,
     /// It could not be done; says why.
@@ -67,6 +74,8 @@ pub struct BranchStatus {
     pub log_start_lsn: Lsn,
     /// It has lost WAL that it acknowledged, and not got it back yet ([`VoteReply::doubtful`]).
     pub doubtful: bool,
+    /// The highest membership that it has heard of.
+    pub generation: MembershipGeneration,
 }
 
 /// From a reader.
@@ -85,6 +94,9 @@ pub enum ReaderReply {
     Trimmed { log_start_lsn: Lsn },
     /// It can't be read; says why. The connection is closed.
     Failed(String),
+    /// The branch's membership, when the safekeeper has been told of one: at first, and whenever it changes. One that has left
+    /// has no WAL.
+    Membership(Membership),
 }
 
 /// One run of a proposer, told apart from all others by chance (128 random bits).
@@ -131,6 +143,8 @@ pub struct Vote {
     pub term: VoteTerm,
     /// The cluster's identifier (`pg_control`); a safekeeper that knows another one refuses.
     pub system_identifier: Option<u64>,
+    /// The membership by which votes are counted. A safekeeper that knows a newer one refuses; else it remembers this one.
+    pub generation: MembershipGeneration,
 }
 
 /// See [`ProposerMessage::Elected`].
@@ -144,6 +158,8 @@ pub struct Elected {
     pub history: TermHistory,
     /// From where this safekeeper will be sent WAL.
     pub start: StreamStart,
+    /// The membership that the safekeeper's vote was asked for.
+    pub generation: MembershipGeneration,
 }
 
 /// See [`Elected::start`].
@@ -171,6 +187,8 @@ pub struct Append {
     pub commit_lsn: Lsn,
     /// Up to here the object store holds everything.
     pub remote_consistent_lsn: Lsn,
+    /// The membership by which acknowledgements are counted.
+    pub generation: MembershipGeneration,
 }
 
 impl fmt::Debug for Append {
@@ -215,6 +233,9 @@ pub enum AcceptorMessage {
     FetchRefused { on_behalf_of: NodeId, begin: Lsn, remote_consistent_lsn: Lsn },
     /// The safekeeper is in a higher term, or this proposer never won the one it names.
     Refused { term: Term, reason: String },
+    /// To what was said under an older membership: the number of the newest that the safekeeper has heard of, and the newest that it
+    /// was told of in full, which may be older than that.
+    NewerMembership { generation: MembershipGeneration, membership: Option<Membership> },
     /// The safekeeper can't do it now (disk full, damaged file); the connection is closed after this.
     Failed { reason: String },
     /// The branch has been deleted.
@@ -242,6 +263,8 @@ pub struct VoteReply {
     pub remote_consistent_lsn: Lsn,
     /// It has lost WAL that it acknowledged: the vote does not count towards a majority, unless all members have voted.
     pub doubtful: bool,
+    /// The membership under which it votes: it never takes anything of an older one again.
+    pub generation: MembershipGeneration,
 }
 
 /// See [`AcceptorMessage::Append`].
@@ -257,6 +280,8 @@ pub struct AppendReply {
     pub commit_lsn: Lsn,
     /// Up to where the object store holds everything, as far as it was told.
     pub remote_consistent_lsn: Lsn,
+    /// The membership under which it acknowledges: it never takes anything of an older one again.
+    pub generation: MembershipGeneration,
 }
 
 /// See [`AcceptorMessage::Fetched`].

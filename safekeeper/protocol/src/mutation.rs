@@ -15,6 +15,14 @@ pub enum Mutation {
     ReelectAfterOthers,
     /// Proposer: a vote counts although the voter has lost what it acknowledged.
     CountDoubtfulVotes,
+    /// Proposer: while the membership is joint, a majority of the new members is enough to commit.
+    CommitWithNewMembersOnly,
+    /// Proposer: on a newer membership, acknowledgements from under the older one go on counting.
+    KeepOldAcknowledgements,
+    /// Acceptor: a newer membership is remembered, but not stored.
+    MembershipNotStored,
+    /// Control plane: a joint membership is completed before it is established.
+    CompleteUnestablished,
     /// Acceptor: a vote is answered before it is stored, and not stored at all.
     VoteNotStored,
     /// Acceptor: an append is acknowledged before it is flushed.

@@ -5,10 +5,12 @@ use safekeeper_protocol::{
     Action, ConnectionId, Proposer, ProposerId, ProposerMessage, ProposerSettings,
     message::{Vote, VoteTerm},
 };
-use types::{NodeId, Term};
+use types::{Membership, NodeId, Term};
 
 use crate::{
-    Disk, SimError, World, make_record,
+    Disk, SimError, World,
+    control::disks_of,
+    make_record,
     world::{Compute, START},
 };
 
@@ -21,7 +23,7 @@ impl World {
         self.note("compute", id);
         let settings = ProposerSettings {
             id,
-            members: self.nodes.keys().copied().collect(),
+            membership: self.membership_for_compute(),
             branch_start_lsn: START,
             system_identifier: None,
             buffer_bytes: 150,
@@ -56,10 +58,11 @@ impl World {
         let ids: Vec<NodeId> = self.nodes.keys().copied().filter(|node| alone(*node)).collect();
         let Some(node_id) = self.pick(&ids) else { return Ok(()) };
         let proposer = ProposerId(u128::from(self.fresh_id()));
+        let generation = self.membership_for_compute().generation;
         let Some(acceptor) = self.nodes.get_mut(&node_id).and_then(|node| node.acceptor.as_mut()) else {
             return Ok(());
         };
-        let vote = Vote { proposer, term: VoteTerm::Next, system_identifier: None };
+        let vote = Vote { proposer, term: VoteTerm::Next, system_identifier: None, generation };
         let mut effects = acceptor.handle(ConnectionId(0), ProposerMessage::Vote(vote));
         effects.extend(acceptor.end_batch());
         self.note("vain", (node_id, proposer));
@@ -99,8 +102,10 @@ impl World {
                     self.note("committed", (id, lsn));
                     let Some(compute) = self.computes.get(&id) else { continue };
                     let own_start = compute.started.map_or(lsn, |(_, start)| start);
-                    let disks: Vec<&Disk> = self.nodes.values().map(|node| &node.disk).collect();
-                    self.observer.committed(lsn, own_start, &compute.written, &disks)?;
+                    let sets: Vec<Vec<&Disk>> =
+                        compute.proposer.membership().sets().map(|set| disks_of(&self.nodes, set)).collect();
+                    self.observer.committed(lsn, own_start, &compute.written, &sets)?;
+                    self.check_held()?;
                 }
                 Action::Fenced { reason } => {
                     self.note("fenced", (id, reason));
@@ -116,10 +121,26 @@ impl World {
                     self.note("disconnect", (id, to, reason));
                     self.lose(id, to)?;
                 }
+                Action::Established { generation } => {
+                    self.note("established", (id, generation));
+                    self.control.established(generation);
+                    self.check_held()?;
+                }
+                Action::NewerMembership { from, membership, .. } => {
+                    self.note("newer", (id, from, &membership));
+                    match membership {
+                        Some(told) if self.is_news(id, &told) => self.tell_compute(id, told)?,
+                        Some(_) | None => self.lose(id, from)?,
+                    }
+                }
                 Action::BranchDeleted => return Err(SimError::Wrong("nobody deleted the branch".to_owned())),
             }
         }
         Ok(())
+    }
+
+    fn is_news(&self, id: ProposerId, told: &Membership) -> bool {
+        self.computes.get(&id).is_some_and(|compute| compute.proposer.membership().generation < told.generation)
     }
 
     pub(crate) fn write(&mut self) -> Result<(), SimError> {

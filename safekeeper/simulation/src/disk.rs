@@ -108,11 +108,12 @@ impl Disk {
     }
 
     /// Flips a bit of WAL: of what was stored as committed, and so is on a majority, below what restarts look at; or of what
-    /// was flushed since, which a restart takes for the log's end; where.
+    /// was flushed since, which a restart takes for the log's end; where. Not of what a power failure took the mark of: that such
+    /// rot is not known for rot is a hole that is open.
     pub fn rot(&mut self, place: u64) -> Option<Lsn> {
         let settled = self.control.commit_lsn.min(self.control.flush_lsn).min(self.flushed);
         let recent = self.control.flush_lsn.max(self.start);
-        let (begin, end) = if place & 1 == 0 { (self.start, settled) } else { (recent, self.flushed) };
+        let (begin, end) = if place & 1 == 0 { (self.start, settled) } else { (recent, self.flushed.min(self.mark)) };
         let bytes = end.checked_sub(begin).filter(|bytes| *bytes > 0)?;
         let at = begin + (place >> 1) % bytes;
         self.bytes[(at.0 - self.start.0) as usize] ^= 1 << (place % 7);
@@ -166,7 +167,7 @@ impl Disk {
             self.drop_below(state.log_start_lsn);
         }
         if !state.flush_lsn.is_valid() {
-            self.bytes.clear();
+            self.cut(Lsn::INVALID);
             return Ok(state);
         }
         if state.log_start_lsn < state.flush_lsn && (self.start > state.log_start_lsn || self.flushed < state.flush_lsn)

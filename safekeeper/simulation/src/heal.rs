@@ -27,7 +27,13 @@ impl World {
             self.connections.values_mut().for_each(|c| c.ghost = true);
             self.start_compute()?;
             let Some(compute) = self.computes.keys().next().copied() else { continue };
+            let current = self.control.current().clone();
+            self.tell_compute(compute, current)?;
             self.settle(compute, &ids)?;
+            if self.all_at_end(compute) && self.control.current().is_joint() {
+                self.finish_change()?;
+                self.settle(compute, &ids)?;
+            }
             if self.all_at_end(compute) {
                 let end = self.computes[&compute].proposer.end_lsn();
                 let good = self.observer.committed_end() == end && end >= committed;
@@ -49,15 +55,17 @@ impl World {
         let mut quiet_rounds = 0;
         for round in 0..3000 {
             for id in ids {
+                self.tell_node(*id)?;
                 if self.nodes[id].acceptor.is_none() {
                     self.restart(*id)?;
                 }
                 let connected = self.connections.values().any(|c| !c.ghost && c.compute == compute && c.node == *id);
-                if !connected && self.computes.contains_key(&compute) {
+                let member = self.computes.get(&compute).is_some_and(|c| c.proposer.membership().contains(*id));
+                if !connected && member {
                     self.connect_pair(compute, *id)?;
                 }
             }
-            for _ in 0..10 {
+            for _ in 0..4 * ids.len() {
                 self.deliver_to_node()?;
                 self.deliver_to_compute()?;
             }
@@ -77,13 +85,21 @@ impl World {
     pub(crate) fn all_at_end(&self, compute: ProposerId) -> bool {
         let Some(compute) = self.computes.get(&compute) else { return false };
         let end = compute.proposer.end_lsn();
-        let at_end = |node: &Node| node.acceptor.as_ref().is_some_and(|a| a.state().commit_lsn == end);
-        compute.proposer.is_leader() && self.nodes.values().all(at_end)
+        let membership = self.control.current();
+        let at_end = |(id, node): (&NodeId, &Node)| {
+            let state = node.acceptor.as_ref().map(Acceptor::state);
+            state.is_some_and(|state| !membership.contains(*id) || state.commit_lsn == end)
+        };
+        compute.proposer.membership() == membership && compute.proposer.is_leader() && self.nodes.iter().all(at_end)
     }
 
-    /// All logs are the committed one, but for what has rotted.
+    /// All logs are the committed one, but for what has rotted; who is not a member has none.
     fn same_everywhere(&self) -> Result<(), SimError> {
         let end = self.observer.committed_end();
+        let gone = self.nodes.iter().filter(|(id, _)| !self.control.current().contains(**id));
+        if let Some((id, _)) = gone.into_iter().find(|(_, node)| !node.disk.bytes.is_empty()) {
+            return Err(SimError::Wrong(format!("{id} is not a member any more, and still has WAL")));
+        }
         self.nodes.values().try_for_each(|node| self.observer.knows_committed(&node.disk, end))
     }
 }

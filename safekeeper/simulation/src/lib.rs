@@ -2,6 +2,7 @@
 //! compete; connections that break, stall, and deliver late, twice and out of order. One seed gives one run, step for step.
 
 mod computes;
+mod control;
 mod disk;
 mod error;
 mod heal;

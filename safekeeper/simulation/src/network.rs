@@ -30,7 +30,10 @@ impl World {
             self.connections.values().any(|c| !c.ghost && c.compute == compute && c.node == node)
         };
         let up: Vec<NodeId> = self.nodes.iter().filter(|(_, n)| n.acceptor.is_some()).map(|(id, _)| *id).collect();
+        let is_member =
+            |compute: ProposerId, node: NodeId| self.computes[&compute].proposer.membership().contains(node);
         let pairs = self.computes.keys().flat_map(|compute| up.iter().map(move |node| (*compute, *node)));
+        let pairs = pairs.filter(|(compute, node)| is_member(*compute, *node));
         let free = pairs.filter(|(compute, node)| !connected(*compute, *node) && !self.is_parted(*compute, *node));
         let free: Vec<(ProposerId, NodeId)> = free.collect();
         let Some((compute, node)) = self.pick(&free) else { return Ok(()) };

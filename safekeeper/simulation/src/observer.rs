@@ -45,15 +45,20 @@ impl Observer {
         Ok(())
     }
 
-    /// A proposer, which started at `own_start` and wrote `own` since, says that WAL is committed up to `lsn`.
-    pub fn committed(&mut self, lsn: Lsn, own_start: Lsn, own: &[u8], disks: &[&Disk]) -> Result<(), SimError> {
-        if lsn > self.committed_end() {
-            let sound = |disk: &&&Disk| !disk.has_rotted_in(self.committed_end(), lsn);
-            let holders = disks.iter().filter(|disk| disk.flushed >= lsn && disk.start <= self.committed_end());
-            let holders = holders.filter(sound);
-            let held: Vec<&[u8]> = holders.map(|disk| disk.slice(self.committed_end(), lsn)).collect();
-            // Others may have a tail that was never committed.
-            let most = held.iter().max_by_key(|bytes| held.iter().filter(|other| other == bytes).count());
+    /// A proposer, which started at `own_start` and wrote `own` since, says that WAL is committed up to `lsn` on a majority of
+    /// each of these sets.
+    pub fn committed(&mut self, lsn: Lsn, own_start: Lsn, own: &[u8], sets: &[Vec<&Disk>]) -> Result<(), SimError> {
+        let begin = self.committed_end();
+        if lsn > begin {
+            let holds = |disk: &&&Disk| disk.flushed >= lsn && disk.start <= begin && !disk.has_rotted_in(begin, lsn);
+            // Others may have a tail that was never committed: of each set, the one who has least company counts.
+            let company = |bytes: &[u8]| {
+                let alike =
+                    |set: &Vec<&Disk>| set.iter().filter(holds).filter(|disk| disk.slice(begin, lsn) == bytes).count();
+                sets.iter().map(alike).min()
+            };
+            let held = sets.iter().flatten().filter(holds).map(|disk| disk.slice(begin, lsn));
+            let most = held.max_by_key(|bytes| company(bytes));
             let Some(more) = most else {
                 return Err(SimError::Lost(format!("{lsn} committed, but nobody holds it")));
             };
@@ -65,7 +70,7 @@ impl Observer {
                 return Err(SimError::Diverged(format!("committed WAL at {} is not its writer's", Lsn(position))));
             }
         }
-        self.held(disks)
+        Ok(())
     }
 
     fn append(&mut self, bytes: &[u8]) -> Result<(), SimError> {

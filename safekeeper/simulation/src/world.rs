@@ -8,7 +8,7 @@ use std::{
 use safekeeper_protocol::{Acceptor, AcceptorMessage, ConnectionId, Mutation, Proposer, ProposerId, ProposerMessage};
 use types::{Lsn, NodeId, Term};
 
-use crate::{Disk, Rng, SimError, SimScanner, observer::Observer};
+use crate::{Disk, Rng, SimError, SimScanner, control::Control, observer::Observer};
 
 /// Where the log starts.
 pub const START: Lsn = Lsn(1000);
@@ -18,8 +18,10 @@ pub const START: Lsn = Lsn(1000);
 pub struct SimOptions {
     /// Decides everything that is left to chance.
     pub seed: u64,
-    /// Safekeepers.
+    /// Safekeepers that the branch has at first.
     pub members: u64,
+    /// Its membership changes, among these and three more.
+    pub changes: bool,
     /// So many computes at a time.
     pub computes: usize,
     /// Things that happen before faults stop.
@@ -33,11 +35,12 @@ pub struct SimOptions {
 }
 
 impl SimOptions {
-    /// What a seed stands for: three safekeepers or five, one compute at a time or three.
+    /// What a seed stands for: three safekeepers or five, or some that change, one compute at a time or three.
     pub fn of_seed(seed: u64) -> SimOptions {
         let members = if seed.is_multiple_of(4) { 5 } else { 3 };
         let computes = if seed.is_multiple_of(3) { 1 } else { 3 };
-        SimOptions { seed, members, computes, steps: 4000, mutation: None, trace: false, print: false }
+        let changes = !seed.is_multiple_of(2);
+        SimOptions { seed, members, changes, computes, steps: 4000, mutation: None, trace: false, print: false }
     }
 }
 
@@ -48,6 +51,7 @@ pub struct World {
     pub(crate) nodes: BTreeMap<NodeId, Node>,
     pub(crate) computes: BTreeMap<ProposerId, Compute>,
     pub(crate) connections: BTreeMap<ConnectionId, Connection>,
+    pub(crate) control: Control,
     pub(crate) observer: Observer,
     pub(crate) next_id: u64,
     /// Between these nothing is delivered, in either direction.
@@ -87,7 +91,8 @@ pub(crate) struct Connection {
 
 impl World {
     pub fn new(options: SimOptions) -> World {
-        let nodes = (1..=options.members).map(|n| {
+        let spare = if options.changes { 3 } else { 0 };
+        let nodes = (1..=options.members + spare).map(|n| {
             (
                 NodeId(n),
                 Node {
@@ -103,6 +108,7 @@ impl World {
             nodes: nodes.collect(),
             computes: BTreeMap::new(),
             connections: BTreeMap::new(),
+            control: Control::new((1..=options.members).map(NodeId)),
             observer: Observer::new(START),
             next_id: 1,
             partition: None,
@@ -138,6 +144,9 @@ impl World {
     }
 
     fn step(&mut self) -> Result<(), SimError> {
+        if self.options.changes && self.rng.below(1000) < 20 {
+            return self.change();
+        }
         match self.rng.below(1000) {
             0..400 => self.deliver_to_node(),
             400..700 => self.deliver_to_compute(),

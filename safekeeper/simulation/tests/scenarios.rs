@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use types::{Lsn, NodeId, Term};
+use types::{Lsn, Member, Membership, MembershipGeneration, NodeId, Term};
 
 use dormouse_safekeeper_simulation::{Disk, SimScanner, make_record};
 use safekeeper_protocol::{
@@ -14,6 +14,14 @@ use safekeeper_protocol::{
 
 const START: Lsn = Lsn(1000);
 const CONNECTION: ConnectionId = ConnectionId(1);
+
+fn members(nodes: &[u64]) -> Vec<Member> {
+    nodes.iter().map(|node| Member { node: NodeId(*node), address: String::new() }).collect()
+}
+
+fn first_three() -> Membership {
+    Membership::first(members(&[1, 2, 3]))
+}
 
 struct Safekeeper {
     acceptor: Acceptor,
@@ -57,9 +65,14 @@ impl Story {
 
     /// A compute that reaches these safekeepers.
     fn compute(&mut self, name: u128, reaches: &[u64]) {
+        self.compute_of(name, &first_three(), reaches);
+    }
+
+    /// One that was given this membership.
+    fn compute_of(&mut self, name: u128, membership: &Membership, reaches: &[u64]) {
         let settings = ProposerSettings {
             id: ProposerId(name),
-            members: (1..=3).map(NodeId).collect(),
+            membership: membership.clone(),
             branch_start_lsn: START,
             system_identifier: None,
             buffer_bytes: 10_000,
@@ -70,6 +83,34 @@ impl Story {
         let compute = Compute { proposer: Proposer::new(settings), events: Vec::new(), round_trips: 0 };
         self.computes.insert(name, compute);
         self.connect(name, reaches);
+    }
+
+    /// Further safekeepers, which have never heard of the branch.
+    fn join(&mut self, nodes: &[u64]) {
+        self.safekeepers.extend(nodes.iter().map(|node| (NodeId(*node), Safekeeper::new())));
+    }
+
+    /// The control plane tells a compute of another membership.
+    fn change(&mut self, name: u128, membership: &Membership) {
+        let actions = self.computes.get_mut(&name).expect("compute").proposer.set_membership(membership.clone());
+        self.deliver(name, actions);
+    }
+
+    /// It tells a safekeeper.
+    fn tell(&mut self, node: u64, membership: &Membership) {
+        let safekeeper = self.safekeepers.get_mut(&NodeId(node)).expect("safekeeper");
+        let effects = safekeeper.acceptor.set_membership(NodeId(node), membership.clone());
+        let flush_lsn = safekeeper.flush_lsn();
+        safekeeper.disk.perform(effects, None, flush_lsn).expect("disk");
+    }
+
+    fn established(&self, name: u128, generation: u64) -> bool {
+        let generation = MembershipGeneration(generation);
+        self.computes[&name].events.contains(&Action::Established { generation })
+    }
+
+    fn flushed_of(&self, node: u64) -> Lsn {
+        self.safekeepers[&NodeId(node)].flush_lsn()
     }
 
     fn heartbeat(&mut self, name: u128) {
@@ -115,6 +156,9 @@ impl Story {
                         answers.extend(safekeeper.tell(message).into_iter().map(|answer| (to, answer)));
                     }
                     Action::RetryElection => actions.extend(compute.proposer.campaign()),
+                    Action::NewerMembership { membership: Some(told), .. } => {
+                        actions.extend(compute.proposer.set_membership(told));
+                    }
                     event => compute.events.push(event),
                 }
             }
@@ -412,7 +456,8 @@ fn shared_wal_is_kept_even_if_nobody_can_send_what_follows() {
 fn elected(term: u64, proposer: u128, entries: &[(u64, u64)], start: StreamStart) -> ProposerMessage {
     let entries = entries.iter().map(|&(t, l)| TermStart { term: Term(t), start_lsn: Lsn(l) }).collect();
     let history = TermHistory::new(entries);
-    ProposerMessage::Elected(Elected { proposer: ProposerId(proposer), term: Term(term), history, start })
+    let (proposer, term, generation) = (ProposerId(proposer), Term(term), MembershipGeneration::FIRST);
+    ProposerMessage::Elected(Elected { proposer, term, history, start, generation })
 }
 
 fn append(term: u64, begin: u64, wal: &[u8]) -> ProposerMessage {
@@ -424,11 +469,13 @@ fn append(term: u64, begin: u64, wal: &[u8]) -> ProposerMessage {
         boundary,
         commit_lsn: Lsn::INVALID,
         remote_consistent_lsn: Lsn::INVALID,
+        generation: MembershipGeneration::FIRST,
     })
 }
 
 fn vote(term: VoteTerm, proposer: u128) -> ProposerMessage {
-    ProposerMessage::Vote(Vote { proposer: ProposerId(proposer), term, system_identifier: Some(7) })
+    let (proposer, generation) = (ProposerId(proposer), MembershipGeneration::FIRST);
+    ProposerMessage::Vote(Vote { proposer, term, system_identifier: Some(7), generation })
 }
 
 /// Voted for proposer 1 in term 1 and took 60 bytes of it.
@@ -449,8 +496,9 @@ fn a_term_has_one_vote() {
         other => panic!("{other:?}"),
     };
     assert_eq!(granted(VoteTerm::Exactly(Term(1)), 2), (false, 1));
-    assert_eq!(granted(VoteTerm::Exactly(Term(1)), 1), (true, 1), "said again");
+    assert_eq!(granted(VoteTerm::Exactly(Term(1)), 1), (false, 1), "the term's winner is known");
     assert_eq!(granted(VoteTerm::Exactly(Term(4)), 2), (true, 4));
+    assert_eq!(granted(VoteTerm::Exactly(Term(4)), 2), (true, 4), "said again");
     assert_eq!(granted(VoteTerm::Exactly(Term(3)), 1), (false, 4));
     assert_eq!(granted(VoteTerm::Next, 1), (true, 5));
     assert_eq!(safekeeper.disk.control.term, Term(5));
@@ -529,7 +577,8 @@ fn an_answer_to_an_append_is_about_its_own_term() {
 fn wal_with_a_gap_and_a_foreign_cluster_are_refused() {
     let mut safekeeper = one_with_wal();
     assert!(matches!(safekeeper.tell(append(1, 1061, &[1; 8]))[..], [AcceptorMessage::Failed { .. }]));
-    let foreign = Vote { proposer: ProposerId(3), term: VoteTerm::Next, system_identifier: Some(8) };
+    let generation = MembershipGeneration::FIRST;
+    let foreign = Vote { proposer: ProposerId(3), term: VoteTerm::Next, system_identifier: Some(8), generation };
     assert!(matches!(safekeeper.tell(ProposerMessage::Vote(foreign))[..], [AcceptorMessage::Refused { .. }]));
     assert_eq!(safekeeper.acceptor.state().term, Term(1));
 }
@@ -544,4 +593,160 @@ fn part_of_a_record_counts_for_nothing() {
     );
     safekeeper.tell(vote(VoteTerm::Next, 2));
     assert_eq!(safekeeper.disk.end(), Lsn(1060), "and goes with the next term");
+}
+
+fn joint(new: &[u64]) -> Membership {
+    first_three().joint_with(members(new)).expect("joint")
+}
+
+fn generations(story: &Story) -> Vec<u64> {
+    story.safekeepers.values().map(|safekeeper| safekeeper.disk.control.generation.0).collect()
+}
+
+#[test]
+fn a_leader_goes_over_to_other_members_and_goes_on() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2, 3]);
+    story.write(1, 2);
+    story.join(&[4]);
+    let joint = joint(&[1, 2, 4]);
+    let proposer = &mut story.computes.get_mut(&1).expect("compute").proposer;
+    let asked = proposer.set_membership(joint.clone());
+    assert_eq!(proposer.lagging().len(), 4, "nothing is counted that was said under the older membership");
+    story.deliver(1, asked);
+    assert!(story.established(1, 2), "1 and 2 are a majority of both");
+    story.connect(1, &[4]);
+    assert_eq!(story.computes[&1].proposer.lagging(), []);
+    assert_eq!(story.flushed_of(4), Lsn(1100), "from the proposer's memory");
+    story.change(1, &joint.completed());
+    story.tell(3, &joint.completed());
+    story.write(1, 1);
+    assert_eq!((story.commit(1), story.flushed_of(4), story.flushed_of(3)), (Lsn(1150), Lsn(1150), Lsn::INVALID));
+    assert_eq!(generations(&story), [3, 3, 3, 3]);
+    assert!(story.safekeepers[&NodeId(3)].disk.bytes.is_empty(), "who leaves forgets its log");
+    // One of those that were there before may go now.
+    story.disconnect(1, &[1]);
+    story.write(1, 1);
+    assert_eq!((story.commit(1), story.started(1)), (Lsn(1200), Some((Term(1), START))));
+}
+
+#[test]
+fn a_joint_membership_commits_with_both_majorities_only() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2, 3]);
+    story.join(&[4, 5, 6]);
+    story.change(1, &joint(&[4, 5, 6]));
+    story.write(1, 1);
+    assert_eq!((story.commit(1), story.established(1, 2)), (START, false), "the old members alone");
+    story.connect(1, &[4]);
+    assert_eq!((story.commit(1), story.established(1, 2)), (START, false));
+    story.disconnect(1, &[1, 2]);
+    story.connect(1, &[5]);
+    story.write(1, 1);
+    assert_eq!((story.commit(1), story.established(1, 2)), (START, false), "the new members alone");
+    story.connect(1, &[2]);
+    assert_eq!((story.commit(1), story.established(1, 2)), (Lsn(1100), true));
+}
+
+#[test]
+fn who_has_heard_of_a_newer_membership_takes_nothing_of_an_older_one() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2, 3]);
+    story.write(1, 1);
+    let joint = joint(&[1, 4, 5]);
+    (1..=3).for_each(|node| story.tell(node, &joint));
+    story.write(1, 1);
+    assert_eq!(story.computes[&1].proposer.membership(), &joint, "it has learned of it by being refused");
+    assert_eq!(story.commit(1), Lsn(1050));
+    let safekeeper = story.safekeepers.get_mut(&NodeId(1)).expect("safekeeper");
+    for message in [vote(VoteTerm::Next, 2), append(1, 1050, &[7; 50])] {
+        let replies = safekeeper.tell(message);
+        assert!(
+            matches!(&replies[..], [AcceptorMessage::NewerMembership { membership: Some(told), .. }] if *told == joint)
+        );
+    }
+    // It is heard of although the control plane does not reach the safekeeper itself.
+    story.join(&[4, 5]);
+    story.connect(1, &[4, 5]);
+    assert!(story.established(1, 2) && story.commit(1) == Lsn(1100));
+    assert_eq!(generations(&story), [2, 2, 2, 2, 2]);
+    assert_eq!(story.safekeepers[&NodeId(4)].disk.control.membership, None, "only its number");
+}
+
+#[test]
+fn an_idle_branch_moves_by_an_election() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2, 3]);
+    story.write(1, 3);
+    story.disconnect(1, &[1, 2, 3]);
+    story.join(&[4, 5]);
+    let joint = joint(&[3, 4, 5]);
+    story.compute_of(2, &joint, &[1, 3, 4, 5]);
+    assert!(story.established(2, 2) && story.flushed_of(5) == Lsn(1150));
+    let last = joint.completed();
+    (1..=5).for_each(|node| story.tell(node, &last));
+    story.compute_of(3, &last, &[4, 5]);
+    assert_eq!(story.started(3).map(|(_, start)| start), Some(Lsn(1150)), "without those who were there before");
+    assert_eq!(story.flushed_of(1), Lsn::INVALID);
+    // The first compute comes back: who left tells it of the newest membership, whose members are in a newer term.
+    story.connect(1, &[1]);
+    assert_eq!(story.computes[&1].proposer.membership(), &last);
+    story.connect(1, &[3]);
+    story.connect(1, &[4]);
+    assert!(story.fenced(1));
+}
+
+#[test]
+fn who_left_and_comes_back_has_no_log_but_its_terms() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2, 3]);
+    story.write(1, 2);
+    let joint = joint(&[1, 2]);
+    story.change(1, &joint);
+    story.change(1, &joint.completed());
+    story.tell(3, &joint.completed());
+    let left = story.safekeepers[&NodeId(3)].acceptor.state().clone();
+    assert_eq!((left.term, left.flush_lsn, left.history.entries().len()), (Term(1), Lsn::INVALID, 0));
+    let again = joint.completed().joint_with(members(&[1, 2, 3])).expect("joint");
+    story.change(1, &again);
+    story.connect(1, &[3]);
+    story.change(1, &again.completed());
+    story.write(1, 1);
+    assert_eq!((story.flushed(), generations(&story)), ([1150; 3], vec![5, 5, 5]));
+}
+
+#[test]
+fn doubtful_votes_are_told_apart_in_each_set_of_members() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2, 3]);
+    story.write(1, 1);
+    story.disconnect(1, &[3]);
+    story.write(1, 1);
+    story.disconnect(1, &[1, 2]);
+    // Safekeeper 2 loses the last record; only 1 has it now.
+    let disk = &mut story.safekeepers.get_mut(&NodeId(2)).expect("safekeeper").disk;
+    let at = disk.bytes.len() - 1;
+    disk.bytes[at] ^= 1;
+    let recovered = disk.recover().expect("recover");
+    assert!(recovered.doubtful);
+    story.safekeepers.get_mut(&NodeId(2)).expect("safekeeper").acceptor = Acceptor::new(recovered);
+    story.join(&[4, 5]);
+    let joint = joint(&[3, 4, 5]);
+    story.compute_of(2, &joint, &[2, 3, 4, 5]);
+    assert_eq!(story.started(2), None, "a majority of the new members is sure, one of the old is not");
+    story.connect(2, &[1]);
+    assert_eq!(story.started(2).map(|(_, start)| start), Some(Lsn(1100)));
+}
+
+#[test]
+fn a_change_can_be_taken_back() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2, 3]);
+    story.join(&[4, 5, 6]);
+    let joint = joint(&[4, 5, 6]);
+    story.change(1, &joint);
+    story.write(1, 1);
+    assert_eq!(story.commit(1), START, "the new members are away");
+    story.change(1, &joint.abandoned());
+    assert_eq!((story.commit(1), story.established(1, 3)), (Lsn(1050), true));
 }

@@ -29,8 +29,23 @@ fn nothing_committed_is_ever_lost_or_changed() {
         *counts.entry(what).or_default() += count;
     }
     println!("{counts:?}");
-    let often =
-        ["started", "committed", "fenced", "crash", "trim", "campaign", "reelected", "refused", "parted", "rot"];
+    let often = [
+        "started",
+        "committed",
+        "fenced",
+        "crash",
+        "trim",
+        "campaign",
+        "reelected",
+        "refused",
+        "parted",
+        "rot",
+        "joint",
+        "completed",
+        "abandoned",
+        "established",
+        "newer",
+    ];
     for what in often {
         assert!(counts.get(what).copied().unwrap_or_default() >= seeds / 20, "hardly any {what}: {counts:?}");
     }
@@ -74,4 +89,14 @@ fn a_reelection_after_somebody_else_has_led_is_noticed() {
 #[test]
 fn committing_old_terms_by_counting_is_noticed() {
     println!("{}", finds(Mutation::CommitOldTermsByCounting).expect("must be noticed"));
+}
+
+#[test]
+fn a_membership_completed_before_it_is_established_is_noticed() {
+    println!("{}", finds(Mutation::CompleteUnestablished).expect("must be noticed"));
+}
+
+#[test]
+fn committing_with_the_new_members_only_is_noticed() {
+    println!("{}", finds(Mutation::CommitWithNewMembersOnly).expect("must be noticed"));
 }

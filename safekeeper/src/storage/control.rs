@@ -14,17 +14,20 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use safekeeper_protocol::AcceptorState;
-use types::Lsn;
+use safekeeper_protocol::{AcceptorState, ProposerId, TermHistory};
+use serde::{Deserialize, Serialize};
+use types::{Lsn, MembershipGeneration, Term};
 
 use super::{StorageError, sync_dir};
 
 const NAME: &str = "control";
 const TEMPORARY_NAME: &str = "control.new";
 const MAGIC: u32 = 0x4B53_4D44;
-const FORMAT_VERSION: u32 = 2;
+const FORMAT_VERSION: u32 = 3;
+/// The version before memberships could change.
+const FORMAT_WITHOUT_MEMBERSHIP: u32 = 2;
 const HEADER_BYTES: usize = 24;
-/// Holds the longest term history that is accepted (2,000 entries of at most 20 bytes).
+/// Holds the longest term history that is accepted (2,000 entries of at most 20 bytes), and a membership of dozens.
 const SLOT_BYTES: u64 = 64 * 1024;
 const MARK_AT: u64 = 2 * SLOT_BYTES;
 const MARK_BYTES: usize = 12;
@@ -130,7 +133,7 @@ fn decode(slot: &[u8]) -> Result<(u64, AcceptorState), String> {
         return Err("not a control file".to_owned());
     }
     let version = u32::from_le_bytes(word(4));
-    if version != FORMAT_VERSION {
+    if version != FORMAT_VERSION && version != FORMAT_WITHOUT_MEMBERSHIP {
         return Err(format!("format version {version}, this program knows {FORMAT_VERSION}"));
     }
     let sequence = u64::from(u32::from_le_bytes(word(8))) | u64::from(u32::from_le_bytes(word(12))) << 32;
@@ -139,7 +142,43 @@ fn decode(slot: &[u8]) -> Result<(u64, AcceptorState), String> {
     if checksum(sequence, word(16), body) != u32::from_le_bytes(word(20)) {
         return Err("checksum mismatch".to_owned());
     }
-    Ok((sequence, postcard::from_bytes(body).map_err(|e| e.to_string())?))
+    let state = match version {
+        FORMAT_WITHOUT_MEMBERSHIP => postcard::from_bytes::<StateWithoutMembership>(body).map(AcceptorState::from),
+        _ => postcard::from_bytes(body),
+    };
+    Ok((sequence, state.map_err(|e| e.to_string())?))
+}
+
+/// The body in [`FORMAT_WITHOUT_MEMBERSHIP`].
+#[derive(Debug, Serialize, Deserialize)]
+struct StateWithoutMembership {
+    term: Term,
+    voted_for: Option<ProposerId>,
+    history: TermHistory,
+    system_identifier: Option<u64>,
+    log_start_lsn: Lsn,
+    flush_lsn: Lsn,
+    commit_lsn: Lsn,
+    remote_consistent_lsn: Lsn,
+    doubtful: bool,
+}
+
+impl From<StateWithoutMembership> for AcceptorState {
+    fn from(old: StateWithoutMembership) -> AcceptorState {
+        AcceptorState {
+            term: old.term,
+            voted_for: old.voted_for,
+            history: old.history,
+            system_identifier: old.system_identifier,
+            log_start_lsn: old.log_start_lsn,
+            flush_lsn: old.flush_lsn,
+            commit_lsn: old.commit_lsn,
+            remote_consistent_lsn: old.remote_consistent_lsn,
+            doubtful: old.doubtful,
+            generation: MembershipGeneration::FIRST,
+            membership: None,
+        }
+    }
 }
 
 fn checksum(sequence: u64, length: [u8; 4], body: &[u8]) -> u32 {
@@ -154,8 +193,8 @@ fn error_of(slot: &Result<(u64, AcceptorState), String>) -> &str {
 #[cfg(test)]
 mod tests {
     use proptest::{collection::vec, option, prelude::*, sample::Index};
-    use safekeeper_protocol::{ProposerId, TermHistory, TermStart, history::MAX_HISTORY_ENTRIES};
-    use types::Term;
+    use safekeeper_protocol::{TermStart, history::MAX_HISTORY_ENTRIES};
+    use types::{Member, Membership, NodeId};
 
     use super::*;
 
@@ -203,6 +242,32 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_control_file_from_before_memberships_is_read() {
+        let old = StateWithoutMembership {
+            term: Term(7),
+            voted_for: Some(ProposerId(1)),
+            history: TermHistory::new(vec![TermStart { term: Term(7), start_lsn: Lsn(8) }]),
+            system_identifier: Some(9),
+            log_start_lsn: Lsn(8),
+            flush_lsn: Lsn(24),
+            commit_lsn: Lsn(16),
+            remote_consistent_lsn: Lsn(3),
+            doubtful: true,
+        };
+        let body = postcard::to_stdvec(&old).expect("body");
+        let mut slot = encode(5, &state(1)).expect("encode");
+        let length = (body.len() as u32).to_le_bytes();
+        slot.truncate(HEADER_BYTES);
+        slot[4..8].copy_from_slice(&FORMAT_WITHOUT_MEMBERSHIP.to_le_bytes());
+        slot[16..20].copy_from_slice(&length);
+        slot[20..24].copy_from_slice(&checksum(5, length, &body).to_le_bytes());
+        slot.extend_from_slice(&body);
+        let expected = AcceptorState::from(old);
+        assert_eq!((expected.generation, expected.flush_lsn), (MembershipGeneration::FIRST, Lsn(24)));
+        assert_eq!(decode(&slot), Ok((5, expected)));
+    }
+
     /// A control file with these slots, each as long as its space.
     fn write_slots(directory: &Path, slots: [&[u8]; 2]) {
         let mut file = vec![0; 2 * SLOT_BYTES as usize];
@@ -216,9 +281,13 @@ mod tests {
     fn any_state() -> impl Strategy<Value = AcceptorState> {
         let entries = vec((any::<u64>(), any::<u64>()), 0..40);
         let voted_for = option::of(any::<u128>().prop_map(ProposerId));
-        (any::<[u64; 5]>(), voted_for, option::of(any::<u64>()), entries, any::<bool>()).prop_map(
-            |(numbers, voted_for, system_identifier, entries, doubtful)| {
-                let [term, log_start, flush, commit, remote] = numbers;
+        let member = (any::<u64>(), "[a-z.]{1,20}:[0-9]{1,5}");
+        let member = member.prop_map(|(node, address)| Member { node: NodeId(node), address });
+        let sets = (vec(member.clone(), 1..6), option::of(vec(member, 1..6)));
+        (any::<[u64; 6]>(), voted_for, option::of(any::<u64>()), entries, any::<bool>(), option::of(sets)).prop_map(
+            |(numbers, voted_for, system_identifier, entries, doubtful, sets)| {
+                let [term, log_start, flush, commit, remote, generation] = numbers;
+                let generation = MembershipGeneration(generation);
                 let start = |(term, lsn)| TermStart { term: Term(term), start_lsn: Lsn(lsn) };
                 AcceptorState {
                     term: Term(term),
@@ -230,6 +299,8 @@ mod tests {
                     commit_lsn: Lsn(commit),
                     remote_consistent_lsn: Lsn(remote),
                     doubtful,
+                    generation,
+                    membership: sets.map(|(members, new_members)| Membership { generation, members, new_members }),
                 }
             },
         )

@@ -10,11 +10,13 @@ use std::{
 
 use bytes::Bytes;
 use dormouse_safekeeper::{Config, Server, ServerError};
-use safekeeper_client::{BranchStatus, ProposerConfig, WalProposer, WalReader, WalReaderConfig, branch_status};
+use safekeeper_client::{
+    BranchStatus, ProposerConfig, WalProposer, WalReader, WalReaderConfig, branch_status, set_branch_membership,
+};
 use tempfile::TempDir;
 use tokio::{task::JoinHandle, time::sleep};
 use tokio_util::sync::CancellationToken;
-use types::{BranchId, BranchRef, Lsn, NodeId, ProjectId};
+use types::{BranchId, BranchRef, Lsn, Member, Membership, NodeId, ProjectId};
 use wal::{
     RmgrId,
     encode::{RecordToWrite, encode_record},
@@ -33,6 +35,8 @@ pub struct Cluster {
     nodes: Vec<Node>,
     idle_seconds: u64,
     pub branch: BranchRef,
+    /// What computes are given.
+    pub membership: Membership,
     records: Records,
 }
 
@@ -60,12 +64,32 @@ impl Cluster {
         std::fs::write(dir.path().join("public.pem"), &keys.public_pem).expect("write key");
         let signer = TokenSigner::from_pem(&keys.private_pem).expect("signer");
         let nodes = (0..count).map(|_| Node { address: ([127, 0, 0, 1], 0).into(), running: None }).collect();
-        let records = Records::default();
-        let mut cluster = Cluster { dir, signer, nodes, idle_seconds, branch: branch("main"), records };
+        let (records, membership) = (Records::default(), Membership::first(Vec::new()));
+        let mut cluster = Cluster { dir, signer, nodes, idle_seconds, branch: branch("main"), membership, records };
         for index in 0..count {
             cluster.run(index).await;
         }
+        cluster.membership = Membership::first((0..count).map(|index| cluster.member(index)).collect());
         cluster
+    }
+
+    /// Starts a further safekeeper, which is no member yet.
+    pub async fn join(&mut self) -> Member {
+        self.nodes.push(Node { address: ([127, 0, 0, 1], 0).into(), running: None });
+        let index = self.nodes.len() - 1;
+        self.run(index).await;
+        self.member(index)
+    }
+
+    pub fn member(&self, index: usize) -> Member {
+        Member { node: NodeId(index as u64 + 1), address: self.address(index) }
+    }
+
+    /// Tells a safekeeper of the membership.
+    pub async fn tell(&self, index: usize) -> BranchStatus {
+        let (address, token) = (self.address(index), self.token(Scope::Service));
+        let told = set_branch_membership(&address, &token, &self.branch, &self.membership);
+        within(told).await.expect("tell")
     }
 
     /// Starts a safekeeper, on the address it had before.
@@ -128,14 +152,11 @@ impl Cluster {
         self.signer.sign(scope, Duration::from_secs(600)).expect("sign")
     }
 
-    fn safekeepers(&self) -> Vec<(NodeId, String)> {
-        (0..self.nodes.len()).map(|index| (NodeId(index as u64 + 1), self.address(index))).collect()
-    }
-
     pub fn proposer_config(&self) -> ProposerConfig {
         ProposerConfig {
             branch: self.branch.clone(),
-            safekeepers: self.safekeepers(),
+            membership: self.membership.clone(),
+            follows_membership: true,
             token: self.token(Scope::Branch { branch: self.branch.clone() }),
             branch_start_lsn: START,
             system_identifier: Some(SYSTEM),
@@ -151,10 +172,10 @@ impl Cluster {
     /// A candidate that knows of one safekeeper and, for all that it can tell, of two others that are away.
     pub fn stray_candidate(&self, index: usize) -> JoinHandle<()> {
         let mut config = self.proposer_config();
-        for (other, (_, address)) in config.safekeepers.iter_mut().enumerate() {
+        for (other, member) in config.membership.members.iter_mut().enumerate() {
             if other != index {
                 // Nothing listens on the discard port.
-                *address = "127.0.0.1:9".to_owned();
+                member.address = "127.0.0.1:9".to_owned();
             }
         }
         tokio::spawn(async move {
@@ -165,7 +186,7 @@ impl Cluster {
     pub fn reader(&self, from: Lsn) -> WalReader {
         let config = WalReaderConfig {
             branch: self.branch.clone(),
-            safekeepers: self.safekeepers(),
+            safekeepers: self.membership.all(),
             token: self.token(Scope::Service),
         };
         WalReader::new(config, from)

@@ -6,3 +6,4 @@ pub mod endpoints;
 pub mod history;
 pub mod jwks;
 pub mod projects;
+pub mod safekeepers;

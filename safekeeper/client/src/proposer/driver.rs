@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU64},
     time::Duration,
 };
 
@@ -12,14 +12,14 @@ use safekeeper_protocol::{
 };
 use tokio::{
     sync::{Notify, mpsc, oneshot, watch},
-    task::JoinSet,
+    task::{AbortHandle, JoinSet},
     time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
-use tracing::{error, info, warn};
-use types::{BranchRef, NodeId};
+use tracing::{debug, error, info, warn};
+use types::{BranchRef, Member, Membership, MembershipGeneration, NodeId};
 
 use super::{
-    ElectError, Elected, Progress, ProposerConfig,
+    ElectError, Elected, MembershipStatus, Progress, ProposerConfig,
     peer::{PeerEvent, PeerTask},
     scanner::WalScanner,
 };
@@ -38,6 +38,16 @@ const ELECTION_RETRY_MS: u64 = 50;
 pub(super) enum Command {
     Append(Bytes),
     Finish(oneshot::Sender<()>),
+    SetMembership(Membership),
+    Membership(oneshot::Sender<MembershipStatus>),
+}
+
+/// A member that is connected, or being connected to.
+struct Connecting {
+    /// Has it connect without a pause.
+    hurry: Arc<Notify>,
+    address: String,
+    task: AbortHandle,
 }
 
 pub(super) struct Driver {
@@ -48,14 +58,18 @@ pub(super) struct Driver {
     /// Taken once the election is decided.
     result: Option<oneshot::Sender<Result<Elected, ElectError>>>,
     events: mpsc::UnboundedReceiver<PeerEvent>,
+    event_sender: mpsc::UnboundedSender<PeerEvent>,
+    token: String,
     /// Ends the connections with the driver.
-    _peers: JoinSet<()>,
+    tasks: JoinSet<()>,
+    members: BTreeMap<NodeId, Connecting>,
+    /// Grows with each connection of whatever member.
+    epochs: Arc<AtomicU64>,
+    follows_membership: bool,
     retry_at: Option<Instant>,
     finishing: Option<(oneshot::Sender<()>, Instant)>,
     /// Safekeepers whose connection may yet come up: the attempt under way has not failed.
     trying: BTreeSet<NodeId>,
-    /// Has peers connect without a pause.
-    hurry: Vec<(NodeId, Arc<Notify>)>,
     over: bool,
 }
 
@@ -67,7 +81,7 @@ impl Driver {
     ) -> Driver {
         let settings = ProposerSettings {
             id: ProposerId(rand::random()),
-            members: config.safekeepers.iter().map(|(node, _)| *node).collect(),
+            membership: config.membership,
             branch_start_lsn: config.branch_start_lsn,
             system_identifier: config.system_identifier,
             buffer_bytes: BUFFER_BYTES,
@@ -75,35 +89,102 @@ impl Driver {
             message_bytes: MAX_WAL_BYTES_PER_MESSAGE,
             stranded_heartbeats: STRANDED_HEARTBEATS,
         };
-        let trying = settings.members.iter().copied().collect();
-        let mut hurry = Vec::new();
         let (event_sender, events) = mpsc::unbounded_channel();
-        let mut peers = JoinSet::new();
-        for (node, address) in config.safekeepers {
-            let task = PeerTask {
-                node,
-                address,
-                token: config.token.clone(),
-                branch: config.branch.clone(),
-                events: event_sender.clone(),
-                hurry: Arc::new(Notify::new()),
-            };
-            hurry.push((node, Arc::clone(&task.hurry)));
-            peers.spawn(task.run());
-        }
-        Driver {
+        let mut driver = Driver {
             branch: config.branch,
             proposer: Proposer::new(settings),
             links: BTreeMap::new(),
             progress,
             result: Some(result),
             events,
-            _peers: peers,
+            event_sender,
+            token: config.token,
+            tasks: JoinSet::new(),
+            members: BTreeMap::new(),
+            epochs: Arc::default(),
+            follows_membership: config.follows_membership,
             retry_at: None,
             finishing: None,
-            trying,
-            hurry,
+            trying: BTreeSet::new(),
             over: false,
+        };
+        driver.connect_members();
+        driver
+    }
+
+    /// Connects to the members there are now, and gives up the connections to others.
+    fn connect_members(&mut self) {
+        let members = self.proposer.membership().all();
+        let stays = |node: &NodeId, address: &str| members.iter().any(|m| m.node == *node && m.address == address);
+        let gone = self.members.iter().filter(|(node, connecting)| !stays(node, &connecting.address));
+        for node in gone.map(|(node, _)| *node).collect::<Vec<_>>() {
+            if let Some(connecting) = self.members.remove(&node) {
+                connecting.task.abort();
+            }
+            self.links.remove(&node);
+            self.trying.remove(&node);
+            // Where only the address is another one.
+            let actions = self.proposer.disconnected(node);
+            self.perform(actions);
+        }
+        while self.tasks.try_join_next().is_some() {}
+        for Member { node, address } in members {
+            if !self.members.contains_key(&node) {
+                self.connect(node, address);
+            }
+        }
+    }
+
+    fn connect(&mut self, node: NodeId, address: String) {
+        let hurry = Arc::new(Notify::new());
+        let task = PeerTask {
+            node,
+            address: address.clone(),
+            token: self.token.clone(),
+            branch: self.branch.clone(),
+            events: self.event_sender.clone(),
+            epochs: Arc::clone(&self.epochs),
+            hurry: Arc::clone(&hurry),
+        };
+        let task = self.tasks.spawn(task.run());
+        self.members.insert(node, Connecting { hurry, address, task });
+        self.trying.insert(node);
+    }
+
+    fn set_membership(&mut self, membership: Membership) {
+        let before = self.proposer.membership().generation;
+        info!(branch = %self.branch, %before, %membership, "going over to another membership");
+        let actions = self.proposer.set_membership(membership);
+        self.perform(actions);
+        self.connect_members();
+    }
+
+    /// A safekeeper has heard of a newer membership than this proposer's.
+    fn newer_membership(&mut self, from: NodeId, known: MembershipGeneration, membership: Option<Membership>) {
+        let given = self.proposer.membership().generation;
+        let membership = membership.filter(|membership| membership.generation > given);
+        match membership {
+            _ if !self.follows_membership => self.end(ElectError::Outdated { given, known }),
+            Some(membership) => self.set_membership(membership),
+            None => {
+                warn!(branch = %self.branch, safekeeper = %from, %given, %known, "a safekeeper has heard of a newer membership, and does not know its members");
+                self.lose(from);
+            }
+        }
+    }
+
+    /// Ends a connection; its task connects again.
+    fn lose(&mut self, node: NodeId) {
+        self.links.remove(&node);
+        let actions = self.proposer.disconnected(node);
+        self.perform(actions);
+    }
+
+    fn membership_status(&self) -> MembershipStatus {
+        MembershipStatus {
+            generation: self.proposer.membership().generation,
+            established: self.proposer.is_established(),
+            lagging: self.proposer.lagging(),
         }
     }
 
@@ -153,29 +234,46 @@ impl Driver {
 
     fn take_commands(&mut self, batch: &mut Vec<Command>) {
         let mut pieces = Vec::with_capacity(batch.len());
+        let (mut memberships, mut askers) = (Vec::new(), Vec::new());
         for command in batch.drain(..) {
             match command {
                 Command::Append(wal) => pieces.push(wal),
                 Command::Finish(reply) => self.finishing = Some((reply, Instant::now() + FINISH_LIMIT)),
+                Command::SetMembership(membership) => memberships.push(membership),
+                Command::Membership(asker) => askers.push(asker),
             }
         }
         let mut actions = self.proposer.append(pieces);
         if self.finishing.is_some() {
             actions.extend(self.proposer.finish());
             // Those that are away are given another chance to hear how far the log is committed.
-            for (node, hurry) in &self.hurry {
+            for (node, connecting) in &self.members {
                 if !self.links.contains_key(node) {
                     self.trying.insert(*node);
-                    hurry.notify_one();
+                    connecting.hurry.notify_one();
                 }
             }
         }
         self.perform(actions);
+        let newer = |membership: &Membership| membership.generation > self.proposer.membership().generation;
+        if let Some(membership) = memberships.into_iter().filter(newer).max_by_key(|membership| membership.generation) {
+            self.set_membership(membership);
+        }
+        for asker in askers {
+            // It may be gone.
+            let _ = asker.send(self.membership_status());
+        }
     }
 
     fn take_event(&mut self, event: PeerEvent) {
         let actions = match event {
-            PeerEvent::Connected { node, epoch, link } => {
+            // Told by a task that has been given up since.
+            PeerEvent::Connected { node, address, .. }
+                if self.members.get(&node).is_none_or(|member| member.address != address) =>
+            {
+                return;
+            }
+            PeerEvent::Connected { node, epoch, link, .. } => {
                 self.trying.remove(&node);
                 self.links.insert(node, (epoch, link));
                 self.proposer.connected(node)
@@ -239,23 +337,26 @@ impl Driver {
                 }
                 Action::Disconnect { to, reason } => {
                     warn!(branch = %self.branch, safekeeper = %to, reason, "closing the connection to a safekeeper");
-                    // Dropping the link ends the connection's task, which connects again.
-                    self.links.remove(&to);
                     lost.push(to);
+                }
+                Action::Established { generation } => {
+                    debug!(branch = %self.branch, %generation, "committed under this membership");
+                }
+                Action::NewerMembership { from, generation, membership } => {
+                    self.newer_membership(from, generation, membership);
                 }
             }
         }
-        for node in lost {
-            let actions = self.proposer.disconnected(node);
-            self.perform(actions);
-        }
+        lost.into_iter().for_each(|node| self.lose(node));
     }
 
     fn end(&mut self, error: ElectError) {
         warn!(branch = %self.branch, %error, "this proposer is over");
         let reason: Arc<str> = match &error {
             ElectError::Fenced(reason) => Arc::from(reason.as_str()),
-            ElectError::Config(_) | ElectError::Denied(_) | ElectError::Deleted => Arc::from(error.to_string()),
+            ElectError::Config(_) | ElectError::Denied(_) | ElectError::Deleted | ElectError::Outdated { .. } => {
+                Arc::from(error.to_string())
+            }
         };
         self.progress.send_modify(|p| p.fenced = Some(reason));
         if let Some(result) = self.result.take() {

@@ -4,13 +4,20 @@ mod driver;
 mod peer;
 mod scanner;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
-use types::{BranchRef, Lsn, NodeId, Term};
+use tokio::time::{Instant, sleep};
+use types::{BranchRef, Lsn, Membership, MembershipGeneration, NodeId, Term};
 
 use self::driver::{Command, Driver};
+
+/// How often it is looked whether safekeepers have caught up.
+const CATCH_UP_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A won term, through which WAL is shipped. Cheap to clone; the work is done by a task that ends with the last clone.
 #[derive(Clone)]
@@ -25,8 +32,11 @@ pub struct WalProposer {
 pub struct ProposerConfig {
     /// The branch.
     pub branch: BranchRef,
-    /// All of the branch's safekeepers and their `host:port`; more than half of them make a majority.
-    pub safekeepers: Vec<(NodeId, String)>,
+    /// The branch's safekeepers.
+    pub membership: Membership,
+    /// Whether it goes over to a newer membership that a safekeeper has been told of. The control plane, which makes them, does not:
+    /// its own election then ends with [`ElectError::Outdated`].
+    pub follows_membership: bool,
     /// A token that allows the branch. Never logged.
     pub token: String,
     /// Where the branch's WAL begins when no safekeeper has any of it yet.
@@ -59,6 +69,25 @@ pub enum ElectError {
     /// The branch has been deleted from the safekeepers.
     #[error("the branch has been deleted")]
     Deleted,
+    /// The safekeepers know a newer membership than this proposer was given.
+    #[error("safekeepers know membership {known} of the branch, {given} was given")]
+    Outdated {
+        /// Of the configuration.
+        given: MembershipGeneration,
+        /// Theirs.
+        known: MembershipGeneration,
+    },
+}
+
+/// How far a proposer has come with its membership.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MembershipStatus {
+    /// The membership by which it counts.
+    pub generation: MembershipGeneration,
+    /// It has committed under it: a joint one may be completed.
+    pub established: bool,
+    /// Members that do not have, as far as is known, everything that is committed.
+    pub lagging: Vec<NodeId>,
 }
 
 /// A newer term was won by somebody else: nothing will be committed through this proposer any more.
@@ -137,6 +166,18 @@ impl WalProposer {
         fenced.map_or_else(|| self.stopped(), |reason| Fenced(reason.to_string()))
     }
 
+    /// Goes over to a newer membership; an older one changes nothing.
+    pub fn set_membership(&self, membership: Membership) -> Result<(), Fenced> {
+        self.commands.send(Command::SetMembership(membership)).map_err(|_| self.stopped())
+    }
+
+    /// How far it has come with its membership.
+    pub async fn membership(&self) -> Result<MembershipStatus, Fenced> {
+        let (reply, status) = oneshot::channel();
+        self.commands.send(Command::Membership(reply)).map_err(|_| self.stopped())?;
+        status.await.map_err(|_| self.stopped())
+    }
+
     /// Waits until everything is committed and all reachable safekeepers have stored that it is, and closes the connections.
     /// One that is waiting to be reached again is tried at once. Takes at most 3 seconds.
     pub async fn finish(self) {
@@ -160,16 +201,25 @@ pub async fn settle(config: ProposerConfig) -> Result<Lsn, ElectError> {
     Ok(elected.start_lsn)
 }
 
+/// [`settle`] for a branch whose membership changes: under the joint membership, so that this is established, and waiting, at most
+/// so long, until these safekeepers have everything that is committed. Answers which of them have not.
+pub async fn carry_over(config: ProposerConfig, to: &[NodeId], limit: Duration) -> Result<Vec<NodeId>, ElectError> {
+    let (proposer, _) = WalProposer::elect(config).await?;
+    let deadline = Instant::now() + limit;
+    let lagging = loop {
+        let status = proposer.membership().await.map_err(|Fenced(reason)| ElectError::Fenced(reason))?;
+        let lagging: Vec<NodeId> = status.lagging.into_iter().filter(|node| to.contains(node)).collect();
+        if lagging.is_empty() || Instant::now() >= deadline {
+            break lagging;
+        }
+        sleep(CATCH_UP_INTERVAL).await;
+    };
+    proposer.finish().await;
+    Ok(lagging)
+}
+
 fn check(config: &ProposerConfig) -> Result<(), ElectError> {
-    let mut nodes: Vec<NodeId> = config.safekeepers.iter().map(|(node, _)| *node).collect();
-    nodes.sort_unstable();
-    nodes.dedup();
-    if nodes.is_empty() {
-        return Err(ElectError::Config("the branch has no safekeepers".to_owned()));
-    }
-    if nodes.len() != config.safekeepers.len() {
-        return Err(ElectError::Config("a safekeeper is named twice".to_owned()));
-    }
+    config.membership.check().map_err(|error| ElectError::Config(error.to_string()))?;
     if !config.branch_start_lsn.is_valid() {
         return Err(ElectError::Config("branch_start_lsn is 0/0".to_owned()));
     }

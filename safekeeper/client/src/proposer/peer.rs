@@ -1,6 +1,12 @@
 //! The connection to one safekeeper, kept up.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use safekeeper_protocol::{AcceptorMessage, ProposerMessage, message::RequestBody};
 use tokio::{
@@ -25,6 +31,7 @@ const MAX_MESSAGES_PER_WRITE: usize = 64;
 pub(super) enum PeerEvent {
     Connected {
         node: NodeId,
+        address: String,
         epoch: u64,
         link: mpsc::UnboundedSender<ProposerMessage>,
     },
@@ -52,6 +59,8 @@ pub(super) struct PeerTask {
     pub token: String,
     pub branch: BranchRef,
     pub events: mpsc::UnboundedSender<PeerEvent>,
+    /// Numbers of connections, whosever.
+    pub epochs: Arc<AtomicU64>,
     /// Ends the pause before the next attempt.
     pub hurry: Arc<Notify>,
 }
@@ -61,10 +70,8 @@ impl PeerTask {
     pub async fn run(self) {
         let mut backoff = FIRST_BACKOFF;
         let mut quiet = false;
-        for epoch in 1u64.. {
-            if self.events.is_closed() {
-                return;
-            }
+        while !self.events.is_closed() {
+            let epoch = self.epochs.fetch_add(1, Ordering::Relaxed);
             let (error, worked) = self.connect_once(epoch).await;
             if let ConnectionError::Denied { reason, .. } = &error {
                 let _ = self.events.send(PeerEvent::Denied { reason: reason.clone() });
@@ -98,7 +105,7 @@ impl PeerTask {
         };
         let (link, outgoing) = mpsc::unbounded_channel();
         // Told before the greeting is answered: the vote goes out with it.
-        let _ = self.events.send(PeerEvent::Connected { node: self.node, epoch, link });
+        let _ = self.events.send(PeerEvent::Connected { node: self.node, address: self.address.clone(), epoch, link });
         let mut worked = false;
         let error = tokio::select! {
             error = self.write(&mut writer, outgoing) => error,

@@ -1,6 +1,6 @@
 //! Winning a term, and telling safekeepers of it.
 
-use types::{Lsn, NodeId, Term};
+use types::{Lsn, Member, NodeId, Term};
 
 use super::{Action, Leadership, Office, Peer, Phase, Proposer, RecordScanner, buffer::WalBuffer, streaming::Follower};
 use crate::{
@@ -26,6 +26,10 @@ impl<S: RecordScanner> Proposer<S> {
 
     pub(super) fn handle_vote_reply(&mut self, from: NodeId, reply: VoteReply, actions: &mut Vec<Action>) {
         self.horizon = self.horizon.max(reply.remote_consistent_lsn);
+        if reply.generation != self.generation() {
+            // It votes again under the membership that this proposer is going over to.
+            return;
+        }
         let (term, log_term) = (reply.term, reply.history.last_term());
         self.peers.insert(from, Peer::Voted(Box::new(reply)));
         if let Some(reason) = self.deposed_by(from, log_term) {
@@ -86,7 +90,7 @@ impl<S: RecordScanner> Proposer<S> {
     /// what follows it can be sent on. Had another proposer committed anything in between, one of the majority would have
     /// shown its term.
     pub(super) fn recover_stranded(&mut self, actions: &mut Vec<Action>) {
-        let majority = self.majority();
+        let enough_connected = self.settings.membership.is_quorum(|node| self.is_connected(node));
         let Phase::Leader(leader) = &mut self.phase else { return };
         let term = leader.term;
         let is_stranded = |peer: &Peer<S>| voted(peer).is_some_and(|reply| reply.term > term);
@@ -97,8 +101,7 @@ impl<S: RecordScanner> Proposer<S> {
             return;
         }
         leader.stranded_beats += 1;
-        let connected = self.peers.values().filter(|peer| !matches!(peer, Peer::Away)).count();
-        if leader.stranded_beats < self.settings.stranded_heartbeats || connected < majority {
+        if leader.stranded_beats < self.settings.stranded_heartbeats || !enough_connected {
             return stranded.into_iter().for_each(|node| self.ask(node, VoteTerm::Exactly(term), actions));
         }
         self.campaign_from(term);
@@ -127,16 +130,11 @@ impl<S: RecordScanner> Proposer<S> {
             self.peers.iter().filter_map(|(node, peer)| voted(peer).map(|reply| (*node, reply))).collect();
         let Some(highest) = replies.iter().map(|(_, reply)| reply.term).max() else { return };
         let term = candidate.unwrap_or(highest).max(highest);
-        let granted =
-            replies.iter().filter(|(node, reply)| reply.granted && reply.term == term && !self.damaged.contains(node));
-        let counts = |reply: &VoteReply| !reply.doubtful || self.breaks(Mutation::CountDoubtfulVotes);
-        let sure = granted.clone().filter(|(_, reply)| counts(reply)).count();
-        // When all have voted, nobody who has more can be away.
-        if sure >= self.majority() || granted.count() == self.settings.members.len() {
+        if self.settings.membership.sets().all(|set| self.is_elected_by(set, term)) {
             return self.become_leader(term, actions);
         }
         let refused = replies.iter().any(|(_, reply)| !reply.granted && reply.term >= term);
-        if replies.len() < self.majority() {
+        if !self.settings.membership.is_quorum(|node| replies.iter().any(|(voter, _)| *voter == node)) {
             return;
         }
         if refused {
@@ -148,6 +146,18 @@ impl<S: RecordScanner> Proposer<S> {
         for node in below {
             self.ask(node, VoteTerm::Exactly(term), actions);
         }
+    }
+
+    /// Whether a majority of a set of members has voted for this term without doubts, or all of them with: nobody who has more can
+    /// be away then.
+    fn is_elected_by(&self, set: &[Member], term: Term) -> bool {
+        let vote = |node: NodeId| {
+            let reply = self.peers.get(&node).and_then(voted)?;
+            (reply.granted && reply.term == term && !self.damaged.contains(&node)).then_some(reply)
+        };
+        let counts = |reply: &VoteReply| !reply.doubtful || self.breaks(Mutation::CountDoubtfulVotes);
+        let sure = set.iter().filter(|member| vote(member.node).is_some_and(counts)).count();
+        sure > set.len() / 2 || set.iter().all(|member| vote(member.node).is_some())
     }
 
     fn become_leader(&mut self, term: Term, actions: &mut Vec<Action>) {
@@ -248,7 +258,8 @@ impl<S: RecordScanner> Proposer<S> {
 
     pub(super) fn send_elected(&self, node: NodeId, start: StreamStart, actions: &mut Vec<Action>) {
         let Phase::Leader(leader) = &self.phase else { return };
-        let elected = Elected { proposer: self.settings.id, term: leader.term, history: leader.history.clone(), start };
+        let (proposer, history, generation) = (self.settings.id, leader.history.clone(), self.generation());
+        let elected = Elected { proposer, term: leader.term, history, start, generation };
         actions.push(Action::Send { to: node, message: ProposerMessage::Elected(elected) });
     }
 

@@ -2,12 +2,13 @@
 
 mod buffer;
 mod campaign;
+mod membership;
 mod streaming;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use types::{Lsn, NodeId, Term};
+use types::{Lsn, Membership, MembershipGeneration, NodeId, Term};
 
 use self::{buffer::WalBuffer, streaming::Follower};
 use crate::{
@@ -31,6 +32,8 @@ pub struct Proposer<S> {
     commit_lsn: Lsn,
     /// The highest position that any safekeeper knows to be in the object store.
     horizon: Lsn,
+    /// This membership's majorities have held, all at once, everything that is committed.
+    established: bool,
     /// Safekeepers that are passed over in the election that goes on: their logs end in damage.
     damaged: BTreeSet<NodeId>,
     /// Goodbye is said to everybody that has everything.
@@ -53,8 +56,8 @@ pub trait RecordScanner {
 pub struct ProposerSettings {
     /// Different for every run.
     pub id: ProposerId,
-    /// All safekeepers of the branch; more than half of them make a majority.
-    pub members: Vec<NodeId>,
+    /// The safekeepers of the branch.
+    pub membership: Membership,
     /// Where the log starts when no safekeeper has any of it.
     pub branch_start_lsn: Lsn,
     /// The cluster's identifier, when known.
@@ -92,6 +95,12 @@ pub enum Action {
     Disconnect { to: NodeId, reason: String },
     /// The safekeepers have deleted the branch.
     BranchDeleted,
+    /// This proposer has committed under a membership: nobody will ever commit anything under an older one again, and while it
+    /// is joint its new members have everything. Once for each membership.
+    Established { generation: MembershipGeneration },
+    /// A safekeeper has heard of a newer membership. Where it knows the members, hand them to [`Proposer::set_membership`], if this
+    /// proposer may learn them from safekeepers; the connection is of no use before that.
+    NewerMembership { from: NodeId, generation: MembershipGeneration, membership: Option<Membership> },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -158,11 +167,12 @@ enum Peer<S> {
 impl<S: RecordScanner> Proposer<S> {
     /// Starts with no connection and no term.
     pub fn new(settings: ProposerSettings) -> Proposer<S> {
-        let peers = settings.members.iter().map(|node| (*node, Peer::Away)).collect();
+        let peers = settings.membership.all().iter().map(|member| (member.node, Peer::Away)).collect();
         let phase = Phase::Campaign { candidate: None, office: None };
         let (commit_lsn, horizon) = (Lsn::INVALID, Lsn::INVALID);
-        let (damaged, finishing, broken) = (BTreeSet::new(), false, Broken::default());
-        Proposer { settings, phase, peers, commit_lsn, horizon, damaged, finishing, broken }
+        let (damaged, broken) = (BTreeSet::new(), Broken::default());
+        let (established, finishing) = (false, false);
+        Proposer { settings, phase, peers, commit_lsn, horizon, established, damaged, finishing, broken }
     }
 
     /// Breaks a rule from now on.
@@ -230,13 +240,17 @@ impl<S: RecordScanner> Proposer<S> {
         if matches!(self.phase, Phase::Over) || !self.peers.contains_key(&node) {
             return actions;
         }
-        let term = match &self.phase {
+        self.ask(node, self.vote_term(), &mut actions);
+        actions
+    }
+
+    /// The term that safekeepers are asked for when their connection comes up.
+    fn vote_term(&self) -> VoteTerm {
+        match &self.phase {
             Phase::Leader(leader) => VoteTerm::Exactly(leader.term),
             Phase::Campaign { candidate: Some(term), .. } => VoteTerm::Exactly(*term),
             Phase::Campaign { candidate: None, .. } | Phase::Over => VoteTerm::Next,
-        };
-        self.ask(node, term, &mut actions);
-        actions
+        }
     }
 
     /// The connection to a safekeeper is lost.
@@ -274,6 +288,11 @@ impl<S: RecordScanner> Proposer<S> {
                 actions.push(Action::BranchDeleted);
             }
             AcceptorMessage::Goodbye { term, commit_lsn } => self.handle_goodbye(from, term, commit_lsn),
+            AcceptorMessage::NewerMembership { generation, membership } => {
+                if generation > self.generation() {
+                    actions.push(Action::NewerMembership { from, generation, membership });
+                }
+            }
         }
         actions
     }
@@ -306,12 +325,9 @@ impl<S: RecordScanner> Proposer<S> {
         actions
     }
 
-    fn majority(&self) -> usize {
-        self.settings.members.len() / 2 + 1
-    }
-
     fn ask(&mut self, node: NodeId, term: VoteTerm, actions: &mut Vec<Action>) {
-        let vote = Vote { proposer: self.settings.id, term, system_identifier: self.settings.system_identifier };
+        let ProposerSettings { id, system_identifier, .. } = self.settings;
+        let vote = Vote { proposer: id, term, system_identifier, generation: self.generation() };
         self.peers.insert(node, Peer::Asked);
         actions.push(Action::Send { to: node, message: ProposerMessage::Vote(vote) });
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use types::{Lsn, NodeId, Term};
+use types::{Lsn, MembershipGeneration, NodeId, Term};
 
 use super::{Action, Leadership, Peer, Phase, Proposer, RecordScanner};
 use crate::{
@@ -36,6 +36,14 @@ pub(super) struct Follower<S> {
     bad_donors: BTreeSet<NodeId>,
     /// Who sent what was fetched since the last end of a record.
     part_from: BTreeSet<NodeId>,
+}
+
+/// What every append tells besides WAL.
+#[derive(Debug, Clone, Copy)]
+struct Told {
+    commit_lsn: Lsn,
+    remote_consistent_lsn: Lsn,
+    generation: MembershipGeneration,
 }
 
 impl<S: RecordScanner> Follower<S> {
@@ -95,6 +103,10 @@ impl<S: RecordScanner> Proposer<S> {
     pub(super) fn handle_append_reply(&mut self, from: NodeId, reply: AppendReply, actions: &mut Vec<Action>) {
         let Phase::Leader(leader) = &self.phase else { return };
         let Some(Peer::Following(follower)) = self.peers.get_mut(&from) else { return };
+        if reply.generation != self.settings.membership.generation {
+            // What it holds is said again under the membership that this proposer is going over to.
+            return;
+        }
         if reply.term < leader.term {
             // To an append from before this proposer was elected again.
             return;
@@ -120,19 +132,17 @@ impl<S: RecordScanner> Proposer<S> {
         self.pump_all(actions);
     }
 
-    /// The commit rule: the highest position that a majority of all members hold under this term's history, but nothing
-    /// below the term's start. An earlier term's WAL on a majority could still lose to a log with a later term; once the
-    /// term's own first entry, its history, is there with it, it can't.
+    /// The commit rule: the highest position that a majority of all members (of each set, while the membership is joint) hold under
+    /// this term's history and this membership, but nothing below the term's start. An earlier term's WAL on a majority could
+    /// still lose to a log with a later term; once the term's own first entry, its history, is there with it, it can't.
     fn advance_commit(&mut self, actions: &mut Vec<Action>) {
-        let mut held: Vec<Lsn> = self.peers.values().map(held_in_this_term).collect();
-        held.sort_unstable_by(|a, b| b.cmp(a));
-        let commit = held.get(self.commit_quorum() - 1).copied().unwrap_or_default();
+        let commit = self.held_by_quorum();
         let lowest = self.lowest_commit();
         let Phase::Leader(leader) = &mut self.phase else { return };
-        if commit < lowest || (commit <= self.commit_lsn && leader.started) {
+        if commit < lowest || (commit < self.commit_lsn && leader.started) {
             return;
         }
-        self.commit_lsn = commit;
+        let (goes_on, moves) = (leader.started, commit > self.commit_lsn);
         if !std::mem::replace(&mut leader.started, true) {
             self.damaged.clear();
             let (term, start_lsn) = (leader.term, leader.start_lsn);
@@ -141,15 +151,11 @@ impl<S: RecordScanner> Proposer<S> {
                 false => Action::Reelected { term, start_lsn },
             });
         }
-        actions.push(Action::Committed { lsn: commit });
-    }
-
-    /// How many safekeepers must hold WAL before it is committed.
-    fn commit_quorum(&self) -> usize {
-        if self.breaks(Mutation::CommitWithoutMajority) {
-            return 1;
+        if moves || !goes_on {
+            self.commit_lsn = commit;
+            actions.push(Action::Committed { lsn: commit });
         }
-        self.majority()
+        self.establish(actions);
     }
 
     /// The lowest position that this term may commit.
@@ -163,10 +169,18 @@ impl<S: RecordScanner> Proposer<S> {
         }
     }
 
+    /// What a safekeeper holds durably under this term's history, as it has said under this membership.
+    pub(super) fn held_by(&self, peer: &Peer<S>) -> Lsn {
+        match peer {
+            Peer::Following(follower) if follower.accepted => follower.flush_lsn,
+            Peer::Following(_) | Peer::Voted(_) | Peer::Asked | Peer::Away => Lsn::INVALID,
+        }
+    }
+
     fn trim_buffer(&mut self) {
-        let Phase::Leader(leader) = &mut self.phase else { return };
-        let everyone_has = self.peers.values().map(held_in_this_term).min().unwrap_or_default();
+        let everyone_has = self.peers.values().map(|peer| self.held_by(peer)).min().unwrap_or_default();
         let everyone_has = everyone_has.min(self.commit_lsn);
+        let Phase::Leader(leader) = &mut self.phase else { return };
         leader.wal.trim(everyone_has, self.commit_lsn, self.settings.buffer_bytes);
     }
 
@@ -177,9 +191,14 @@ impl<S: RecordScanner> Proposer<S> {
         }
     }
 
+    fn told(&self) -> Told {
+        let generation = self.generation();
+        Told { commit_lsn: self.commit_lsn, remote_consistent_lsn: self.horizon, generation }
+    }
+
     /// Sends one safekeeper what it lacks and there is room for.
     fn pump(&mut self, node: NodeId, actions: &mut Vec<Action>) {
-        let donor = self.donor_for(node);
+        let (donor, told) = (self.donor_for(node), self.told());
         let Phase::Leader(leader) = &self.phase else { return };
         let Some(Peer::Following(follower)) = self.peers.get_mut(&node) else { return };
         while follower.sent_lsn < leader.wal.end()
@@ -202,11 +221,11 @@ impl<S: RecordScanner> Proposer<S> {
             let begin = follower.sent_lsn;
             follower.sent_lsn += part.wal.len() as u64;
             follower.sent_boundary = follower.sent_boundary.max(part.boundary);
-            actions.push(append(node, leader, follower, begin, part.wal, self.commit_lsn, self.horizon));
+            actions.push(append(node, leader, follower, begin, part.wal, told));
         }
         if follower.sent_commit_lsn < self.commit_lsn || follower.owes_heartbeat {
             let begin = follower.sent_lsn;
-            actions.push(append(node, leader, follower, begin, Default::default(), self.commit_lsn, self.horizon));
+            actions.push(append(node, leader, follower, begin, Default::default(), told));
         }
         let has_all = leader.started && self.commit_lsn == leader.wal.end() && follower.flush_lsn >= self.commit_lsn;
         if self.finishing && has_all && follower.accepted && follower.sent_goodbye_lsn < self.commit_lsn {
@@ -242,6 +261,7 @@ impl<S: RecordScanner> Proposer<S> {
     }
 
     pub(super) fn handle_fetched(&mut self, from: NodeId, fetched: Fetched, actions: &mut Vec<Action>) {
+        let told = self.told();
         let Phase::Leader(leader) = &self.phase else { return };
         let node = fetched.on_behalf_of;
         let Some(Peer::Following(follower)) = self.peers.get_mut(&node) else { return };
@@ -268,7 +288,7 @@ impl<S: RecordScanner> Proposer<S> {
         if follower.sent_lsn == leader.wal.start() {
             follower.scanner = None;
         }
-        actions.push(append(node, leader, follower, begin, wal, self.commit_lsn, self.horizon));
+        actions.push(append(node, leader, follower, begin, wal, told));
         self.pump(node, actions);
     }
 
@@ -331,14 +351,6 @@ impl<S: RecordScanner> Proposer<S> {
     }
 }
 
-/// What a safekeeper holds durably under this term's history.
-fn held_in_this_term<S>(peer: &Peer<S>) -> Lsn {
-    match peer {
-        Peer::Following(follower) if follower.accepted => follower.flush_lsn,
-        Peer::Following(_) | Peer::Voted(_) | Peer::Asked | Peer::Away => Lsn::INVALID,
-    }
-}
-
 fn fetch_for<S>(node: NodeId, follower: &Follower<S>, leader: &Leadership, max_bytes: usize) -> Fetch {
     let end = leader.wal.start().min(follower.sent_lsn + max_bytes as u64);
     Fetch { term: leader.term, on_behalf_of: node, begin: follower.sent_lsn, end }
@@ -350,12 +362,12 @@ fn append<S>(
     follower: &mut Follower<S>,
     begin: Lsn,
     wal: bytes::Bytes,
-    commit_lsn: Lsn,
-    remote_consistent_lsn: Lsn,
+    told: Told,
 ) -> Action {
+    let Told { commit_lsn, remote_consistent_lsn, generation } = told;
     follower.sent_commit_lsn = commit_lsn;
     follower.owes_heartbeat = false;
     let boundary = follower.sent_boundary;
-    let append = Append { term: leader.term, begin, wal, boundary, commit_lsn, remote_consistent_lsn };
+    let append = Append { term: leader.term, begin, wal, boundary, commit_lsn, remote_consistent_lsn, generation };
     Action::Send { to, message: ProposerMessage::Append(append) }
 }

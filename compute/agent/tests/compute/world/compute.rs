@@ -8,14 +8,14 @@ use std::{
     time::Duration,
 };
 
-use control_plane_api::compute::{AgentEvent, AgentStatus, ComputeReady, ComputeSpec, SafekeeperAddress, StopAnswer};
+use control_plane_api::compute::{AgentEvent, AgentStatus, ComputeReady, ComputeSpec, StopAnswer};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::UnixStream,
     process::{Child, Command},
     time::timeout,
 };
-use types::{EndpointId, Lsn, NodeId};
+use types::{EndpointId, Lsn, Member, Membership, NodeId};
 
 use super::{BIN_DIR, World, catalog_json};
 
@@ -83,7 +83,7 @@ impl World {
     }
 
     fn spec(&self, name: &str, directory: &Path, options: &ComputeOptions) -> ComputeSpec {
-        let address = |(index, address): (usize, &std::net::SocketAddr)| SafekeeperAddress {
+        let address = |(index, address): (usize, &std::net::SocketAddr)| Member {
             node: NodeId(index as u64 + 1),
             address: address.to_string(),
         };
@@ -95,7 +95,7 @@ impl World {
             branch_start_lsn: self.branch_start,
             compute_dir: directory.to_owned(),
             page_cache_dir: self.cache_dir(name),
-            safekeepers: self.safekeepers.iter().enumerate().map(address).collect(),
+            membership: Membership::first(self.safekeepers.iter().enumerate().map(address).collect()),
             pageserver: self.pageserver.address.to_string(),
             token: options.token.map_or_else(|| self.token.clone(), str::to_owned),
             postgres_bin_dir: BIN_DIR.into(),
