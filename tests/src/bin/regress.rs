@@ -143,7 +143,7 @@ async fn make_alike(dormouse: &tokio_postgres::Client, stock: &tokio_postgres::C
     let databases = dormouse
         .query(
             "select format('create database %I owner %I', datname, pg_get_userbyid(datdba))
-             from pg_database where oid >= 16384",
+             from pg_database where datname not in ('postgres', 'template0', 'template1')",
             &[],
         )
         .await?;
