@@ -346,12 +346,15 @@ impl Week {
 
     /// Another pageserver with nothing on its disk. What the one before had only in memory comes again, as from safekeepers.
     async fn restart(&mut self, cleanly: bool) {
-        if cleanly {
-            self.branches.shut_down(tokio::time::Instant::now() + Duration::from_secs(60)).await;
-        }
         // The one before is really gone, not only deposed: nothing of it still runs.
         for branch in self.branches.attached() {
+            if cleanly {
+                branch.flush().await.expect("flush");
+            }
             branch.compact().await.expect("compact");
+        }
+        if cleanly {
+            self.branches.shut_down(tokio::time::Instant::now() + Duration::from_secs(60)).await;
         }
         self.generation += 1;
         self.branches = branches(&self.remote, self.generation, tuning());
