@@ -1,6 +1,6 @@
 //! What the proxy's tests stand on: a stock Postgres, a small control plane with the real one's contract, and psql.
 // Each test program uses a part of this.
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports)]
 
 mod control_plane;
 mod issuer;

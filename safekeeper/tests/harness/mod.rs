@@ -1,4 +1,6 @@
 //! Safekeepers on loopback with real files, and WAL to put into them.
+// Each test program uses a part of this.
+#![allow(dead_code)]
 
 use std::{
     collections::BTreeMap,
