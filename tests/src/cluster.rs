@@ -167,6 +167,35 @@ impl Cluster {
         Ok(AnotherPageserver { process, client, _disk: disk })
     }
 
+    /// Another safekeeper of this installation, which no branch has yet, with an empty disk.
+    pub fn another_safekeeper(&self, id: u64) -> anyhow::Result<AnotherSafekeeper> {
+        let disk = tempfile::tempdir()?;
+        let address = format!("127.0.0.1:{}", free_port()?);
+        let log = std::fs::File::create(self.data_dir().join(format!("logs/safekeeper-{id}.log")))?;
+        let mut command = Command::new(dormouse_binary());
+        command.args(["safekeeper", "--id", &id.to_string(), "--listen", &address]);
+        command.arg("--data-dir").arg(disk.path());
+        command.arg("--token-public-key").arg(self.data_dir().join("keys/token-public.pem"));
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let process = command.spawn().context("starting a safekeeper")?;
+        Ok(AnotherSafekeeper { process, address, disk })
+    }
+
+    /// `dormouse` with these arguments, as somebody at a terminal on this machine types it: what it prints.
+    pub async fn command_line(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        let output = tokio::process::Command::new(dormouse_binary())
+            .args(arguments)
+            .env("DORMOUSE_API_URL", self.api_url())
+            .env("DORMOUSE_DATA_DIR", self.data_dir())
+            .env("PG_BIN_DIR", crate::pg_bin_dir())
+            .stdin(Stdio::null())
+            .output()
+            .await?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.success(), "dormouse {}: {said}", arguments.join(" "));
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
     fn admin_key(&self) -> anyhow::Result<String> {
         let path = self.data_dir().join("admin.key");
         let key = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
@@ -301,6 +330,22 @@ pub struct AnotherPageserver {
 }
 
 impl Drop for AnotherPageserver {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// A safekeeper beside those that `up` runs; killed when it is dropped.
+pub struct AnotherSafekeeper {
+    process: Child,
+    /// Where it is reached.
+    pub address: String,
+    /// Where its WAL is.
+    pub disk: tempfile::TempDir,
+}
+
+impl Drop for AnotherSafekeeper {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();

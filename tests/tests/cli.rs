@@ -1,6 +1,6 @@
 //! The command line, as a person at a terminal uses it.
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use e2e::{Cluster, ClusterOptions};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -76,15 +76,5 @@ async fn json(cluster: &Cluster, arguments: &[&str]) -> anyhow::Result<serde_jso
 }
 
 async fn dormouse(cluster: &Cluster, arguments: &[&str]) -> anyhow::Result<String> {
-    let output = tokio::process::Command::new(e2e::cluster::dormouse_binary())
-        .args(arguments)
-        .env("DORMOUSE_API_URL", cluster.api_url())
-        .env("DORMOUSE_DATA_DIR", cluster.data_dir())
-        .env("PG_BIN_DIR", e2e::pg_bin_dir())
-        .stdin(std::process::Stdio::null())
-        .output()
-        .await?;
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(output.status.success(), "dormouse {}: {said}", arguments.join(" "));
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    cluster.command_line(arguments).await
 }
