@@ -75,3 +75,6 @@ await report({
     await client.end();
   },
 });
+
+// A session that a failure has left open would keep the program going.
+process.exit(0);
