@@ -3,6 +3,7 @@
 import fs from "node:fs";
 import assert from "node:assert/strict";
 import { createRequire } from "node:module";
+import { report } from "./report.mjs";
 
 // Installed apart from this file.
 const require = createRequire(process.env.CLIENT_MODULES + "/");
@@ -10,18 +11,6 @@ const env = process.env;
 const ssl = env.PG_CA ? { ca: fs.readFileSync(env.PG_CA, "utf8") } : false;
 const address = { host: env.PG_HOST, port: Number(env.PG_PORT), user: env.PG_USER, password: env.PG_PASSWORD };
 const TYPES = "select 1::int a, 2.5::float8 b, 'ä'::text c, array[1,2] d, '{\"a\":1}'::jsonb e, null f, $1::text g";
-
-async function report(works) {
-  for (const [name, work] of Object.entries(works)) {
-    try {
-      await work();
-      console.log(`${name}: ok`);
-    } catch (error) {
-      console.error(error);
-      console.log(`${name}: ${String(error.message).split("\n")[0]}`);
-    }
-  }
-}
 
 function newPool() {
   const pg = require("pg");

@@ -3,24 +3,13 @@
 // are installed), NODE_EXTRA_CA_CERTS. Prints a line `<what>: ok` for each.
 import assert from "node:assert/strict";
 import { createRequire } from "node:module";
+import { report } from "./report.mjs";
 
 const require = createRequire(process.env.CLIENT_MODULES + "/");
 const { neon, neonConfig, Client, NeonDbError } = require("@neondatabase/serverless");
 const { DATABASE_URL: url, HTTP_PORT: port, ANN, BOB, EXPIRED, FORGED } = process.env;
 
 neonConfig.fetchEndpoint = `https://localhost:${port}/sql`;
-
-async function report(works) {
-  for (const [name, work] of Object.entries(works)) {
-    try {
-      await work();
-      console.log(`${name}: ok`);
-    } catch (error) {
-      console.error(name, error);
-      console.log(`${name}: ${String(error.message).split("\n")[0]}`);
-    }
-  }
-}
 
 const refused = async (authToken, message) => {
   await assert.rejects(neon(url, { authToken })`select 1`, (error) => {

@@ -3,6 +3,7 @@
 // Prints a line `<what>: ok` for each.
 import assert from "node:assert/strict";
 import { createRequire } from "node:module";
+import { report } from "./report.mjs";
 
 const require = createRequire(process.env.CLIENT_MODULES + "/");
 const { neon, neonConfig, Pool, Client, NeonDbError, types } = require("@neondatabase/serverless");
@@ -17,18 +18,6 @@ if (!globalThis.WebSocket) neonConfig.webSocketConstructor = require("ws");
 const byHost = new URL(url);
 byHost.hostname = `${endpoint}.localhost`;
 byHost.searchParams.delete("options");
-
-async function report(works) {
-  for (const [name, work] of Object.entries(works)) {
-    try {
-      await work();
-      console.log(`${name}: ok`);
-    } catch (error) {
-      console.error(name, error);
-      console.log(`${name}: ${String(error.message).split("\n")[0]}`);
-    }
-  }
-}
 
 const TYPES = `select 1::int2 a, 2::int4 b, 9007199254740993::int8 c, 1.5::float4 d, 'NaN'::float8 e, 2.50::numeric f, true g,
   'ä"\\'::text h, 'x'::char(3) i, '{"a":[1,null]}'::json j, '{"a": {"b": "c"}}'::jsonb k, array[1,2,null] l,
