@@ -6,7 +6,7 @@ use axum::{
     Json, Router,
     body::Bytes,
     extract::{Path, State},
-    routing::{get, post},
+    routing::{delete, get, post},
 };
 use control_plane_api::safekeepers::{AddSafekeeper, BranchesOnTheirWay, Safekeeper, SafekeeperState, Safekeepers};
 use rusqlite::Connection;
@@ -27,7 +27,7 @@ const MAX_TROUBLES: usize = 20;
 pub fn routes() -> Router<Arc<App>> {
     Router::new()
         .route("/safekeepers", get(list).post(add))
-        .route("/safekeepers/{node}", get(list).delete(remove))
+        .route("/safekeepers/{node}", delete(remove))
         .route("/safekeepers/{node}/replace", post(replace))
 }
 
