@@ -20,7 +20,8 @@ const MAX_NAME_BYTES: usize = 63;
 /// Longest time for one connection attempt.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Statements carry password verifiers: none may end up in a log. Nor does anybody look for them in `pg_stat_statements`.
+/// Statements carry password verifiers: none may end up in a log. Nor are the agent's own statements among a user's in
+/// `pg_stat_statements`.
 const CONNECTION_OPTIONS: &str = "-c log_statement=none -c log_min_error_statement=panic \
      -c log_min_duration_statement=-1 -c statement_timeout=0 -c lock_timeout=0 -c client_min_messages=warning \
      -c default_transaction_read_only=off -c pg_stat_statements.track=none";
