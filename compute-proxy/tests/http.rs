@@ -22,10 +22,7 @@ struct Http<'a> {
 
 impl<'a> Http<'a> {
     fn new(world: &'a World) -> Self {
-        let ca = std::fs::read(world.tls_dir.path().join("ca.pem")).expect("a certificate");
-        let ca = reqwest::Certificate::from_pem(&ca).expect("a certificate");
-        let client = Client::builder().tls_certs_only([ca]).no_proxy().build().expect("a client");
-        Self { world, client }
+        Self { world, client: world.http_client() }
     }
 
     fn url(&self, path: &str) -> String {

@@ -42,6 +42,13 @@ pub fn parse_config(arguments: &[&str]) -> Config {
 }
 
 impl World {
+    /// An HTTP client that trusts the proxy's certificate.
+    pub fn http_client(&self) -> reqwest::Client {
+        let ca = std::fs::read(self.tls_dir.path().join("ca.pem")).expect("a certificate");
+        let ca = reqwest::Certificate::from_pem(&ca).expect("a certificate");
+        reqwest::Client::builder().tls_certs_only([ca]).no_proxy().build().expect("a client")
+    }
+
     /// Starts all, the proxy with these arguments beside those that it needs.
     pub async fn start(arguments: &[&str]) -> Self {
         let postgres = tokio::task::spawn_blocking(Postgres::shared).await.expect("no panic");
