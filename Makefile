@@ -37,7 +37,7 @@ demo: release
 test:
 	@scripts/setup.sh s3 examples
 	cargo build --workspace --all-targets --locked
-	cargo test --workspace --locked --no-fail-fast
+	DORMOUSE_BUILT=1 cargo test --workspace --locked --no-fail-fast
 
 regress: release
 	DORMOUSE_TEST_PGSRC="$$(scripts/postgres-source.sh languages)" cargo test --locked -p dormouse-shim-server -- --ignored

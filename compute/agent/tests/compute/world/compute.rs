@@ -182,10 +182,14 @@ fn target_dir() -> PathBuf {
     test.ancestors().nth(2).expect("target/<profile>/deps/<test>").to_owned()
 }
 
-/// Builds what `cargo test --test compute` alone would not: the agent's program and the shim.
+/// Builds what `cargo test --test compute` alone would not: the agent's program and the shim. With `DORMOUSE_BUILT` set they are
+/// there already; cargo would build much of it again, as for these packages alone.
 fn build() {
     static BUILT: OnceLock<()> = OnceLock::new();
     BUILT.get_or_init(|| {
+        if std::env::var_os("DORMOUSE_BUILT").is_some() {
+            return;
+        }
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         for target in [&["-p", "dormouse-shim"][..], &["-p", "dormouse-compute-agent", "--example", "compute"]] {
             let status = std::process::Command::new(&cargo).args(["build", "-q"]).args(target).status();
