@@ -4,6 +4,8 @@
 mod replay;
 
 use std::{
+    fs::File,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
@@ -105,7 +107,7 @@ pub async fn run(rounds: usize, pgbench_scale: u32) -> anyhow::Result<()> {
 }
 
 /// How long the kernel takes to hand out so much memory in pages of 4 KiB, as Postgres gets its shared buffers.
-fn time_of_fresh_memory(bytes: usize) -> anyhow::Result<Duration> {
+pub(crate) fn time_of_fresh_memory(bytes: usize) -> anyhow::Result<Duration> {
     let mut memory = MmapMut::map_anon(bytes.max(1))?;
     let _large_pages_were_never_on = memory.advise(Advice::NoHugePage);
     let began = Instant::now();
@@ -210,10 +212,12 @@ impl Recorded {
         let mut pieces = Vec::new();
         let mut at = from;
         while at < end {
-            let segment = std::fs::read(self.base().join("pg_wal").join(at.segment_file_name()))?;
+            let segment = File::open(self.base().join("pg_wal").join(at.segment_file_name()))?;
             let offset = at.segment_offset();
             let length = (WAL_SEGMENT_BYTES - offset).min(end.0 - at.0).min(WAL_PIECE_BYTES);
-            pieces.push((at, segment[offset as usize..(offset + length) as usize].to_vec()));
+            let mut piece = vec![0; length as usize];
+            segment.read_exact_at(&mut piece, offset)?;
+            pieces.push((at, piece));
             at += length;
         }
         Ok(pieces)

@@ -1,11 +1,30 @@
 //! Long computations, on threads of their own, which end when the pageserver does.
 
-use std::future::Future;
+use std::{future::Future, sync::LazyLock};
 
-use tokio::time::{Instant, timeout_at};
+use tokio::{
+    runtime::Runtime,
+    time::{Instant, timeout_at},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::error::StorageError;
+
+/// How nice these threads are to those that answer requests and take WAL in, which get three times as much of a processor that
+/// both want.
+const NICENESS: i32 = 5;
+
+/// Nothing but its threads for blocking work is used. `None` when it can't be had.
+static THREADS: LazyLock<Option<Runtime>> = LazyLock::new(|| {
+    let mut threads = tokio::runtime::Builder::new_current_thread();
+    threads.thread_name("background").on_thread_start(|| {
+        // With `None` Linux means the calling thread.
+        if let Err(error) = rustix::process::setpriority_process(None, NICENESS) {
+            tracing::debug!(%error, "work in the background has the same priority as requests");
+        }
+    });
+    threads.build().inspect_err(|error| tracing::warn!(%error, "no threads for work in the background")).ok()
+});
 
 /// Those of a pageserver.
 #[derive(Clone, Debug, Default)]
@@ -21,6 +40,7 @@ impl Background {
         work: impl Future<Output = Result<T, StorageError>> + Send + 'static,
     ) -> Result<T, StorageError> {
         let (runtime, stopping) = (tokio::runtime::Handle::current(), self.stopping.clone());
+        let threads = THREADS.as_ref().map_or_else(|| runtime.clone(), |threads| threads.handle().clone());
         let until_stopped = async move {
             tokio::select! {
                 biased;
@@ -28,7 +48,7 @@ impl Background {
                 done = work => done,
             }
         };
-        let done = self.running.spawn_blocking(move || runtime.block_on(until_stopped)).await;
+        let done = self.running.spawn_blocking_on(move || runtime.block_on(until_stopped), &threads).await;
         done.map_err(|_| StorageError::Stopping)?
     }
 

@@ -71,21 +71,26 @@ impl Branch {
         }
         let branch = self.clone();
         tokio::spawn(async move {
-            loop {
-                let next = branch.state.write().open.take_long_chain();
-                let Some((key, lsn)) = next else { break };
-                match branch.read_page(key, lsn).await {
-                    Ok(page) => branch.replace_record(key, lsn, page),
-                    Err(error) => {
-                        tracing::debug!(branch = %branch.name, %key, %lsn, %error, "no image was made in memory")
-                    }
-                }
-                tokio::task::consume_budget().await;
-            }
+            let shortened = branch.shared.background.run(branch.clone().make_waiting_images()).await;
             branch.shortening.store(false, Ordering::Release);
             // What came in between found it taken.
-            branch.shorten_chains();
+            if shortened.is_ok() {
+                branch.shorten_chains();
+            }
         });
+    }
+
+    async fn make_waiting_images(self: Arc<Self>) -> Result<(), StorageError> {
+        loop {
+            let next = self.state.write().open.take_long_chain();
+            let Some((key, lsn)) = next else { return Ok(()) };
+            match self.read_page(key, lsn).await {
+                Ok(page) => self.replace_record(key, lsn, page),
+                Err(error) => {
+                    tracing::debug!(branch = %self.name, %key, %lsn, %error, "no image was made in memory")
+                }
+            }
+        }
     }
 
     fn replace_record(&self, key: Key, lsn: Lsn, page: Bytes) {
@@ -104,7 +109,7 @@ impl Branch {
         let mut chain: Option<Chain> = None;
         for (key, lsn, value) in frozen.values.scan(first, last) {
             if !key.is_page() {
-                builder.add(key, lsn, value);
+                builder.add(key, lsn, &value);
                 continue;
             }
             let mut known = match chain.take().filter(|chain| chain.key == key) {
@@ -128,18 +133,17 @@ impl Branch {
         self: &Arc<Self>,
         chain: &mut Chain,
         lsn: Lsn,
-        value: &Value,
+        value: Value,
     ) -> Result<Value, StorageError> {
         let record = match value {
             Value::Tombstone | Value::Image(_) => {
                 chain.depth = 0;
                 chain.since.clear();
-                let empty = matches!(value, Value::Image(image) if image.is_empty());
-                chain.base = match value {
-                    Value::Image(image) if !empty => Base::Page(image.clone()),
+                chain.base = match &value {
+                    Value::Image(image) if !image.is_empty() => Base::Page(image.clone()),
                     _nothing_on_it => Base::Page(zero_page()),
                 };
-                return Ok(value.clone());
+                return Ok(value);
             }
             Value::Record(record) => record,
         };
@@ -158,7 +162,7 @@ impl Branch {
             return Ok(Value::Image(page));
         }
         chain.depth = chain.depth.saturating_add(1);
-        Ok(Value::Record(StoredRecord { depth: chain.depth, ..record.clone() }))
+        Ok(Value::Record(StoredRecord { depth: chain.depth, ..record }))
     }
 
     /// The page with all records of the chain; `None` when they can't be applied: that is for the reader of the page to

@@ -78,7 +78,7 @@ impl Branch {
         let (first, end) = (Key::of(Kind::CommitTime), Key::last_of(Kind::CommitTime));
         let mut latest = LatestCommit { at, found: None, malformed: None };
         let view =
-            self.view(|memory| memory.scan(first, end).for_each(|(key, lsn, value)| latest.see(key, lsn, value)));
+            self.view(|memory| memory.scan(first, end).for_each(|(key, lsn, value)| latest.see(key, lsn, &value)));
         let mut layers: Vec<_> = view.layers.iter().filter(|layer| layer.meta.start_lsn < at).collect();
         layers.sort_by_key(|layer| std::cmp::Reverse(layer.meta.end_lsn));
         for layer in layers {
@@ -135,7 +135,7 @@ impl Branch {
                 None => malformed = Some((key, lsn)),
             }
         };
-        let view = self.view(|memory| memory.scan(first, last).for_each(|(key, lsn, value)| keep(key, lsn, value)));
+        let view = self.view(|memory| memory.scan(first, last).for_each(|(key, lsn, value)| keep(key, lsn, &value)));
         for layer in view.layers.iter() {
             layer.scan(&self.shared.remote, first, last, |key, lsn, value| keep(key, lsn, &value)).await?;
         }

@@ -1,6 +1,7 @@
 //! A branch: its values in memory and in layers, how far it has ingested WAL, and what its ancestor is.
 
 mod background;
+mod batch;
 mod chains;
 mod collect;
 mod compaction;
@@ -13,11 +14,12 @@ mod sizes;
 mod wal_feed;
 
 pub use background::Background;
+pub use batch::{BatchMark, Put, PutBatch, RawPlace};
 pub use chains::MAX_CHAIN;
 pub use collect::Collected;
 pub use flush::prepare_layer;
 pub use history::branch_point;
-pub use memory::{IngestMemory, MemoryLayer, Put};
+pub use memory::{IngestMemory, MemoryLayer};
 pub use registry::Branches;
 pub use wal_feed::WalSource;
 
@@ -426,13 +428,15 @@ impl Branch {
 
     /// Stores the values of whole records up to the new tip.
     pub fn apply(&self, puts: impl IntoIterator<Item = Put>, tip: Tip) {
+        self.apply_batch(&mut puts.into_iter().collect(), tip);
+    }
+
+    /// As [`Branch::apply`]; the batch is empty then.
+    pub fn apply_batch(&self, batch: &mut PutBatch, tip: Tip) {
         {
             let mut state = self.state.write();
             let State { open, frozen, .. } = &mut *state;
-            let chain_before = |key| frozen.iter().rev().find_map(|frozen| frozen.values.chain(key)).unwrap_or(0);
-            for put in puts {
-                open.put(put, chain_before);
-            }
+            open.append(batch, |key| frozen.iter().rev().find_map(|frozen| frozen.values.chain(key)).unwrap_or(0));
             assert!(tip.last_record_lsn >= state.tip.last_record_lsn, "{}: ingestion went backwards", self.name);
             state.tip = tip;
             self.count_memory(&state);

@@ -12,7 +12,7 @@ use types::Lsn;
 use wal::{CheckPoint, DecodedRecord, ForEachError, WalStreamDecoder};
 
 use crate::{
-    branch::{Branch, Put, Tip},
+    branch::{Branch, PutBatch, Tip},
     error::StorageError,
     storage::{Key, Kind, Value, decode_origin, decode_rel_size},
 };
@@ -45,8 +45,7 @@ pub struct Ingest {
 
 /// Values of whole records that are not visible yet.
 struct Batch {
-    puts: Vec<Put>,
-    bytes: usize,
+    puts: PutBatch,
     /// As of the last record that was planned.
     tip: Tip,
     /// Whether any was since the batch was applied.
@@ -58,7 +57,7 @@ enum Pause {
     /// The record can't be planned; nothing of it is in the batch.
     Unknown(PlanError),
     /// The record copies databases. What it stores by itself, and the branch's tip with it, are not in the batch.
-    Copies(Vec<DatabaseCopy>, Vec<Put>, Tip),
+    Copies(Vec<DatabaseCopy>, PutBatch, Tip),
     /// The batch is to be applied.
     Full,
 }
@@ -122,9 +121,10 @@ impl Ingest {
     /// Decodes the bytes that follow those before and applies all records that are whole now. After an error the state
     /// must be loaded anew; records before the one that failed are applied.
     pub async fn feed(&mut self, branch: &Arc<Branch>, begin: Lsn, bytes: &[u8]) -> Result<(), IngestError> {
-        let mut batch = Batch { puts: Vec::new(), bytes: 0, tip: branch.tip(), has_records: false };
+        let mut batch = Batch { puts: PutBatch::default(), tip: branch.tip(), has_records: false };
         let mut rest = bytes;
         loop {
+            batch.puts.reserve(rest.len().min(BATCH_BYTES), BATCH_PUTS);
             let at = begin + (bytes.len() - rest.len()) as u64;
             let planner = &mut self.planner;
             let outcome = self.decoder.feed_each(at, rest, |record| batch.add(planner, record));
@@ -163,11 +163,11 @@ impl Ingest {
 impl Batch {
     /// Plans one record into the batch.
     fn add(&mut self, planner: &mut Planner, record: &DecodedRecord<'_>) -> Result<(), Pause> {
-        let puts_before = self.puts.len();
+        let before = self.puts.mark();
         let copies = match planner.plan(record, self.tip.last_record_lsn, &mut self.puts) {
             Ok(copies) => copies,
             Err(error) => {
-                self.puts.truncate(puts_before);
+                drop(self.puts.split_off(before));
                 return Err(Pause::Unknown(error));
             }
         };
@@ -177,29 +177,26 @@ impl Batch {
             last_commit_us: planner.last_commit_us(),
         };
         if !copies.is_empty() {
-            return Err(Pause::Copies(copies, self.puts.split_off(puts_before), tip));
+            return Err(Pause::Copies(copies, self.puts.split_off(before), tip));
         }
-        self.bytes += self.puts[puts_before..].iter().map(|put| put.value.weight()).sum::<usize>();
         (self.tip, self.has_records) = (tip, true);
         if self.is_full() { Err(Pause::Full) } else { Ok(()) }
     }
 
-    /// Adds one record's values.
-    fn take(&mut self, puts: Vec<Put>, tip: Tip) {
-        self.bytes += puts.iter().map(|put| put.value.weight()).sum::<usize>();
-        self.puts.extend(puts);
+    /// Takes one record's values; there are no others.
+    fn take(&mut self, puts: PutBatch, tip: Tip) {
+        self.puts = puts;
         (self.tip, self.has_records) = (tip, true);
     }
 
     fn is_full(&self) -> bool {
-        self.puts.len() >= BATCH_PUTS || self.bytes >= BATCH_BYTES
+        self.puts.len() >= BATCH_PUTS || self.puts.weight() >= BATCH_BYTES
     }
 
     fn apply(&mut self, branch: &Arc<Branch>) {
         if std::mem::take(&mut self.has_records) {
-            branch.apply(self.puts.drain(..), self.tip);
+            branch.apply_batch(&mut self.puts, self.tip);
             branch.shorten_chains();
-            self.bytes = 0;
         }
     }
 }

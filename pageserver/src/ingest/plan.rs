@@ -1,11 +1,8 @@
 //! What a record puts under which keys. Pure: the sizes and pages it has to know are kept here.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    ops::Range,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use rustc_hash::FxHashMap;
 use types::{BlockNumber, ForkNumber, Lsn, Oid, PAGE_BYTES, PageTag, RelTag};
 use wal::{CheckPoint, DecodedRecord};
@@ -13,14 +10,12 @@ use wal_redo::{Change, SlruKind};
 
 use super::slots::Slots;
 use crate::{
-    branch::Put,
-    storage::{AuxFile, CommitTime, Key, StoredRecord, Value, just_before},
+    branch::{Put, PutBatch, RawPlace},
+    storage::{AuxFile, CommitTime, Key, Value, just_before},
 };
 
 /// Most blocks by which one record may extend a fork (32 GiB): more is not believed.
 const MAX_GAP_BLOCKS: BlockNumber = 1 << 22;
-/// Sizes of the first and of later pieces of memory that many records' bytes share: a branch with little WAL takes little.
-const ARENA_BYTES: Range<usize> = 2 << 10..64 << 10;
 
 /// The record can't be ingested.
 #[derive(Debug, thiserror::Error)]
@@ -90,54 +85,34 @@ pub struct Planner {
     checkpoint: CheckPoint,
     last_commit_us: Option<i64>,
     logical_blocks: u64,
-    arena: Arena,
 }
 
 /// What is the same for all changes of one record.
 struct Context<'a, 'r> {
     record: &'a DecodedRecord<'r>,
-    /// Its bytes, made once and shared by the values that hold them.
-    raw: Option<Bytes>,
-    arena: &'a mut Arena,
+    /// Its bytes, kept once for all values that hold them.
+    raw: Option<RawPlace>,
     /// End of the record before.
     before: Lsn,
-    puts: &'a mut Vec<Put>,
+    puts: &'a mut PutBatch,
     copies: Vec<DatabaseCopy>,
 }
 
 impl Context<'_, '_> {
     fn put(&mut self, key: Key, value: Value) {
-        self.puts.push(Put { key, lsn: self.record.end_lsn, value });
+        self.puts.put(Put { key, lsn: self.record.end_lsn, value });
     }
 
-    fn stored(&mut self, will_init: bool) -> Value {
-        let start_lsn = self.record.start_lsn;
-        let raw = self.raw.get_or_insert_with(|| self.arena.copy(self.record.raw)).clone();
-        Value::Record(StoredRecord { will_init, depth: 0, start_lsn, raw })
+    /// The record itself.
+    fn put_record(&mut self, key: Key, will_init: bool) {
+        let record = self.record;
+        let raw = *self.raw.get_or_insert_with(|| self.puts.keep_raw(record.raw));
+        self.puts.put_record(key, record.end_lsn, will_init, record.start_lsn, raw);
     }
 
     /// Zeroes under a page that the record finds new.
     fn put_zeroes_before(&mut self, key: Key) {
-        self.puts.push(Put { key, lsn: just_before(self.record.end_lsn), value: Value::ZERO_PAGE });
-    }
-}
-
-/// Memory that copies of many records' bytes share.
-#[derive(Default)]
-struct Arena {
-    free: BytesMut,
-    /// Of the piece before.
-    piece_bytes: usize,
-}
-
-impl Arena {
-    fn copy(&mut self, bytes: &[u8]) -> Bytes {
-        if self.free.capacity() < bytes.len() {
-            self.piece_bytes = (self.piece_bytes * 2).clamp(ARENA_BYTES.start, ARENA_BYTES.end);
-            self.free = BytesMut::with_capacity(self.piece_bytes.max(bytes.len()));
-        }
-        self.free.extend_from_slice(bytes);
-        self.free.split().freeze()
+        self.puts.put(Put { key, lsn: just_before(self.record.end_lsn), value: Value::ZERO_PAGE });
     }
 }
 
@@ -152,7 +127,6 @@ impl Planner {
             checkpoint,
             last_commit_us,
             logical_blocks: 0,
-            arena: Arena::default(),
         }
     }
 
@@ -203,15 +177,14 @@ impl Planner {
         &mut self,
         record: &DecodedRecord<'_>,
         before: Lsn,
-        puts: &mut Vec<Put>,
+        puts: &mut PutBatch,
     ) -> Result<Vec<DatabaseCopy>, PlanError> {
         if wal_redo::checkpoint::advance(&mut self.checkpoint, record) {
             let value = Value::Image(Bytes::copy_from_slice(&self.checkpoint.to_bytes()));
-            puts.push(Put { key: Key::CHECKPOINT, lsn: record.end_lsn, value });
+            puts.put(Put { key: Key::CHECKPOINT, lsn: record.end_lsn, value });
         }
         let timestamps = wal_redo::commit_ts_changes(record, &self.checkpoint)?;
-        let mut arena = std::mem::take(&mut self.arena);
-        let mut context = Context { record, raw: None, arena: &mut arena, before, puts, copies: Vec::new() };
+        let mut context = Context { record, raw: None, before, puts, copies: Vec::new() };
         let mut planned = Ok(());
         wal_redo::each_change(record, |change| {
             if planned.is_ok() {
@@ -222,9 +195,7 @@ impl Planner {
         for change in timestamps {
             self.plan_change(change, &mut context)?;
         }
-        let copies = context.copies;
-        self.arena = arena;
-        Ok(copies)
+        Ok(context.copies)
     }
 
     fn plan_change(&mut self, change: Change, context: &mut Context<'_, '_>) -> Result<(), PlanError> {
@@ -292,18 +263,17 @@ impl Planner {
         self.extend_to(tag, will_init, context)?;
         // A page image is unpacked at once: a record with many would else be stored whole under each page.
         let has_image = context.record.blocks.iter().any(|block| block.tag() == tag && block.applies_image());
-        let value = if has_image {
+        if has_image {
             let mut page = Box::new([0u8; PAGE_BYTES]);
             wal_redo::redo_page(&mut page, &tag, context.record).map_err(|error| PlanError::Image {
                 lsn: context.record.start_lsn,
                 tag,
                 reason: error.to_string(),
             })?;
-            Value::Image(Bytes::copy_from_slice(&page[..]))
+            context.put(Key::page(tag), Value::Image(Bytes::copy_from_slice(&page[..])));
         } else {
-            context.stored(will_init)
-        };
-        context.put(Key::page(tag), value);
+            context.put_record(Key::page(tag), will_init);
+        }
         Ok(())
     }
 
@@ -370,8 +340,7 @@ impl Planner {
         if is_new && !will_init {
             context.put_zeroes_before(key);
         }
-        let value = context.stored(will_init);
-        context.put(key, value);
+        context.put_record(key, will_init);
     }
 
     fn truncate_slru(&mut self, slru: SlruKind, cutoff_page: u32, context: &mut Context<'_, '_>) {

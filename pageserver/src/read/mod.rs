@@ -124,8 +124,7 @@ impl Branch {
                 newest.insert(key, (lsn, value));
             }
         };
-        let view =
-            self.view(|memory| memory.scan(first, last).for_each(|(key, lsn, value)| keep(key, lsn, value.clone())));
+        let view = self.view(|memory| memory.scan(first, last).for_each(|(key, lsn, value)| keep(key, lsn, value)));
         for segment in view.layers.segments(first, last, Lsn(0), at) {
             for (layer, floor) in segment.path.layers(Lsn(0)) {
                 // What a delta has up to the image is in the image, or hidden by it.

@@ -24,15 +24,13 @@ fn record(end_lsn: u64) -> DecodedRecord<'static> {
 }
 
 fn plan(planner: &mut Planner, end_lsn: u64, changes: impl IntoIterator<Item = Change>) -> Vec<Put> {
-    let (record, mut puts) = (record(end_lsn), Vec::new());
+    let (record, mut puts) = (record(end_lsn), PutBatch::default());
     let before = Lsn(end_lsn - 32);
-    let mut arena = Arena::default();
-    let mut context =
-        Context { record: &record, raw: None, arena: &mut arena, before, puts: &mut puts, copies: Vec::new() };
+    let mut context = Context { record: &record, raw: None, before, puts: &mut puts, copies: Vec::new() };
     for change in changes {
         planner.plan_change(change, &mut context).expect("planned");
     }
-    puts
+    puts.to_puts()
 }
 
 fn page(block: u32, will_init: bool) -> Change {
@@ -100,10 +98,8 @@ fn dropping_takes_all_forks_and_creating_starts_empty() {
 
 #[test]
 fn an_unbelievable_gap_is_refused() {
-    let (record, mut puts) = (record(800), Vec::new());
-    let mut arena = Arena::default();
-    let mut context =
-        Context { record: &record, raw: None, arena: &mut arena, before: Lsn(0), puts: &mut puts, copies: Vec::new() };
+    let (record, mut puts) = (record(800), PutBatch::default());
+    let mut context = Context { record: &record, raw: None, before: Lsn(0), puts: &mut puts, copies: Vec::new() };
     for block in [MAX_GAP_BLOCKS, u32::MAX] {
         let error = planner().plan_change(page(block, true), &mut context).expect_err("refused");
         assert!(matches!(error, PlanError::Gap { .. }), "{error}");
@@ -115,10 +111,8 @@ fn databases_are_copied_and_dropped_whole() {
     let mut planner = planner();
     planner.load_rel(REL, 3);
     planner.load_rel(RelTag { db: 6, ..REL }, 7);
-    let (record, mut puts) = (record(800), Vec::new());
-    let mut arena = Arena::default();
-    let mut context =
-        Context { record: &record, raw: None, arena: &mut arena, before: Lsn(0), puts: &mut puts, copies: Vec::new() };
+    let (record, mut puts) = (record(800), PutBatch::default());
+    let mut context = Context { record: &record, raw: None, before: Lsn(0), puts: &mut puts, copies: Vec::new() };
     let copy = Change::CopyDatabase { src_spc: 1663, src_db: 5, spc: 1663, db: 9 };
     planner.plan_change(copy, &mut context).expect("planned");
     let expected = DatabaseCopy { from: (1663, 5), to: (1663, 9), rels: vec![(REL, 3)] };
