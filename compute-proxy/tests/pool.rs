@@ -111,6 +111,35 @@ async fn each_client_keeps_its_name_and_role() {
     assert_eq!(text(&one, "show application_name").await, "one", "what it began with");
 }
 
+/// Whom a session acts as is in no list of settings, and `RESET ALL` leaves it.
+#[tokio::test]
+async fn nobody_acts_as_what_another_client_has_become() {
+    let world = World::start(&["--pool-size", "1"]).await;
+    let (one, two) = (pooled(&world).await, pooled(&world).await);
+    let user = "select session_user || ' ' || current_user";
+    one.batch_execute("set role pg_read_server_files").await.expect("set");
+    one.batch_execute("do $$ begin perform 1; end $$").await.expect("done");
+    assert_eq!(text(&two, user).await, "alice alice", "after a DO of one with a role");
+    assert_eq!(text(&one, user).await, "alice pg_read_server_files");
+    two.batch_execute("do $$ begin set role pg_read_server_files; end $$").await.expect("done");
+    assert_eq!(text(&pooled(&world).await, user).await, "alice alice", "after a DO that takes a role");
+    assert_eq!(text(&two, user).await, "alice pg_read_server_files");
+
+    let dave = async || world.connect_as("dave", POOLED).await.expect("connected");
+    let (one, two) = (dave().await, dave().await);
+    one.batch_execute("set session authorization alice").await.expect("set");
+    assert_eq!(text(&two, user).await, "dave dave");
+    assert_eq!(text(&one, user).await, "alice alice");
+    one.batch_execute("set role pg_read_server_files").await.expect("set");
+    assert_eq!(text(&two, user).await, "dave dave");
+    assert_eq!(text(&one, user).await, "alice pg_read_server_files");
+    one.batch_execute("do $$ begin perform 1; end $$").await.expect("done");
+    assert_eq!(text(&two, user).await, "dave dave");
+    one.batch_execute("set session authorization default").await.expect("set");
+    assert_eq!(text(&one, user).await, "dave dave");
+    assert_eq!(pid(&one).await, pid(&two).await, "nothing is tied to its connection");
+}
+
 #[tokio::test]
 async fn prepared_statements_work_on_every_connection() {
     let world = World::start(&["--pool-size", "2"]).await;

@@ -68,8 +68,9 @@ impl Pin {
 
 /// The question what is left in the session, for these kinds of state. Its rows are (kind, name, value).
 ///
-/// Settings of the session are compared with what the connection was opened with by Postgres itself (`source`). Custom
-/// ones (with a dot in their name) are in no list, so they are asked for by name.
+/// Settings of the session are compared with what the connection was opened with by Postgres itself (`source`). Who the session
+/// acts as is in no list, nor are custom settings (with a dot in their name): these are asked for by name. Postgres's activity
+/// has the user who logged in, whatever was done since.
 pub fn question(hints: Hints, custom_settings: &[String]) -> String {
     let mut parts: Vec<String> = Vec::new();
     if hints.intersects(Hints::SETTINGS) {
@@ -77,7 +78,10 @@ pub fn question(hints: Hints, custom_settings: &[String]) -> String {
             "SELECT 'set', s.name, pg_catalog.current_setting(s.name) FROM pg_catalog.pg_settings s \
              WHERE s.source OPERATOR(pg_catalog.=) 'session' \
              UNION ALL SELECT 'set', 'role', pg_catalog.current_setting('role') \
-             WHERE pg_catalog.current_setting('role') OPERATOR(pg_catalog.<>) 'none'"
+             WHERE pg_catalog.current_setting('role') OPERATOR(pg_catalog.<>) 'none' \
+             UNION ALL SELECT 'set', 'session_authorization', session_user::pg_catalog.text \
+             FROM pg_catalog.pg_stat_get_activity(pg_catalog.pg_backend_pid()) a \
+             WHERE pg_catalog.pg_get_userbyid(a.usesysid) OPERATOR(pg_catalog.<>) session_user"
                 .to_owned(),
         );
         for name in custom_settings {
@@ -160,27 +164,33 @@ fn columns(body: &[u8]) -> Option<[&[u8]; 3]> {
     Some(columns)
 }
 
+/// The settings that say who the session acts as, in the order in which they are made: the first takes back the second.
+const IDENTITY: [&str; 2] = ["session_authorization", "role"];
+
+/// Takes back whatever a session may have set. `RESET ALL` alone leaves it what it acts as.
+pub const RESET_EVERYTHING: &str = "RESET role;RESET session_authorization;RESET ALL";
+
 /// Statements that bring a connection from one set of settings to another; `None` when there is nothing to do.
 ///
-/// A role comes last and goes first: with it the right to change other settings may go.
+/// Whom the session acts as comes last and goes first: with it the right to change other settings may go.
 pub fn replay(from: &Arc<Settings>, to: &Arc<Settings>) -> Option<String> {
     if Arc::ptr_eq(from, to) || from == to {
         return None;
     }
     let mut text = String::new();
-    let role = |settings: &Settings| settings.get("role").cloned();
-    if role(from).is_some() {
-        text.push_str("RESET role;");
-    }
-    for name in from.keys().filter(|name| !to.contains_key(*name) && *name != "role") {
+    for name in IDENTITY.iter().rev().filter(|name| from.contains_key(**name)) {
         // Writing to a String cannot fail.
+        let _ = write!(text, "RESET {name};");
+    }
+    let ordinary = |name: &String| !IDENTITY.contains(&name.as_str());
+    for name in from.keys().filter(|name| !to.contains_key(*name) && ordinary(name)) {
         let _ = write!(text, "RESET {};", quoted_name(name));
     }
-    for (name, value) in to.iter().filter(|(name, value)| from.get(*name) != Some(value) && *name != "role") {
+    for (name, value) in to.iter().filter(|(name, value)| from.get(*name) != Some(value) && ordinary(name)) {
         let _ = write!(text, "SELECT pg_catalog.set_config({}, {}, false);", quoted(name), quoted(value));
     }
-    if let Some(role) = role(to) {
-        let _ = write!(text, "SELECT pg_catalog.set_config('role', {}, false);", quoted(&role));
+    for (name, value) in IDENTITY.iter().filter_map(|name| Some((name, to.get(*name)?))) {
+        let _ = write!(text, "SELECT pg_catalog.set_config('{name}', {}, false);", quoted(value));
     }
     Some(text)
 }
@@ -218,6 +228,21 @@ mod tests {
         );
         assert_eq!(replay(&from, &from), None);
         assert_eq!(replay(&from, &Arc::new(Settings::clone(&from))), None);
+    }
+
+    #[test]
+    fn whom_a_session_acts_as_goes_first_and_comes_last() {
+        let from = settings(&[("role", "r"), ("session_authorization", "s"), ("a.b", "1")]);
+        let to = settings(&[("role", "q"), ("session_authorization", "s"), ("timezone", "UTC")]);
+        assert_eq!(
+            replay(&from, &to).as_deref(),
+            Some(
+                "RESET role;RESET session_authorization;RESET \"a\".\"b\";\
+                 SELECT pg_catalog.set_config('timezone', 'UTC', false);\
+                 SELECT pg_catalog.set_config('session_authorization', 's', false);\
+                 SELECT pg_catalog.set_config('role', 'q', false);"
+            )
+        );
     }
 
     #[test]

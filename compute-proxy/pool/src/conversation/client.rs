@@ -56,18 +56,18 @@ impl Conversation {
             }
             match kind {
                 b'X' => return Ok((taken, Unattached::Terminate)),
-                b'S' if rest.len() >= bytes => {
+                b'S' if bytes == HEADER_BYTES => {
                     self.skipping = false;
                     output.to_client.extend_from_slice(READY);
                     taken += bytes;
                 }
-                b'S' => return Ok((taken, Unattached::More)),
                 // The end of a COPY that has failed, or a flush of nothing: Postgres ignores them too.
                 b'd' | b'c' | b'f' | b'H' => {
                     self.client_rest = Rest::Drop(bytes);
                     taken += self.pass_client_rest(rest, output);
                 }
-                b'Q' | b'P' | b'B' | b'D' | b'C' | b'E' | b'F' => {
+                // A `Sync` with something in it is for Postgres to complain about: it might be of any length.
+                b'Q' | b'P' | b'B' | b'D' | b'C' | b'E' | b'F' | b'S' => {
                     let enough = bytes.min(self.needed_bytes(kind, bytes));
                     let state = if rest.len() >= enough { Unattached::Attach } else { Unattached::More };
                     return Ok((taken, state));

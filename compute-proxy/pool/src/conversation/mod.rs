@@ -160,7 +160,7 @@ enum Expected {
     Replay,
     /// What is left in the session?
     Question,
-    /// `RESET ALL`, after what no question tells of.
+    /// Everything taken back, after what no question tells of.
     Reset,
 }
 
@@ -269,7 +269,7 @@ impl Conversation {
         if self.rewrites && self.pins.is_empty() && self.hints.intersects(Hints::UNSEEN) {
             // A function or a text that nobody saw may have changed what Postgres lists nowhere.
             self.hints = Hints::NONE;
-            self.write_query("RESET ALL", &mut output.to_server);
+            self.write_query(session::RESET_EVERYTHING, &mut output.to_server);
             server.settings = Arc::default();
             self.expected.push_back(Expected::Reset);
             return Settled::Busy;
