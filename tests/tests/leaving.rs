@@ -35,13 +35,13 @@ async fn leave(cluster: &Cluster) -> anyhow::Result<()> {
     sql::psql(&project.uri, "update plain set m = m || 'x' where id % 3 = 0").await?;
     sql::psql(&project.uri, "vacuum plain").await?;
 
-    let compute = Target { name: "compute", socket_dir: cluster.runtime_dir().join(&project.endpoint) };
+    let compute = Target::local("compute", cluster.runtime_dir().join(&project.endpoint));
     let mut stock = StockServer::on(|data| {
         run(compute.client("pg_basebackup")?.args(["-X", "stream", "-c", "fast", "-D"]).arg(data))?;
         run(as_postgres(e2e::pg_bin_dir().join("pg_verifybackup"))?.arg(data)).map(drop)
     })?;
     stock.start().await?;
-    let copy = Target { name: "copy", socket_dir: stock.socket_dir() };
+    let copy = Target::local("copy", stock.socket_dir());
     let dumps = tempfile::tempdir()?;
     let left = Dump::take(&compute, &dumps.path().join("compute.sql"))?;
     let right = Dump::take(&copy, &dumps.path().join("copy.sql"))?;
@@ -82,7 +82,7 @@ async fn wal(cluster: &Cluster, project: &Project, compute: &Target) -> anyhow::
     client.batch_execute("insert into plain (m) select 'waldump' from generate_series(1, 300)").await?;
     let to = sql::value(&client, position).await?;
     let mut waldump = as_postgres(e2e::pg_bin_dir().join("pg_waldump"))?;
-    waldump.arg("-p").arg(compute.socket_dir.join("pgdata/pg_wal")).args(["-s", &from, "-e", &to]);
+    waldump.arg("-p").arg(compute.host.join("pgdata/pg_wal")).args(["-s", &from, "-e", &to]);
     let said = run(&mut waldump).context("pg_waldump")?;
     let inserts = said.lines().filter(|line| line.contains("rmgr: Heap") && line.contains("INSERT")).count();
     ensure!(inserts == 300 && said.contains("rmgr: Transaction") && said.contains("COMMIT"), "{inserts} inserts");

@@ -174,7 +174,7 @@ impl Recorded {
         std::fs::set_permissions(recorded_in.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
         run(Command::new("cp").arg("-a").arg(server.data_dir()).arg(recorded_in.path().join("before")))?;
         server.start().await?;
-        work(&Target { name: "stock", socket_dir: server.socket_dir() })?;
+        work(&Target::local("stock", server.socket_dir()))?;
         server.stop()?;
         Ok(Recorded { server, home: recorded_in })
     }

@@ -1,5 +1,6 @@
 //! `make regress`: PostgreSQL's core, isolation and contrib tests on a stock server and on a Dormouse compute with hardly
-//! any memory, then a sleep and the loss of the pageserver's disk, and everything must be the same.
+//! any memory, then a sleep and the loss of the pageserver's disk, and everything must be the same. With `--through pooler`: on a
+//! compute, directly and through its pool.
 
 use std::{
     path::{Path, PathBuf},
@@ -11,7 +12,7 @@ use anyhow::Context;
 use clap::Parser;
 use e2e::{
     Api, Cluster, ClusterOptions, Project, processes,
-    regress::{Comparison, Dump, Sources, Suite, Target, amcheck, compare},
+    regress::{Comparison, Dump, Pooled, Sources, Suite, Target, amcheck, compare, through_the_pooler},
     sql,
     stock::{StockServer, host_user},
 };
@@ -43,24 +44,65 @@ struct Arguments {
     /// Run only suites whose name starts like this: core, isolation, contrib/ltree.
     #[arg(long, default_value = "")]
     only: String,
+    /// Something else: the core suite on a compute, directly and through its pool in session and in transaction mode.
+    #[arg(long, value_name = "WHAT")]
+    through: Option<Through>,
     /// Where outputs and dumps are left.
     #[arg(long, default_value = "target/regress")]
     keep: PathBuf,
 }
 
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Through {
+    Pooler,
+}
+
 #[tokio::main]
 async fn main() -> ExitCode {
-    match run(&Arguments::parse()).await {
-        Ok(comparison) => {
-            let Comparison { stock_passed, dormouse_passed, differing } = comparison;
-            println!("stock_passed={stock_passed} dormouse_passed={dormouse_passed} differing={differing}");
-            if differing == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-        }
+    let arguments = Arguments::parse();
+    let outcome = match arguments.through {
+        None => run(&arguments).await.map(|comparison| told(&comparison)),
+        Some(Through::Pooler) => pooled(&arguments).await,
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("regress failed: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Prints the figures; whether nothing differs.
+fn told(comparison: &Comparison) -> bool {
+    let Comparison { peer_passed, passed, differing } = comparison;
+    println!("stock_passed={peer_passed} dormouse_passed={passed} differing={}", differing.len());
+    differing.is_empty()
+}
+
+/// Through the pool; whether nothing differs in session mode, and nothing else than what is explained in transaction mode.
+async fn pooled(arguments: &Arguments) -> anyhow::Result<bool> {
+    e2e::emptied_directory(&arguments.keep)?;
+    let sources = Sources::prepare(&arguments.source)?;
+    let Pooled { session, transaction, unexplained } = through_the_pooler(&sources, &arguments.keep).await?;
+    println!("session mode differs in: {}", listed(&session.differing));
+    println!("transaction mode differs in: {}", listed(&transaction.differing));
+    println!("of these not explained in docs/pooling.md: {}", listed(&unexplained));
+    println!(
+        "direct_passed={} session_passed={} session_differing={} transaction_passed={} transaction_differing={} unexplained={}",
+        session.peer_passed,
+        session.passed,
+        session.differing.len(),
+        transaction.passed,
+        transaction.differing.len(),
+        unexplained.len()
+    );
+    Ok(session.differing.is_empty() && unexplained.is_empty())
+}
+
+fn listed(tests: &[String]) -> String {
+    if tests.is_empty() { "nothing".to_owned() } else { tests.join(", ") }
 }
 
 async fn run(arguments: &Arguments) -> anyhow::Result<Comparison> {
@@ -79,8 +121,8 @@ async fn both(arguments: &Arguments, sources: &Sources, cluster: &Cluster) -> an
     let project = with_settings(&api).await?;
     let mut server = StockServer::create(SETTINGS)?;
     server.start().await?;
-    let stock = Target { name: "stock", socket_dir: server.socket_dir() };
-    let dormouse = Target { name: "dormouse", socket_dir: cluster.runtime_dir().join(&project.endpoint) };
+    let stock = Target::local("stock", server.socket_dir());
+    let dormouse = Target::local("dormouse", cluster.runtime_dir().join(&project.endpoint));
     // Stays connected: nobody else may see the compute as idle and put it to sleep.
     let awake = cluster.superuser(&project.endpoint, "postgres").await?;
     make_alike(&awake, &server.connect("postgres").await?).await?;
@@ -102,7 +144,8 @@ async fn both(arguments: &Arguments, sources: &Sources, cluster: &Cluster) -> an
         total += on_both(sources, suite, &stock, &dormouse, &arguments.keep)?;
     }
     drop(awake);
-    total.differing += after_a_sleep(cluster, &project, &stock, &dormouse, &arguments.keep).await?;
+    let after = after_a_sleep(cluster, &project, &stock, &dormouse, &arguments.keep).await?;
+    total.differing.extend(after);
     server.stop()?;
     Ok(total)
 }
@@ -177,33 +220,33 @@ fn on_both(
         sources.run(suite, target, keep).map(|outcomes| (outcomes, start.elapsed()))
     };
     let ((left, stock_took), (right, dormouse_took)) = (timed(stock)?, timed(dormouse)?);
-    let comparison = compare(&suite.name, &left, &right);
+    let comparison = compare(&suite.name, (stock.name, &left), (dormouse.name, &right));
     println!(
         "{:<34} {:>4} tests: {} pass on stock ({:.1} s), {} on dormouse ({:.1} s), {} differ",
         suite.name,
         left.passed.len(),
-        comparison.stock_passed,
+        comparison.peer_passed,
         stock_took.as_secs_f64(),
-        comparison.dormouse_passed,
+        comparison.passed,
         dormouse_took.as_secs_f64(),
-        comparison.differing
+        comparison.differing.len()
     );
     Ok(comparison)
 }
 
-/// Sleep, the pageserver's disk wiped, wake: the number of things that are not as before, or not as on the stock server.
+/// Sleep, the pageserver's disk wiped, wake: the things that are not as before, or not as on the stock server.
 async fn after_a_sleep(
     cluster: &Cluster,
     project: &Project,
     stock: &Target,
     dormouse: &Target,
     keep: &Path,
-) -> anyhow::Result<usize> {
-    let mut differing = 0;
+) -> anyhow::Result<Vec<String>> {
+    let mut differing = Vec::new();
     let mut count = |what: &str, difference: Option<String>| {
         println!("{what}: {}", if difference.is_none() { "yes" } else { "NO" });
         if let Some(difference) = difference {
-            differing += 1;
+            differing.push(what.to_owned());
             println!("{difference}");
         }
     };

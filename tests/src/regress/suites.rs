@@ -29,8 +29,14 @@ pub struct Sources {
 pub struct Target {
     /// Such as `stock`.
     pub name: &'static str,
-    /// Where its socket is.
-    pub socket_dir: PathBuf,
+    /// Where its socket is, or the host that it listens on.
+    pub host: PathBuf,
+    /// Its port.
+    pub port: u16,
+    /// What else libpq needs to know, as environment variables.
+    pub environment: Vec<(&'static str, String)>,
+    /// Who runs the core suite, and dumps: a superuser.
+    pub superuser: String,
 }
 
 /// Tests that are run by one call of `pg_regress` or `pg_isolation_regress`.
@@ -43,7 +49,8 @@ pub struct Suite {
     tests: Vec<String>,
     options: Vec<String>,
     database: String,
-    user: String,
+    /// By default the superuser.
+    user: Option<String>,
 }
 
 /// What a suite's tests came to on one server.
@@ -56,10 +63,17 @@ pub struct Outcomes {
 }
 
 impl Target {
+    /// A server by its socket, as the superuser of Dormouse's computes.
+    pub fn local(name: &'static str, socket_dir: PathBuf) -> Target {
+        Target { name, host: socket_dir, port: 5432, environment: Vec::new(), superuser: SUPERUSER.to_owned() }
+    }
+
     /// One of PostgreSQL's programs, as the superuser's client of this server.
     pub fn client(&self, program: impl AsRef<Path>) -> anyhow::Result<Command> {
         let mut command = as_postgres(crate::pg_bin_dir().join(program))?;
-        command.env("PGHOST", &self.socket_dir).env("PGUSER", SUPERUSER).env("PGDATABASE", "postgres");
+        command.env("PGHOST", &self.host).env("PGPORT", self.port.to_string());
+        command.env("PGUSER", &self.superuser).env("PGDATABASE", "postgres");
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         Ok(command)
     }
 }
@@ -133,7 +147,7 @@ impl Sources {
                     tests,
                     options,
                     database: format!("contrib_regression_{name}{kind}"),
-                    user: host_user()?,
+                    user: Some(host_user()?),
                 });
             }
         }
@@ -154,8 +168,10 @@ impl Sources {
             .arg(format!("--dlpath={}", self.regress().display()))
             .arg(format!("--inputdir={}", suite.directory.display()))
             .arg(format!("--outputdir={}", output_dir.display()))
-            .arg(format!("--host={}", target.socket_dir.display()))
-            .args(["--port=5432", &format!("--user={}", suite.user), &format!("--dbname={}", suite.database)])
+            .arg(format!("--host={}", target.host.display()))
+            .arg(format!("--port={}", target.port))
+            .arg(format!("--user={}", suite.user.as_deref().unwrap_or(&target.superuser)))
+            .arg(format!("--dbname={}", suite.database))
             .arg(format!("--max-connections={MAX_SESSIONS}"))
             .args(&suite.options)
             .args(&suite.tests);
@@ -186,7 +202,7 @@ impl Suite {
             directory,
             tests: Vec::new(),
             database: if name == "core" { "regression".to_owned() } else { format!("{name}_regression") },
-            user: SUPERUSER.to_owned(),
+            user: None,
         })
     }
 }
