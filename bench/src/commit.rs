@@ -83,7 +83,7 @@ pub async fn run(rounds: usize, seconds: u32, wal_mib: usize) -> anyhow::Result<
 /// One session that inserts a row per transaction.
 async fn one_client(target: &Target, duration: Duration) -> anyhow::Result<Samples> {
     let mut config = tokio_postgres::Config::new();
-    config.host_path(&target.socket_dir).user(e2e::stock::SUPERUSER).dbname("commits");
+    config.host_path(&target.host).user(e2e::stock::SUPERUSER).dbname("commits");
     let (client, connection) = config.connect(tokio_postgres::NoTls).await?;
     tokio::spawn(connection);
     let insert = client.prepare("insert into commits values ($1)").await?;

@@ -63,6 +63,9 @@ struct Arguments {
     /// Idle clients whose memory `pool` measures.
     #[arg(long, default_value_t = 2000)]
     idle_clients: usize,
+    /// Clients that `pool` connects at a time; as many open files and some are needed (`ulimit -n`).
+    #[arg(long, default_value_t = 10_000)]
+    connected_clients: usize,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -110,7 +113,10 @@ async fn main() -> ExitCode {
             Name::Pages => pages::run(arguments.pages_scale, arguments.minute_transactions).await,
             Name::Ingest => ingest::run(arguments.load_rounds, arguments.pages_scale).await,
             Name::Space => space::run(arguments.pages_scale).await,
-            Name::Pool => pool::run(arguments.load_rounds, arguments.seconds, arguments.idle_clients).await,
+            Name::Pool => {
+                let (idle, connected) = (arguments.idle_clients, arguments.connected_clients);
+                pool::run(arguments.load_rounds, arguments.seconds, idle, connected).await
+            }
             Name::Http => http::run(arguments.load_rounds, arguments.seconds).await,
             Name::Density => density::run(arguments.projects).await,
         };

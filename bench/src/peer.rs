@@ -111,8 +111,8 @@ impl Pair {
     /// The stock server, then the compute.
     pub fn targets(&self) -> [Target; 2] {
         [
-            Target { name: "stock", socket_dir: self.server.socket_dir() },
-            Target { name: "dormouse", socket_dir: self.cluster.runtime_dir().join(&self.project.endpoint) },
+            Target::local("stock", self.server.socket_dir()),
+            Target::local("dormouse", self.cluster.runtime_dir().join(&self.project.endpoint)),
         ]
     }
 

@@ -1,5 +1,5 @@
 //! The proxy's pool and PgBouncer, in turn, in front of the same compute: `pgbench -S` over 20 server connections, the memory
-//! of idle clients, and what the proxy adds to a direct connection.
+//! of idle clients, ten thousand that are connected at a time, and what the proxy adds to a direct connection.
 
 use std::{
     path::{Path, PathBuf},
@@ -14,6 +14,7 @@ use e2e::{
     pg_bin_dir, processes,
     stock::{as_postgres, give_to_postgres, run as run_program},
 };
+use futures::{StreamExt, TryStreamExt};
 use serde_json::json;
 use tokio_postgres::{Client, Config, NoTls};
 
@@ -73,8 +74,12 @@ impl Drop for PgBouncer {
     }
 }
 
-/// Runs each load `rounds` times through both, in turn, `seconds` each; then opens `idle_clients` through each.
-pub async fn run(rounds: usize, seconds: u32, idle_clients: usize) -> anyhow::Result<()> {
+/// Clients that log in at the same time: as many as need not wait for each other's hashing.
+const LOGINS_AT_A_TIME: usize = 32;
+
+/// Runs each load `rounds` times through both, in turn, `seconds` each, after opening `idle_clients` through each; then connects
+/// `connected_clients` to the proxy's pool.
+pub async fn run(rounds: usize, seconds: u32, idle_clients: usize, connected_clients: usize) -> anyhow::Result<()> {
     println!("pool: pgbench -S through the proxy's -pooler host and through PgBouncer, over {POOL_SIZE} connections");
     let environment = vec![("DORMOUSE_POOL_SIZE".to_owned(), POOL_SIZE.to_string())];
     let mut cluster = Cluster::start(ClusterOptions { environment, ..ClusterOptions::default() }).await?;
@@ -104,6 +109,7 @@ pub async fn run(rounds: usize, seconds: u32, idle_clients: usize) -> anyhow::Re
         figures.push(format!("{}_ratio={:.2}", load.name, median(ratios)));
     }
     figures.push(format!("proxy_added_us={:.1}", added_us(&cluster, &project, &config, rounds).await?));
+    figures.push(pools[1].all_at_once(connected_clients).await?);
     cluster.down().await?;
     println!("{}", figures.join(" "));
     Ok(())
@@ -232,6 +238,28 @@ impl Pool {
         let (client, connection) = config.connect(NoTls).await?;
         tokio::spawn(connection);
         Ok(client)
+    }
+
+    /// Connects so many clients, who all stay, then has each ask something at the same moment.
+    async fn all_at_once(&self, count: usize) -> anyhow::Result<String> {
+        let begun = Instant::now();
+        let connecting = futures::stream::iter(0..count).map(|_| self.connect()).buffer_unordered(LOGINS_AT_A_TIME);
+        let clients: Vec<Client> = connecting.try_collect().await?;
+        let connected = begun.elapsed();
+        let begun = Instant::now();
+        let asked = clients.iter().map(|client| async {
+            let answer = client.simple_query("select abalance from pgbench_accounts where aid = 1").await;
+            answer.is_ok().then(|| begun.elapsed())
+        });
+        let served: Vec<Duration> = futures::future::join_all(asked).await.into_iter().flatten().collect();
+        let slowest = served.iter().max().copied().unwrap_or_default();
+        println!(
+            "{}: {count} clients connected in {connected:.1?}; all ask at once: {} answered, the last after {slowest:.2?}; {} KiB",
+            self.name,
+            served.len(),
+            resident_kib(self.pid)?
+        );
+        Ok(format!("connected={count} served={} served_max_ms={:.0}", served.len(), slowest.as_secs_f64() * 1000.0))
     }
 
     /// KiB of resident memory for each client that has done a query and is idle.
