@@ -2,8 +2,9 @@
 #
 #   make demo                    the whole life of a database, explained step by step
 #   make demo OBJECT_STORE=s3    the same, against an S3-compatible server that it starts itself
-#   make test                    units, simulation, end-to-end against real PostgreSQL and a real S3-compatible server
+#   make test                    units, simulation, end-to-end against real PostgreSQL, a real S3-compatible server and a real ACME server
 #   make regress                 PostgreSQL's core, isolation and contrib tests, beside a stock server (15 minutes)
+#   make regress-pooler          PostgreSQL's core tests over a direct connection and through the pool in both modes (5 minutes)
 #   make redo-check              WAL redo against PostgreSQL's own pages: its tests, a standby, broken versions of redo (20 minutes)
 #   make sim [SEEDS=n]           the consensus and the pageserver on faulty disks, networks and stores, by seeds; `make sim SEED=n` tells one step by step
 #   make chaos NAME=quorum [SECONDS=1800]   safekeepers and computes killed and stopped at random; nothing acknowledged is lost
@@ -21,7 +22,7 @@ SECONDS ?= 1800
 SETUP := $(if $(filter s3,$(OBJECT_STORE)),s3,)
 bench: SETUP := $(if $(filter-out pool,$(NAME)),,pgbouncer)
 
-.PHONY: demo test clients regress redo-check sim model chaos bench lint build release
+.PHONY: demo test clients regress regress-pooler redo-check sim model chaos bench lint build release
 
 build:
 	@scripts/setup.sh
@@ -35,13 +36,16 @@ demo: release
 	target/release/demo --object-store $(OBJECT_STORE)
 
 test:
-	@scripts/setup.sh s3 examples
+	@scripts/setup.sh s3 acme examples
 	cargo build --workspace --all-targets --locked
 	DORMOUSE_BUILT=1 cargo test --workspace --locked --no-fail-fast
 
 regress: release
 	DORMOUSE_TEST_PGSRC="$$(scripts/postgres-source.sh languages)" cargo test --locked -p dormouse-shim-server -- --ignored
 	target/release/regress --source "$$(scripts/postgres-source.sh languages)"
+
+regress-pooler: release
+	target/release/regress --through pooler --source "$$(scripts/postgres-source.sh)"
 
 redo-check:
 	@scripts/setup.sh

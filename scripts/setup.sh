@@ -2,6 +2,7 @@
 # Installs what building and testing Dormouse needs and is not there yet (Debian 12, Rust already installed):
 #   scripts/setup.sh            PostgreSQL 15 and a C compiler
 #   scripts/setup.sh pgbouncer  also PgBouncer for the benchmark of pooling, into target/tools/pgbouncer: as a package it would be started
+#   scripts/setup.sh acme       also Pebble, an ACME server for the tests, into target/tools/pebble
 #   scripts/setup.sh clients    also the clients of `make clients`, into target/tools/clients
 #   scripts/setup.sh s3         also an S3-compatible server for the tests (moto, in a virtual environment of its own)
 #   scripts/setup.sh examples   also Node.js and the packages of examples/ and of the tests of the serverless driver, into examples/node_modules
@@ -77,6 +78,11 @@ unpack() {
 if wants pgbouncer && [ ! -x target/tools/pgbouncer/usr/sbin/pgbouncer ]; then
     say "unpacking PgBouncer into target/tools/pgbouncer"
     unpack target/tools/pgbouncer pgbouncer
+fi
+
+if wants acme && [ ! -x target/tools/pebble/usr/bin/pebble ]; then
+    say "unpacking Pebble (an ACME server) into target/tools/pebble"
+    unpack target/tools/pebble pebble
 fi
 
 if wants clients && [ ! -e target/tools/clients/ready ]; then

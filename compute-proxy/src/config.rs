@@ -2,7 +2,10 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use crate::endpoint_name::PoolMode;
+use crate::{
+    acme::{AcmeConfig, AcmeConfigError, Wanted},
+    endpoint_name::PoolMode,
+};
 
 /// Settings of the proxy. No `Debug`: it holds a token.
 #[derive(Clone, clap::Args)]
@@ -36,7 +39,8 @@ pub struct Config {
     pub tls_key: Option<PathBuf>,
 
     /// Directory of a self-made certificate: made at the first start, used again later. Clients that want to verify
-    /// the proxy trust its ca.pem. Without this and --tls-cert each start makes a certificate of its own.
+    /// the proxy trust its ca.pem. Without this and --tls-cert each start makes a certificate of its own. With --acme the
+    /// certificates that come by it are kept there.
     #[arg(long, value_name = "DIR")]
     pub tls_dir: Option<PathBuf>,
 
@@ -116,4 +120,14 @@ pub struct Config {
     /// How long sessions may go on when the proxy stops.
     #[arg(long, default_value = "5s", value_parser = humantime::parse_duration, value_name = "TIME")]
     pub drain_timeout: Duration,
+    /// Certificates from an ACME server.
+    #[command(flatten)]
+    pub acme: AcmeConfig,
+}
+
+impl Config {
+    /// The certificate that is to come by ACME, if one is.
+    pub(crate) fn wanted_by_acme(&self) -> Result<Option<Wanted>, AcmeConfigError> {
+        self.acme.wanted(self.domain.as_deref(), self.tls_dir.as_deref(), self.tls_cert.is_some())
+    }
 }

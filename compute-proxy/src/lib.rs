@@ -3,8 +3,9 @@
 //! A connection goes through [`server`], then `session`, which drives the rest: [`handshake`] parses what the client
 //! sends before it logs in, [`endpoint_name`] tells which endpoint it means, [`scram`] checks the password, `wake` and
 //! `compute` get a session with Postgres, and `splice` passes bytes until one side has enough. Clients of `-pooler` hosts
-//! share few sessions: `pooling`. Clients without TCP come in through `http`.
+//! share few sessions: `pooling`. Clients without TCP come in through `http`. Certificates come from files or through `acme`.
 
+mod acme;
 mod cancel;
 mod coalesce;
 mod compute;
@@ -18,6 +19,7 @@ mod key_sets;
 mod login;
 mod login_limit;
 mod messages;
+mod open_files;
 mod pooling;
 pub mod proxy_protocol;
 mod remembered_passwords;
@@ -30,6 +32,7 @@ mod tls;
 pub mod token;
 mod wake;
 
+pub use acme::{AcmeConfig, AcmeConfigError, AcmeError};
 pub use config::Config;
 pub use server::{BindError, Server, run};
 pub use tls::TlsError;

@@ -14,12 +14,14 @@ use tokio::{
 use tokio_util::{either::Either, sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    acme::{Acme, AcmeError},
     cancel::CancelMap,
     config::Config,
     control::ControlPlane,
     http::{self, AnswerCache, Budget},
     key_sets::{KeySetOptions, KeySets},
     login::Login,
+    open_files,
     pooling::{PoolOptions, Pools},
     roles::Roles,
     session,
@@ -59,6 +61,7 @@ pub struct Server {
     address: SocketAddr,
     http_listener: TcpListener,
     http_address: SocketAddr,
+    acme: Option<Acme>,
     shared: Arc<Shared>,
 }
 
@@ -97,7 +100,9 @@ impl Shared {
 impl Server {
     /// Loads the certificate and listens.
     pub async fn bind(config: Config) -> Result<Self, BindError> {
+        open_files::raise_limit(config.max_connections);
         let tls = Tls::load(&config)?;
+        let acme = Acme::new(&config, &tls)?;
         let control = ControlPlane::new(config.control_plane.clone(), &config.token, config.wake_timeout)?;
         let (listener, address) = listen(config.listen, "--listen").await?;
         let (http_listener, http_address) = listen(config.http_listen, "--http-listen").await?;
@@ -115,7 +120,7 @@ impl Server {
             slots: Arc::new(Semaphore::new(config.max_connections)),
             config,
         };
-        Ok(Self { listener, address, http_listener, http_address, shared: Arc::new(shared) })
+        Ok(Self { listener, address, http_listener, http_address, acme, shared: Arc::new(shared) })
     }
 
     /// Where it listens; with port 0 in the settings, which port it is.
@@ -130,11 +135,12 @@ impl Server {
 
     /// Serves until `shutdown`, then lets sessions end for as long as the settings say, then closes them.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
-        let Self { listener, address, http_listener, http_address, shared } = self;
+        let Self { listener, address, http_listener, http_address, acme, shared } = self;
         tracing::info!(%address, %http_address, "compute proxy is listening");
         let sessions = TaskTracker::new();
         let looking_after = looking_after(shared.clone());
         let renewing = tokio::spawn(renew_certificate(shared.clone(), shutdown.clone()));
+        let getting = acme.map(|acme| tokio::spawn(get_certificates(acme, shared.clone(), shutdown.clone())));
         {
             let limit = shared.config.max_connections.saturating_add(SPARE_CONNECTIONS);
             let postgres = accept(&listener, limit, &sessions, |tcp, peer| session::serve(shared.clone(), tcp, peer));
@@ -157,6 +163,12 @@ impl Server {
         }
         looking_after.abort();
         renewing.abort();
+        if let Some(mut getting) = getting {
+            // It may have to take back a record of a proof first.
+            if timeout(KILL_TIMEOUT, &mut getting).await.is_err() {
+                getting.abort();
+            }
+        }
         Ok(())
     }
 }
@@ -230,6 +242,9 @@ pub enum BindError {
     /// There is no certificate.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// There can be none by ACME.
+    #[error(transparent)]
+    Acme(#[from] AcmeError),
     /// There is no HTTP client.
     #[error("cannot make an HTTP client: {0}")]
     Http(#[from] reqwest::Error),
@@ -257,6 +272,11 @@ async fn renew_certificate(shared: Arc<Shared>, shutdown: CancellationToken) {
             tracing::error!(%error, "cannot use the new certificate; the old one stays in use");
         }
     }
+}
+
+/// Gets certificates by ACME, until `shutdown`.
+async fn get_certificates(acme: Acme, shared: Arc<Shared>, shutdown: CancellationToken) {
+    acme.keep(&shared.tls, &shutdown).await;
 }
 
 fn key_set_options(config: &Config) -> KeySetOptions {

@@ -58,7 +58,7 @@ pub struct FakeEndpoint {
 }
 
 impl FakeControlPlane {
-    /// Serves endpoints `ep-a` and `ep-b`; `alice` and `carol` have a password, `bob` none.
+    /// Serves endpoints `ep-a` and `ep-b`; `alice`, `carol` and `dave` (a superuser) have a password, `bob` none.
     pub async fn start(socket: &Path) -> Self {
         let endpoints = ["ep-a", "ep-b"].map(|id| (id.to_owned(), Arc::new(FakeEndpoint::new(id, socket))));
         let endpoints = HashMap::from(endpoints);
@@ -96,6 +96,7 @@ impl FakeEndpoint {
         let verifiers = HashMap::from([
             ("alice".to_owned(), Some(scram_sha_256(super::PASSWORD.as_bytes()))),
             ("carol".to_owned(), Some(scram_sha_256(super::PASSWORD.as_bytes()))),
+            ("dave".to_owned(), Some(scram_sha_256(super::PASSWORD.as_bytes()))),
             ("bob".to_owned(), None),
         ]);
         Self {

@@ -4,6 +4,7 @@
 
 mod control_plane;
 mod issuer;
+mod pebble;
 mod postgres;
 mod websocket;
 
@@ -13,6 +14,7 @@ use clap::Parser;
 pub use control_plane::{FakeControlPlane, FakeEndpoint, TOKEN};
 use dormouse_compute_proxy::{Config, Server};
 pub use issuer::{Issuer, Signer};
+pub use pebble::{Pebble, PebblePlace};
 pub use postgres::Postgres;
 use tokio::{io::AsyncWriteExt, process::Command, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -51,9 +53,13 @@ impl World {
 
     /// Starts all, the proxy with these arguments beside those that it needs.
     pub async fn start(arguments: &[&str]) -> Self {
+        Self::start_in(tempfile::tempdir().expect("temporary directory"), arguments).await
+    }
+
+    /// The same with certificates that are there already.
+    pub async fn start_in(tls_dir: tempfile::TempDir, arguments: &[&str]) -> Self {
         let postgres = tokio::task::spawn_blocking(Postgres::shared).await.expect("no panic");
         let control = FakeControlPlane::start(&postgres.socket()).await;
-        let tls_dir = tempfile::tempdir().expect("temporary directory");
         let dir = tls_dir.path().to_str().expect("UTF-8").to_owned();
         let fixed = [
             ["--listen", "127.0.0.1:0"],

@@ -63,7 +63,7 @@ impl Postgres {
             .expect("postgres runs");
         let postgres = Self { dir, child };
         postgres.admin_retrying(
-            "CREATE ROLE alice LOGIN; CREATE ROLE bob LOGIN; CREATE ROLE carol LOGIN; GRANT pg_read_server_files TO alice; \
+            "CREATE ROLE alice LOGIN; CREATE ROLE bob LOGIN; CREATE ROLE carol LOGIN; CREATE ROLE dave LOGIN SUPERUSER; GRANT pg_read_server_files TO alice; \
                                  GRANT ALL ON SCHEMA public TO alice",
         );
         postgres

@@ -75,6 +75,8 @@ pub struct UpArguments {
     postgres_user: Option<String>,
     #[command(flatten)]
     page_cache: control_plane::config::PageCacheLimits,
+    #[command(flatten)]
+    acme: compute_proxy::AcmeConfig,
 }
 
 /// An installation whose settings were found good.
@@ -102,6 +104,8 @@ async fn run(arguments: UpArguments, log_format: LogFormat) -> anyhow::Result<Ex
     let _lock = checks::lock(&data_dir)?;
     let ports = Ports::new(&arguments)?;
     ports.check()?;
+    // The proxy would say so too, but in its log.
+    arguments.acme.wanted(arguments.domain.as_deref(), Some(data_dir.as_path()), false)?;
     let postgres_bin_dir = host::postgres_bin_dir(arguments.postgres_bin_dir.as_deref())?;
     let postgres_user = host::postgres_user(arguments.postgres_user.as_deref())?;
     let object_store = match &arguments.object_store {

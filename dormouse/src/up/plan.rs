@@ -188,16 +188,20 @@ fn control_plane(installation: &Installation) -> Service {
 
 fn proxy(installation: &Installation, token: &str) -> Service {
     let ports = &installation.ports;
-    let flags = Flags::new(installation, "proxy")
+    let (acme, secrets) = installation.arguments.acme.flags();
+    let mut flags = Flags::new(installation, "proxy")
         .with("--listen", ports.postgres.to_string())
         .with("--http-listen", ports.http.to_string())
         .with("--control-plane", format!("http://{}", local(ports.api)))
         .with("--tls-dir", installation.data_dir.join("tls"))
         .with_some("--domain", installation.arguments.domain.as_ref());
+    for (flag, value) in acme {
+        flags = flags.with(flag, value);
+    }
     Service {
         name: "proxy".into(),
         arguments: flags.0,
-        environment: vec![("DORMOUSE_TOKEN", token.to_owned())],
+        environment: [("DORMOUSE_TOKEN", token.to_owned())].into_iter().chain(secrets).collect(),
         address: ports.postgres,
         stop_timeout: Duration::from_secs(10),
         stop_rank: 0,
