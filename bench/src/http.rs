@@ -1,7 +1,10 @@
 //! One query by HTTP, by a fresh connection with TLS and SCRAM, and by a held one, in turn; then as many requests as there is
 //! time for, with answers from Postgres and with kept ones.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, ensure};
 use e2e::{Cluster, ClusterOptions, Project, http::HttpSql, processes};
@@ -29,13 +32,15 @@ pub async fn run(rounds: usize, seconds: u32) -> anyhow::Result<()> {
     );
     let mut cluster = Cluster::start(ClusterOptions::default()).await?;
     let project = prepared_project(&cluster).await?;
-    let http = HttpSql::new(&cluster, &project)?;
+    let http = Arc::new(HttpSql::new(&cluster, &project)?);
     let mut config: Config = project.uri.parse()?;
     config.options(format!("endpoint={}-pooler", project.endpoint));
-    let held = connect(&config).await?;
+    let held = Arc::new(connect(&config).await?);
     let [mut fresh_ratios, mut held_ratios, mut http_rates, mut cached_rates] = [const { Vec::new() }; 4];
     for round in 0..=rounds {
-        let [by_http, by_fresh, by_held] = single(&http, &config, &held).await?;
+        // In a task of its own: this one's thread runs no others, so that whatever it waits for would have to wake it.
+        let timing = tokio::spawn(single(http.clone(), config.clone(), held.clone()));
+        let [by_http, by_fresh, by_held] = timing.await??;
         let requests = rate(&cluster, &http, &[], seconds).await?;
         let cached = rate(&cluster, &http, &[("Dormouse-Cache", "max-age=3600")], seconds).await?;
         // The first round only warms up.
@@ -79,7 +84,7 @@ async fn connect(config: &Config) -> anyhow::Result<Client> {
 }
 
 /// Medians in microseconds: by HTTP, by a fresh connection, by the held one.
-async fn single(http: &HttpSql, config: &Config, held: &Client) -> anyhow::Result<[f64; 3]> {
+async fn single(http: Arc<HttpSql>, config: Config, held: Arc<Client>) -> anyhow::Result<[f64; 3]> {
     let mut samples = [const { Samples(Vec::new()) }; 3];
     for number in 1..=QUERIES {
         let aid = number as i32;
@@ -87,7 +92,7 @@ async fn single(http: &HttpSql, config: &Config, held: &Client) -> anyhow::Resul
         ensure!(balance(&http.rows(TEXT, json!([aid])).await?) == Some(i64::from(aid)), "a wrong row");
         samples[0].0.push(begun.elapsed());
         let begun = Instant::now();
-        let fresh = connect(config).await?;
+        let fresh = connect(&config).await?;
         fresh.query_typed(TEXT, &[(&aid, Type::INT4)]).await?;
         samples[1].0.push(begun.elapsed());
         let begun = Instant::now();

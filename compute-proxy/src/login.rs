@@ -23,7 +23,7 @@ use crate::{
     login_limit::LoginLimit,
     messages::{self, FatalError},
     remembered_passwords::RememberedPasswords,
-    roles::{Role, Roles},
+    roles::{Found, Role, Roles},
     scram::{Binding, Exchange, SCRAM_SHA_256, SCRAM_SHA_256_PLUS, ScramError, Verifier},
     server::ClientStream,
     token::{Claims, Token, TokenError},
@@ -67,6 +67,24 @@ struct Candidate {
     auth: Option<Arc<RoleAuth>>,
     /// False when the verifier is remembered and may be out of date.
     fresh: bool,
+    /// When the control plane was asked.
+    asked: Instant,
+}
+
+/// A good login.
+pub struct Admitted {
+    /// What the control plane says of the role and its endpoint.
+    pub auth: Arc<RoleAuth>,
+    /// When it was asked.
+    pub asked: Instant,
+}
+
+/// What the control plane says of a role.
+struct LookedUp {
+    /// `None`: there is no such role.
+    auth: Option<Arc<RoleAuth>>,
+    fresh: bool,
+    asked: Instant,
 }
 
 impl Login {
@@ -120,7 +138,7 @@ impl Login {
         self.by_password_within(self.fresh_for, from, endpoint, user, password).await.map(|_| ())
     }
 
-    /// The same, with another `fresh_for`; gives what the control plane says of the role.
+    /// The same, with another `fresh_for`.
     pub async fn by_password_within(
         &self,
         fresh_for: Duration,
@@ -128,7 +146,7 @@ impl Login {
         endpoint: &EndpointId,
         user: &str,
         password: &[u8],
-    ) -> Result<Arc<RoleAuth>, Stop> {
+    ) -> Result<Admitted, Stop> {
         self.check_limit(from, endpoint)?;
         let mut candidate = self.candidate(endpoint, user, fresh_for).await?;
         let mut good = self.accepts(&candidate, password).await?;
@@ -165,7 +183,7 @@ impl Login {
             outcome = self.verify(&candidate, &token).await;
         }
         match outcome {
-            Ok(claims) => Ok((self.admit(from, candidate, user).await?, claims)),
+            Ok(claims) => Ok((self.admit(from, candidate, user).await?.auth, claims)),
             // Nobody guesses a signature, and who comes with many tokens comes with some that are old.
             Err(VerifyError::Refused(TokenError::Expired)) => Err(expired_token(user)),
             Err(VerifyError::Unavailable) => {
@@ -188,24 +206,26 @@ impl Login {
 
     /// What follows a good login. Only now may a client learn that the endpoint is disabled, or not open to its address: who
     /// has no password is not to learn which endpoints exist.
-    async fn admit(&self, from: IpAddr, candidate: Candidate, user: &str) -> Result<Arc<RoleAuth>, Stop> {
-        let Candidate { endpoint, auth, fresh, .. } = candidate;
+    async fn admit(&self, from: IpAddr, candidate: Candidate, user: &str) -> Result<Admitted, Stop> {
+        let Candidate { endpoint, auth, fresh, mut asked, .. } = candidate;
         // Nothing fits a made-up verifier.
         let mut auth = auth.ok_or_else(|| wrong_password(user))?;
         if !allows(&auth, from) && !fresh {
             // Its address may have been added in this moment.
             self.roles.doubt(&endpoint, user);
-            let (newest, _) = self.role(&endpoint, user, Duration::ZERO).await?;
-            auth = newest.ok_or_else(|| wrong_password(user))?;
+            let newest = self.role(&endpoint, user, Duration::ZERO).await?;
+            asked = newest.asked;
+            auth = newest.auth.ok_or_else(|| wrong_password(user))?;
         }
         if !allows(&auth, from) {
             return Err(address_not_allowed(&endpoint, from));
         }
         check_enabled(&endpoint, &auth)?;
-        Ok(auth)
+        Ok(Admitted { auth, asked })
     }
 
-    fn check_limit(&self, from: IpAddr, endpoint: &EndpointId) -> Result<(), Stop> {
+    /// Errors when an address has failed too often to be heard now.
+    pub fn check_limit(&self, from: IpAddr, endpoint: &EndpointId) -> Result<(), Stop> {
         if self.limit.admits(self.begun.elapsed(), from, endpoint) {
             return Ok(());
         }
@@ -239,27 +259,22 @@ impl Login {
         Ok(good)
     }
 
-    /// What the control plane says of a role, if it exists; says also whether that is from this very moment.
-    async fn role(
-        &self,
-        endpoint: &EndpointId,
-        user: &str,
-        fresh_for: Duration,
-    ) -> Result<(Option<Arc<RoleAuth>>, bool), Stop> {
-        let (role, fresh) = self.roles.find(endpoint, user, fresh_for).await.map_err(|error| {
+    async fn role(&self, endpoint: &EndpointId, user: &str, fresh_for: Duration) -> Result<LookedUp, Stop> {
+        let Found { role, fresh, asked } = self.roles.find(endpoint, user, fresh_for).await.map_err(|error| {
             tracing::warn!(%endpoint, %error, "cannot look a role up");
             let message = "the login cannot be checked now, the control plane gives no answer";
             Stop::refuse(EndReason::ControlPlaneDown, FatalError::new("57P03", message))
         })?;
-        Ok(match role {
-            Role::Known(auth) => (Some(auth), fresh),
+        let auth = match role {
+            Role::Known(auth) => Some(auth),
             // Nobody without a password is to learn which endpoints exist.
-            Role::Missing | Role::EndpointMissing => (None, fresh),
-        })
+            Role::Missing | Role::EndpointMissing => None,
+        };
+        Ok(LookedUp { auth, fresh, asked })
     }
 
     async fn candidate(&self, endpoint: &EndpointId, user: &str, fresh_for: Duration) -> Result<Candidate, Stop> {
-        let (auth, fresh) = self.role(endpoint, user, fresh_for).await?;
+        let LookedUp { auth, fresh, asked } = self.role(endpoint, user, fresh_for).await?;
         let verifier = auth.as_deref().and_then(|auth| stored_verifier(endpoint, auth));
         let context = || [endpoint.as_str().as_bytes(), b"/", user.as_bytes()];
         Ok(Candidate {
@@ -267,6 +282,7 @@ impl Login {
             auth: auth.filter(|_| verifier.is_some()),
             verifier: verifier.unwrap_or_else(|| Verifier::mock(&self.mock_secret, &context())),
             fresh,
+            asked,
         })
     }
 }

@@ -3,7 +3,10 @@
 
 use std::{
     net::{IpAddr, Ipv6Addr},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -16,6 +19,9 @@ const CAPACITY: u64 = 100_000;
 
 /// A balance is forgotten when it has certainly filled up again.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(3600);
+
+/// After so long every balance is full again.
+const FORGIVEN_AFTER: Duration = Duration::from_secs(120);
 
 /// Failures from one address, on whatever endpoints, that are borne at once, and how fast that is forgiven.
 const BY_ADDRESS: Allowance = Allowance { burst: 200.0, per_second: 2.0 };
@@ -40,6 +46,8 @@ struct Balance {
 pub struct LoginLimit {
     by_address: Cache<IpAddr, Arc<Mutex<Balance>>>,
     by_endpoint: Cache<(IpAddr, EndpointId), Arc<Mutex<Balance>>>,
+    /// Seconds after which everything has been forgiven, if nobody fails before.
+    forgiven_at: AtomicU64,
 }
 
 impl Default for LoginLimit {
@@ -47,6 +55,7 @@ impl Default for LoginLimit {
         Self {
             by_address: Cache::builder().max_capacity(CAPACITY).time_to_idle(FORGOTTEN_AFTER).build(),
             by_endpoint: Cache::builder().max_capacity(CAPACITY).time_to_idle(FORGOTTEN_AFTER).build(),
+            forgiven_at: AtomicU64::new(0),
         }
     }
 }
@@ -54,6 +63,9 @@ impl Default for LoginLimit {
 impl LoginLimit {
     /// False when this address has failed too often to be heard now.
     pub fn admits(&self, now: Duration, address: IpAddr, endpoint: &EndpointId) -> bool {
+        if now.as_secs() >= self.forgiven_at.load(Ordering::Acquire) {
+            return true;
+        }
         let address = network(address);
         let good = |balance: Option<Arc<Mutex<Balance>>>, allowance: Allowance| {
             balance.is_none_or(|balance| balance.lock().at(now, allowance) >= 1.0)
@@ -64,6 +76,7 @@ impl LoginLimit {
 
     /// A login failed.
     pub fn failed(&self, now: Duration, address: IpAddr, endpoint: &EndpointId) {
+        self.forgiven_at.fetch_max(now.as_secs() + FORGIVEN_AFTER.as_secs(), Ordering::AcqRel);
         let address = network(address);
         let full = |allowance: Allowance| Arc::new(Mutex::new(Balance { left: allowance.burst, at: now }));
         self.by_address.get_with(address, || full(BY_ADDRESS)).lock().take(now, BY_ADDRESS);
@@ -111,6 +124,13 @@ mod tests {
         assert!(limit.admits(now, address, &endpoint("ep-b")), "other endpoints");
         assert!(limit.admits(now, "192.0.2.2".parse().expect("address"), &endpoint("ep-a")), "other addresses");
         assert!(limit.admits(now + Duration::from_secs(2), address, &endpoint("ep-a")), "later");
+    }
+
+    #[test]
+    fn all_is_forgiven_in_time_for_nobody_to_be_asked_about() {
+        for Allowance { burst, per_second } in [BY_ADDRESS, BY_ENDPOINT] {
+            assert!(burst / per_second < FORGIVEN_AFTER.as_secs_f64());
+        }
     }
 
     #[test]

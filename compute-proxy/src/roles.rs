@@ -53,6 +53,16 @@ pub enum Role {
     EndpointMissing,
 }
 
+/// What was found out about a role.
+pub struct Found {
+    /// The role.
+    pub role: Role,
+    /// It is from this very moment.
+    pub fresh: bool,
+    /// When the control plane was asked.
+    pub asked: Instant,
+}
+
 impl Roles {
     /// Nothing is known yet.
     pub fn new(control: ControlPlane) -> Self {
@@ -60,28 +70,25 @@ impl Roles {
         Self { control, cache, asking: Arc::default() }
     }
 
-    /// Looks a role up; says also whether the answer is from this very moment. `fresh_for`: how long an answer is used
-    /// without asking again.
-    pub async fn find(
-        &self,
-        endpoint: &EndpointId,
-        role: &str,
-        fresh_for: Duration,
-    ) -> Result<(Role, bool), ControlError> {
+    /// Looks a role up. `fresh_for`: how long an answer is used without asking again.
+    pub async fn find(&self, endpoint: &EndpointId, role: &str, fresh_for: Duration) -> Result<Found, ControlError> {
+        let now = Instant::now();
+        let new = |role| Found { role, fresh: true, asked: now };
         if role.len() > NAME_MAX_BYTES {
-            return Ok((Role::Missing, true));
+            return Ok(new(Role::Missing));
         }
         let key = (endpoint.clone(), Arc::from(role));
-        let Some(known) = self.cache.get(&key) else {
-            return self.ask(key).await.map(|role| (role, true));
+        let Some(Known { auth, asked, doubted }) = self.cache.get(&key) else {
+            return self.ask(key).await.map(new);
         };
-        if !known.doubted && known.asked.elapsed() < fresh_for {
-            return Ok((Role::Known(known.auth), false));
+        let old = Found { role: Role::Known(auth), fresh: false, asked };
+        if !doubted && now.saturating_duration_since(asked) < fresh_for {
+            return Ok(old);
         }
         match tokio::time::timeout(PATIENCE, self.ask(key)).await {
             Ok(Err(error)) if !error.is_outage() => Err(error),
-            Ok(Ok(role)) => Ok((role, true)),
-            Ok(Err(_)) | Err(_) => Ok((Role::Known(known.auth), false)),
+            Ok(Ok(role)) => Ok(new(role)),
+            Ok(Err(_)) | Err(_) => Ok(old),
         }
     }
 

@@ -18,7 +18,7 @@ use crate::{
     cancel::CancelMap,
     config::Config,
     control::ControlPlane,
-    http::{self, AnswerCache, Budget},
+    http::{self, AnswerCache, Budget, Repeated},
     key_sets::{KeySetOptions, KeySets},
     login::Login,
     open_files,
@@ -79,6 +79,8 @@ pub struct Shared {
     pub pools: Pools,
     /// Memory for HTTP requests and their answers.
     pub http_memory: Budget,
+    /// Queries over HTTP that come again and again.
+    pub repeated: Repeated,
     /// Answers to HTTP requests that are kept.
     pub answers: Arc<AnswerCache>,
     /// Sessions that can be cancelled.
@@ -113,6 +115,7 @@ impl Server {
             pools: Pools::new(pool_options(&config), waker.clone()),
             waker,
             http_memory: Budget::new(config.http_memory_bytes),
+            repeated: Repeated::default(),
             answers: Arc::new(AnswerCache::new(config.http_cache_bytes)),
             cancels: CancelMap::default(),
             draining: CancellationToken::new(),

@@ -23,7 +23,7 @@ use crate::{
     proxy_protocol::{PREFIX_BYTES, Prefix, ProxyHeaderError},
     server::{ByteStream, ClientStream, Shared},
     splice::splice,
-    tls::TlsInfo,
+    tls::{Protocol, TlsInfo},
     token::{CLAIMS_SETTING, Claims},
     wake::{WakeError, Woken},
 };
@@ -208,7 +208,7 @@ async fn greet_inside_tls(
         tracing::debug!(%error, "TLS handshake failed");
         EndReason::Tls
     })?;
-    if direct && !info.alpn {
+    if direct && info.protocol != Protocol::Postgres {
         return Err(EndReason::Tls);
     }
     greet_inside(stream, Arrival::inside_tls(info), peer).await

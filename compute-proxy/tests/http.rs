@@ -7,78 +7,12 @@ use std::time::Duration;
 use futures::future::join_all;
 use reqwest::{Client, Method, StatusCode};
 use serde_json::{Value, json};
-use support::{PASSWORD, World};
+use support::{Http, PASSWORD, World, connection};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     time::{sleep, timeout},
 };
-
-/// A client of the proxy that trusts its certificate.
-struct Http<'a> {
-    world: &'a World,
-    client: Client,
-}
-
-impl<'a> Http<'a> {
-    fn new(world: &'a World) -> Self {
-        Self { world, client: world.http_client() }
-    }
-
-    fn url(&self, path: &str) -> String {
-        format!("https://localhost:{}{path}", self.world.http_address.port())
-    }
-
-    async fn send(
-        &self,
-        connection: &str,
-        headers: &[(&str, &str)],
-        body: impl Into<reqwest::Body>,
-    ) -> (StatusCode, Value) {
-        let mut request = self.client.post(self.url("/sql")).header("Neon-Connection-String", connection).body(body);
-        for (name, value) in headers {
-            request = request.header(*name, *value);
-        }
-        let response = request.send().await.expect("an answer");
-        assert_eq!(response.headers()["access-control-allow-origin"], "*");
-        (response.status(), response.json().await.expect("JSON"))
-    }
-
-    async fn raw(&self, body: impl Into<reqwest::Body>) -> (StatusCode, Value) {
-        self.send(&connection("alice"), &[], body).await
-    }
-
-    async fn ok(&self, body: Value) -> Value {
-        let (status, answer) = self.raw(body.to_string()).await;
-        assert_eq!(status, StatusCode::OK, "{answer}");
-        answer
-    }
-
-    async fn query(&self, text: &str, params: Value) -> Value {
-        self.ok(json!({"query": text, "params": params})).await
-    }
-
-    /// The code of the error.
-    async fn code(&self, body: impl Into<reqwest::Body>) -> String {
-        let (status, answer) = self.raw(body).await;
-        assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
-        answer["code"].as_str().expect("a code").to_owned()
-    }
-
-    async fn error(&self, text: &str) -> String {
-        self.code(json!({"query": text}).to_string()).await
-    }
-
-    /// One value of one row.
-    async fn value(&self, text: &str) -> Value {
-        let answer = self.query(text, json!([])).await;
-        answer["rows"][0].as_object().and_then(|row| row.values().next().cloned()).unwrap_or_default()
-    }
-}
-
-fn connection(role: &str) -> String {
-    format!("postgresql://{role}:{}@ep-a.localhost/postgres", PASSWORD.replace('$', "%24"))
-}
 
 #[tokio::test]
 async fn answers_have_node_postgres_shape() {
@@ -432,161 +366,99 @@ async fn the_port_speaks_postgres_to_those_who_name_it() {
     assert!(said.contains("ALPN protocol: postgresql") && said.contains("Verify return code: 0"), "{said}");
 }
 
-/// What the cache did with a query that asks to be kept so, and the answer.
-async fn cached(http: &Http<'_>, wish: &str, text: &str) -> (String, Value) {
-    let request = http.client.post(http.url("/sql")).header("Neon-Connection-String", connection("alice"));
-    let request = request.header("Dormouse-Cache", wish).body(json!({"query": text}).to_string());
-    let response = request.send().await.expect("an answer");
-    let outcome = response.headers().get("dormouse-cache").map(|value| value.to_str().expect("text").to_owned());
-    (outcome.unwrap_or_default(), response.json().await.expect("JSON"))
-}
+/// The text of a query as Postgres has it prepared; empty when it is not.
+const PREPARED: &str = "select coalesce(string_agg(name, ','), '') n from pg_prepared_statements where statement = $1";
 
 #[tokio::test]
-async fn answers_are_kept_when_that_is_asked_for() {
-    let world = World::start(&["--http-auth-cache", "0s"]).await;
+async fn a_text_that_comes_again_is_prepared_once() {
+    let world = World::start(&["--pool-size", "1"]).await;
     let http = Http::new(&world);
-    http.query("create table http_kept (a int)", json!([])).await;
-    http.query("insert into http_kept values (1)", json!([])).await;
-    let text = "select count(*)::int n from http_kept";
-    let n = |answer: &Value| answer["rows"][0]["n"].clone();
-    assert_eq!(cached(&http, "", text).await.0, "", "nobody asked");
-    assert_eq!(cached(&http, "max-age=60, tag=kept", text).await.0, "miss");
-    http.query("insert into http_kept values (2)", json!([])).await;
-    let (outcome, answer) = cached(&http, "max-age=60, tag=kept", text).await;
-    assert_eq!((outcome.as_str(), n(&answer)), ("hit", json!(1)));
-    assert_eq!(n(&http.query(text, json!([])).await), 2, "who does not ask for it gets a new one");
-
-    // A kept answer needs a good password all the same.
-    let wrong = connection("alice").replace("wonder", "under");
-    let (status, error) =
-        http.send(&wrong, &[("Dormouse-Cache", "max-age=60")], json!({"query": text}).to_string()).await;
-    assert_eq!((status, &error["code"]), (StatusCode::BAD_REQUEST, &json!("28P01")));
-    let body = json!({"query": text}).to_string();
-    let (_, error) = http.send(&connection("carol"), &[("Dormouse-Cache", "max-age=60")], body).await;
-    assert_eq!(error["code"], "42501", "another role's answer is not given");
-
-    // Invalidation, by tag and all.
-    let endpoint = world.endpoint("ep-a");
-    endpoint.query_cache.lock().tags.insert("kept".to_owned(), 1);
-    let (outcome, answer) = cached(&http, "max-age=60, tag=kept", text).await;
-    assert_eq!((outcome.as_str(), n(&answer)), ("miss", json!(2)));
-    assert_eq!(cached(&http, "max-age=60", text).await.0, "hit");
-    endpoint.query_cache.lock().all += 1;
-    assert_eq!(cached(&http, "max-age=60", text).await.0, "miss");
-
-    // The endpoint's own setting, and a request that does not want it.
-    endpoint.query_cache.lock().settings =
-        Some(control_plane_api::v2::QueryCacheSettings { max_age: 60, stale_while_revalidate: 0 });
-    assert_eq!(cached(&http, "", text).await.0, "hit");
-    assert_eq!(cached(&http, "no-store", text).await.0, "");
-    let error = cached(&http, "max-age=forever", text).await.1;
-    assert_eq!(error["code"], "08P01");
-}
-
-#[tokio::test]
-async fn a_kept_answer_wakes_nothing() {
-    let world = World::start(&[]).await;
-    let http = Http::new(&world);
-    let body = json!({"query": "select now()::text t"}).to_string();
-    world.endpoint("ep-a").set_password("bob", PASSWORD);
-    let ask = async |wish: &str| http.send(&connection("bob"), &[("Dormouse-Cache", wish)], body.clone()).await.1;
-    let first = ask("max-age=60").await;
-    // Its compute's sessions end, as when it goes to sleep. No other test uses this role.
-    world.postgres.terminate_backends_of("bob");
-    sleep(Duration::from_millis(600)).await;
-    let wakes = world.wakes();
-    assert_eq!(ask("max-age=60").await, first);
-    assert_eq!(world.wakes(), wakes);
-    assert_ne!(ask("no-store").await, first);
-    assert_eq!(world.wakes(), wakes + 1, "this one needs the compute");
-}
-
-#[tokio::test]
-async fn a_stale_answer_is_given_at_once_and_fetched_anew() {
-    let world = World::start(&[]).await;
-    let http = Http::new(&world);
-    let wish = "max-age=1, stale-while-revalidate=30";
-    let text = "select statement_timestamp()::text t";
-    let (_, first) = cached(&http, wish, text).await;
-    sleep(Duration::from_millis(1200)).await;
-    let (outcome, second) = cached(&http, wish, text).await;
-    assert_eq!((outcome.as_str(), &second), ("stale", &first));
-    for _ in 0..50 {
-        let (outcome, third) = cached(&http, wish, text).await;
-        if outcome == "hit" {
-            assert_ne!(third, first);
-            return;
-        }
-        sleep(Duration::from_millis(20)).await;
+    let text = "select $1::int + 1 as sum";
+    let prepared = async || http.query(PREPARED, json!([text])).await["rows"][0]["n"].clone();
+    for (number, wanted) in [(1, ""), (2, "dormouse_"), (3, "dormouse_")] {
+        let answer = http.query(text, json!([number])).await;
+        assert_eq!(answer["rows"], json!([{"sum": number + 1}]));
+        assert_eq!(answer["fields"][0]["dataTypeID"], 23);
+        let name = prepared().await;
+        let name = name.as_str().expect("a name");
+        assert!(name.starts_with(wanted) && name.is_empty() == wanted.is_empty(), "{number}: {name}");
     }
-    panic!("it was not fetched anew");
+    // Errors are its own, and it goes on.
+    assert_eq!(http.code(json!({"query": text, "params": ["x"]}).to_string()).await, "22P02");
+    assert_eq!(http.code(json!({"query": text, "params": [1, 2]}).to_string()).await, "08P01");
+    assert_eq!(http.query(text, json!([2147483646])).await["rows"], json!([{"sum": 2147483647}]));
+    assert_eq!(http.code(json!({"query": text, "params": [2147483647]}).to_string()).await, "22003");
+    // A text that never went well, or a very long one, is not prepared.
+    let long = format!("select '{}'", "x".repeat(10_000));
+    for text in ["select 1 / $1::int", long.as_str()] {
+        for _ in 0..3 {
+            http.raw(
+                json!({"query": text, "params": if text.contains('$') { json!([0]) } else { json!([]) }}).to_string(),
+            )
+            .await;
+        }
+        assert_eq!(http.query(PREPARED, json!([text])).await["rows"][0]["n"], "");
+    }
 }
 
 #[tokio::test]
-async fn only_reading_by_stable_functions_is_kept() {
-    let world = World::start(&[]).await;
+async fn a_table_may_change_under_a_prepared_text() {
+    let world = World::start(&["--pool-size", "1"]).await;
+    let http = Http::new(&world);
+    http.query("create table http_changing (a int)", json!([])).await;
+    http.query("insert into http_changing values (1)", json!([])).await;
+    for text in ["select * from http_changing", "update http_changing set a = a + 1 returning *"] {
+        for _ in 0..3 {
+            http.query(text, json!([])).await;
+        }
+        assert_ne!(http.query(PREPARED, json!([text])).await["rows"][0]["n"], "", "the test tests something");
+    }
+    let before = http.value("select a from http_changing").await;
+    for (change, row) in [
+        ("alter table http_changing add b text default 'x'", json!({"a": before, "b": "x"})),
+        ("alter table http_changing alter a type text", json!({"a": before.to_string(), "b": "x"})),
+        ("alter table http_changing drop a", json!({"b": "x"})),
+    ] {
+        http.query(change, json!([])).await;
+        for _ in 0..3 {
+            assert_eq!(http.query("select * from http_changing", json!([])).await["rows"], json!([row]), "{change}");
+        }
+    }
+    assert_eq!(http.error("update http_changing set a = a + 1 returning *").await, "42703");
+    http.query("drop table http_changing", json!([])).await;
+    assert_eq!(http.error("select * from http_changing").await, "42P01");
+    assert_eq!(http.value("select 1").await, 1);
+}
+
+#[tokio::test]
+async fn what_has_begun_is_never_run_again() {
+    let world = World::start(&["--pool-size", "1"]).await;
     let http = Http::new(&world);
     for text in [
-        "create table http_stable (a int, b text)",
-        "create function http_volatile() returns int language sql volatile as 'select 1'",
-        "create function http_hidden() returns int language plpgsql volatile as 'begin return 1; end'",
-        "create function http_promised() returns int language plpgsql stable as 'begin return 1; end'",
-        "create view http_view as select random() r",
-        "create sequence http_sequence",
-        "create function http_equal(int, int) returns bool language plpgsql volatile as 'begin return true; end'",
-        "create operator === (leftarg = int, rightarg = int, function = http_equal)",
+        "create table http_once (n int)",
+        "create table http_other (a int)",
+        "insert into http_other values (1)",
+        // It commits, and then Postgres says of a statement in it what it says of a stale one of ours.
+        "create procedure http_procedure(fails bool) language plpgsql as $$
+         begin
+           insert into http_once values (1);
+           execute 'prepare http_inner as select * from http_other';
+           execute 'execute http_inner';
+           execute format('alter table http_other add c%s int', (select count(*) from http_once));
+           commit;
+           if fails then
+             execute 'execute http_inner';
+           end if;
+           execute 'deallocate http_inner';
+         end $$",
     ] {
         http.query(text, json!([])).await;
     }
-    let wish = "max-age=60";
-    for text in [
-        "select a, count(*) from http_stable where b like 'x%' group by a order by 1",
-        "select now(), current_user, array_agg(a) over () from http_stable",
-        "select http_promised()",
-        "with x as (select 1 a) select * from x where (a, 1) < (2, 3) union select a from http_stable",
-        "values (1), (2)",
-        "select relname from pg_class limit 1",
-    ] {
-        assert_eq!(cached(&http, wish, text).await.0, "miss", "{text}");
-        assert_eq!(cached(&http, wish, text).await.0, "hit", "{text}");
+    let text = "call http_procedure($1)";
+    for _ in 0..2 {
+        http.query(text, json!([false])).await;
     }
-    for text in [
-        "select random()",
-        "select clock_timestamp()",
-        "select 1 limit (random() * 5)::int",
-        "select sum(1) over (rows (random() * 2)::int preceding)",
-        "select * from http_stable tablesample bernoulli (10)",
-        "select * from http_view",
-        "select http_volatile()",
-        "select http_hidden()",
-        "select 1 === 2",
-        "select nextval('http_sequence')::text",
-        "select pg_try_advisory_lock(5)",
-        "select * from http_stable for update",
-        "insert into http_stable values (1, 'x') returning a",
-        "with x as (insert into http_stable values (2, 'y') returning a) select * from x",
-        "update http_stable set b = 'z'",
-        "show work_mem",
-    ] {
-        assert_eq!(cached(&http, wish, text).await.0, "bypass", "{text}");
-        assert_eq!(cached(&http, wish, text).await.0, "bypass", "{text}");
-    }
-    assert_eq!(
-        http.value("select count(*)::int from http_stable where b = 'z'").await,
-        4,
-        "each was done once, when it was sent"
-    );
-    let (_, error) = cached(&http, wish, "select nonsense").await;
-    assert_eq!((&error["code"], &error["position"]), (&json!("42703"), &json!("8")));
-    let (_, error) = cached(&http, wish, "select 1 / 0").await;
-    assert_eq!(error["code"], "22012");
-
-    // Parameters, and the shape of the answer, make it another one.
-    let body = |number: i32| json!({"query": "select $1::int n", "params": [number]}).to_string();
-    for (number, headers) in [(1, vec![]), (2, vec![]), (1, vec![("Neon-Array-Mode", "true")])] {
-        let headers = [&[("Dormouse-Cache", wish)][..], &headers].concat();
-        let (_, answer) = http.send(&connection("alice"), &headers, body(number)).await;
-        let wanted = if headers.len() > 1 { json!([number]) } else { json!({ "n": number }) };
-        assert_eq!(answer["rows"][0], wanted);
-    }
+    let (_, error) = http.raw(json!({"query": text, "params": [true]}).to_string()).await;
+    assert_eq!((&error["code"], &error["routine"]), (&json!("0A000"), &json!("RevalidateCachedQuery")));
+    assert_eq!(http.value("select count(*)::int from http_once").await, 3);
 }

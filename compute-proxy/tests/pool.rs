@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use futures::{SinkExt, StreamExt, TryStreamExt, future::join_all, pin_mut};
 use support::{PASSWORD, World};
 use tokio::time::sleep;
-use tokio_postgres::{AsyncMessage, Client, NoTls, error::SqlState};
+use tokio_postgres::{AsyncMessage, Client, NoTls, error::SqlState, types::Type};
 
 const POOLED: &str = "endpoint=ep-a-pooler";
 
@@ -57,6 +57,20 @@ async fn answers_of_about_the_room_for_them_come_whole() {
         let answer = tokio::time::timeout(Duration::from_secs(20), client.query(&sql, &[])).await;
         let answer = answer.unwrap_or_else(|_| panic!("the end of {rows} rows does not come")).expect("answered");
         assert_eq!(answer.len(), rows);
+    }
+}
+
+/// The same for what a client sends, all at once, and then waits.
+#[tokio::test]
+async fn parameters_of_about_the_room_for_them_are_taken_whole() {
+    let world = World::start(&["--pool-size", "1"]).await;
+    let client = pooled(&world).await;
+    for length in (65_000..66_000).step_by(25).chain([70_000, 98_000, 131_000, 1_000_000]) {
+        let parameter = "x".repeat(length);
+        let answer = async { client.query_typed("select length($1)", &[(&parameter, Type::TEXT)]).await };
+        let answer = tokio::time::timeout(Duration::from_secs(20), answer).await;
+        let answer = answer.unwrap_or_else(|_| panic!("{length} bytes get no answer")).expect("answered");
+        assert_eq!(answer[0].get::<_, i32>(0) as usize, length);
     }
 }
 

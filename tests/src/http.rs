@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use reqwest::{Client, StatusCode, header::HeaderMap};
+use reqwest::{
+    Client, StatusCode, Url,
+    header::{HeaderMap, HeaderValue},
+};
 use serde_json::{Value, json};
 
 use crate::{Cluster, Project};
@@ -11,8 +14,8 @@ use crate::{Cluster, Project};
 /// Sends queries of one project.
 pub struct HttpSql {
     client: Client,
-    url: String,
-    connection: String,
+    url: Url,
+    connection: HeaderValue,
 }
 
 /// One answer.
@@ -43,16 +46,18 @@ impl HttpSql {
         let client = Client::builder()
             .tls_certs_only([reqwest::Certificate::from_pem(&ca)?])
             .no_proxy()
+            // As the driver's own requests from Node.js: its `fetch` does not offer HTTP/2.
+            .http1_only()
             .pool_max_idle_per_host(kept)
             .timeout(Duration::from_secs(120))
             .build()?;
-        let url = format!("https://localhost:{}/sql", cluster.http_port());
-        Ok(HttpSql { client, url, connection: project.uri.clone() })
+        let url = format!("https://localhost:{}/sql", cluster.http_port()).parse()?;
+        Ok(HttpSql { client, url, connection: project.uri.parse()? })
     }
 
     /// Sends a body with further headers.
     pub async fn send(&self, headers: &[(&str, &str)], body: &Value) -> anyhow::Result<Answer> {
-        let mut request = self.client.post(&self.url).header("Neon-Connection-String", &self.connection);
+        let mut request = self.client.post(self.url.clone()).header("Neon-Connection-String", self.connection.clone());
         for (name, value) in headers {
             request = request.header(*name, *value);
         }

@@ -1,6 +1,6 @@
 //! Postgres's messages as the JSON that node-postgres would make of them. Pure.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, io::Write as _};
 
 use connection_pool::frame;
 use serde::Serialize;
@@ -22,6 +22,8 @@ pub struct Answer {
     columns: Vec<ColumnPlan>,
     described: bool,
     rows: usize,
+    /// Postgres has begun with a statement.
+    begun: bool,
     json: Vec<u8>,
     error: Option<SqlError>,
 }
@@ -82,6 +84,7 @@ impl Answer {
             columns: Vec::new(),
             described: false,
             rows: 0,
+            begun: false,
             json: Vec::new(),
             error: None,
         }
@@ -93,10 +96,11 @@ impl Answer {
         match kind {
             b'E' => {
                 let error = SqlError::from_postgres(body);
-                self.error.get_or_insert(error);
+                self.error.get_or_insert(if self.begun { error.after_begin() } else { error });
                 // What was made so far is of no use any more.
                 self.json = Vec::new();
             }
+            b'2' => self.begun = true,
             b'T' if shown => self.begin(Some(body)).ok_or_else(unreadable)?,
             b'n' if shown => self.begin(None).ok_or_else(unreadable)?,
             b'D' if shown => self.row(body).ok_or_else(unreadable)?,
@@ -237,10 +241,19 @@ impl Answer {
         }
         let tag = tag.map(|tag| String::from_utf8_lossy(tag.strip_suffix(b"\0").unwrap_or(tag)));
         let (command, count) = tag.as_deref().map_or((None, None), command_and_count);
-        let end = serde_json::json!({ "command": command, "rowCount": count, "rowAsArray": self.shape.arrays });
-        let end = end.to_string();
-        self.json.extend_from_slice(b"],");
-        self.json.extend_from_slice(&end.as_bytes()[1..]);
+        let json = &mut self.json;
+        json.extend_from_slice(b"],\"command\":");
+        match command {
+            Some(command) => write_string(command.as_bytes(), json),
+            None => json.extend_from_slice(b"null"),
+        }
+        json.extend_from_slice(b",\"rowCount\":");
+        match count {
+            // Writing to memory does not fail.
+            Some(count) => drop(write!(json, "{count}")),
+            None => json.extend_from_slice(b"null"),
+        }
+        json.extend_from_slice(if self.shape.arrays { b",\"rowAsArray\":true}" } else { b",\"rowAsArray\":false}" });
         self.described = false;
     }
 }

@@ -12,7 +12,7 @@ use moka::{Expiry, sync::Cache};
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 
-use super::cache_policy::CachePolicy;
+use super::{cache_policy::CachePolicy, error::SqlError, merged::Merged};
 
 /// Bytes that an answer costs beside its own.
 const OVERHEAD_BYTES: usize = 256;
@@ -40,6 +40,11 @@ impl Key {
         }
         Self(hash.finalize().into())
     }
+
+    /// Its bytes, as part of another key.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
 }
 
 /// All kept answers, of all endpoints; those used least make room.
@@ -49,6 +54,10 @@ pub struct AnswerCache {
     verdicts: Cache<Key, bool>,
     /// Answers that are being fetched anew.
     refreshing: Mutex<HashSet<Key>>,
+    /// Answers that are being fetched; `None`: they may not be kept after all.
+    pub fetching: Merged<Key, Result<Option<Bytes>, SqlError>>,
+    /// Queries of which it is being asked whether their answers may be kept.
+    pub analysing: Merged<Key, Result<bool, SqlError>>,
 }
 
 /// A kept answer.
@@ -114,7 +123,14 @@ impl AnswerCache {
         let cost = |_: &Key, kept: &Arc<Kept>| u32::try_from(kept.json.len() + OVERHEAD_BYTES).unwrap_or(u32::MAX);
         let answers = Cache::builder().max_capacity(bytes).weigher(cost).expire_after(AsLongAsUsed).build();
         let verdicts = Cache::builder().max_capacity(VERDICTS_MAX).time_to_live(VERDICT_LIFETIME).build();
-        Self { answers, answer_max_bytes: bytes / ANSWER_PART, verdicts, refreshing: Mutex::default() }
+        Self {
+            answers,
+            answer_max_bytes: bytes / ANSWER_PART,
+            verdicts,
+            refreshing: Mutex::default(),
+            fetching: Merged::default(),
+            analysing: Merged::default(),
+        }
     }
 
     /// Looks for an answer that this request may have.

@@ -13,10 +13,18 @@ use crate::{
     messages::FatalError,
 };
 
+/// SQLSTATE of "cached plan must not change result type", among others.
+const FEATURE_NOT_SUPPORTED: &str = "0A000";
+
+/// Postgres's own name of the place where it says so.
+const STALE_PLAN_ROUTINE: &str = "RevalidateCachedQuery";
+
 /// Why a request has no answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SqlError {
     status: StatusCode,
+    /// See [`SqlError::is_stale_plan`].
+    stale_plan: bool,
     fields: Box<ErrorFields>,
 }
 
@@ -52,7 +60,7 @@ impl SqlError {
             code: Some(sqlstate.to_owned()),
             ..ErrorFields::default()
         };
-        Self { status: StatusCode::BAD_REQUEST, fields: Box::new(fields) }
+        Self { status: StatusCode::BAD_REQUEST, stale_plan: false, fields: Box::new(fields) }
     }
 
     /// The same with another status than 400.
@@ -69,6 +77,16 @@ impl SqlError {
     /// Its SQLSTATE.
     pub fn sqlstate(&self) -> Option<&str> {
         self.fields.code.as_deref()
+    }
+
+    /// True when nothing was run because a prepared statement is older than the columns of its table.
+    pub fn is_stale_plan(&self) -> bool {
+        self.stale_plan
+    }
+
+    /// The same for a statement that had begun: Postgres says that of statements in functions too.
+    pub fn after_begin(self) -> Self {
+        Self { stale_plan: false, ..self }
     }
 
     /// From the body of an `ErrorResponse`.
@@ -103,7 +121,9 @@ impl SqlError {
             };
             *field = Some(text);
         }
-        Self { status: StatusCode::BAD_REQUEST, fields: Box::new(fields) }
+        let stale_plan = fields.code.as_deref() == Some(FEATURE_NOT_SUPPORTED)
+            && fields.routine.as_deref() == Some(STALE_PLAN_ROUTINE);
+        Self { status: StatusCode::BAD_REQUEST, stale_plan, fields: Box::new(fields) }
     }
 }
 

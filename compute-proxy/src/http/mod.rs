@@ -4,6 +4,7 @@
 //! A connection's TLS ends here. Then [`routes`] takes its requests; a client that named Postgres's own protocol in TLS is
 //! passed on to `session`.
 
+mod again;
 mod answer;
 mod budget;
 mod cache;
@@ -11,40 +12,35 @@ mod cache_policy;
 mod cached;
 mod connection_string;
 mod error;
+mod last_login;
+mod merged;
 mod parameter;
+mod repeated;
 mod request;
 mod routes;
+mod serving;
 mod sql;
 mod stability;
+mod tunnel;
 mod value;
 mod websocket;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use hyper::server::conn::http1;
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    service::TowerToHyperService,
-};
 use tokio::{
     io::AsyncWriteExt,
     net::TcpStream,
     time::{Instant, timeout, timeout_at},
 };
 
-pub use self::{budget::Budget, cache::AnswerCache};
+pub use self::{budget::Budget, cache::AnswerCache, repeated::Repeated};
 use crate::{
     end::EndReason,
     handshake::TLS_HANDSHAKE_BYTE,
     server::{ByteStream, Shared},
     session::{self, Arrival},
+    tls::Protocol,
 };
-
-/// How long a client may take to send a request's head, and may stay silent between requests.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Bytes that a request's head may have.
-const HEAD_MAX_BYTES: usize = 64 * 1024;
 
 /// How long a client that was refused may take to read why.
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
@@ -61,7 +57,8 @@ pub async fn serve(shared: Arc<Shared>, tcp: TcpStream, peer: SocketAddr) {
         opened = timeout_at(deadline, open(&shared, tcp, peer)) => opened.unwrap_or(Err(EndReason::HandshakeTimeout)),
     };
     match opened {
-        Ok(Opened::Http(stream, visitor)) => serve_http(shared, stream, visitor).await,
+        Ok(Opened::Http1(stream, visitor)) => serving::version_1(shared, stream, visitor).await,
+        Ok(Opened::Http2(stream, visitor)) => serving::version_2(shared, stream, visitor).await,
         Ok(Opened::Postgres(stream, arrival, peer)) => session::serve_inside(shared, stream, arrival, peer).await,
         Err(reason) => tracing::debug!(%peer, %reason, "connection ended"),
     }
@@ -77,7 +74,8 @@ struct Visitor {
 }
 
 enum Opened {
-    Http(Box<dyn ByteStream>, Visitor),
+    Http1(Box<dyn ByteStream>, Visitor),
+    Http2(Box<dyn ByteStream>, Visitor),
     Postgres(Box<dyn ByteStream>, Arrival, SocketAddr),
 }
 
@@ -93,14 +91,15 @@ async fn open(shared: &Shared, mut tcp: TcpStream, peer: SocketAddr) -> Result<O
             tracing::debug!(%error, "TLS handshake failed");
             EndReason::Tls
         })?;
-        return Ok(if info.alpn {
-            Opened::Postgres(stream, Arrival::inside_tls(info), peer)
-        } else {
-            Opened::Http(stream, Visitor { peer, encrypted: true })
+        let visitor = Visitor { peer, encrypted: true };
+        return Ok(match info.protocol {
+            Protocol::Postgres => Opened::Postgres(stream, Arrival::inside_tls(info), peer),
+            Protocol::Http2 => Opened::Http2(stream, visitor),
+            Protocol::Unnamed => Opened::Http1(stream, visitor),
         });
     }
     if shared.config.allow_cleartext {
-        return Ok(Opened::Http(Box::new(tcp), Visitor { peer, encrypted: false }));
+        return Ok(Opened::Http1(Box::new(tcp), Visitor { peer, encrypted: false }));
     }
     // The client may be gone or slow: nothing more is owed to it.
     let _ = timeout(FAREWELL_TIMEOUT, refuse_plain(tcp)).await;
@@ -112,30 +111,4 @@ async fn refuse_plain(mut tcp: TcpStream) -> std::io::Result<()> {
     tcp.write_all(HTTPS_ONLY).await?;
     tcp.shutdown().await?;
     tokio::io::copy(&mut tcp, &mut tokio::io::sink()).await.map(|_| ())
-}
-
-async fn serve_http(shared: Arc<Shared>, stream: Box<dyn ByteStream>, visitor: Visitor) {
-    let peer = visitor.peer;
-    let router = routes::router(shared.clone(), visitor);
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
-        .max_buf_size(HEAD_MAX_BYTES)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
-        .with_upgrades();
-    let mut connection = std::pin::pin!(connection);
-    let mut draining = false;
-    let ended = loop {
-        tokio::select! {
-            ended = &mut connection => break ended,
-            () = shared.draining.cancelled(), if !draining => {
-                draining = true;
-                connection.as_mut().graceful_shutdown();
-            }
-            () = shared.kill.cancelled() => return,
-        }
-    };
-    if let Err(error) = ended {
-        tracing::debug!(%peer, %error, "HTTP connection ended");
-    }
 }

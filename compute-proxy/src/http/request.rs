@@ -17,6 +17,9 @@ const PARAMETERS_MAX: usize = 65_535;
 /// Queries that one batch may have.
 pub const QUERIES_MAX: usize = 10_000;
 
+/// What a statement is called that server connections remember: Postgres names it in some errors.
+const REMEMBERED: &str = "query";
+
 /// Sets the claims of a token for the transaction, as PostgREST does.
 const SET_CLAIMS: &str = "SELECT pg_catalog.set_config('request.jwt.claims', $1, true)";
 
@@ -60,6 +63,11 @@ impl BatchOptions {
         };
         let read_only = flag(headers, "neon-batch-read-only")?;
         Ok(Self { isolation, read_only, deferrable: flag(headers, "neon-batch-deferrable")? })
+    }
+
+    /// The same for a transaction that only reads, whatever was asked for.
+    pub fn reading(self) -> Self {
+        Self { read_only: Some(true), ..self }
     }
 
     fn begin(self) -> String {
@@ -131,12 +139,8 @@ pub fn batch_messages(
     options: BatchOptions,
     claims: Option<&Claims>,
 ) -> Result<Vec<u8>, RequestError> {
-    in_transaction(&options.begin(), queries, claims)
-}
-
-fn in_transaction(begin: &str, queries: &[Query<'_>], claims: Option<&Claims>) -> Result<Vec<u8>, RequestError> {
     let mut messages = Vec::new();
-    write_query(begin, &[], &mut messages)?;
+    write_query(&options.begin(), &[], &mut messages)?;
     write_claims(claims, &mut messages)?;
     queries.iter().try_for_each(|query| write_query(&query.query, &query.params, &mut messages))?;
     write_query("COMMIT", &[], &mut messages)?;
@@ -157,6 +161,14 @@ pub fn statements<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<Vec<u8
 }
 
 impl Query<'_> {
+    /// The messages for this query by itself, as a statement that server connections remember.
+    pub fn remembered_messages(&self) -> Result<Vec<u8>, RequestError> {
+        let mut messages = Vec::new();
+        write_named(REMEMBERED, &self.query, &self.params, &mut messages)?;
+        write_sync(&mut messages);
+        Ok(messages)
+    }
+
     /// The messages for this query by itself; with `claims`, it and what sets these are one transaction.
     pub fn messages(&self, claims: Option<&Claims>) -> Result<Vec<u8>, RequestError> {
         let mut messages = Vec::new();
@@ -166,26 +178,22 @@ impl Query<'_> {
         Ok(messages)
     }
 
-    /// The messages for this query in a transaction that only reads.
-    pub fn reading_messages(&self, claims: Option<&Claims>) -> Result<Vec<u8>, RequestError> {
-        in_transaction("BEGIN READ ONLY", std::slice::from_ref(self), claims)
-    }
-
     /// The messages for some statements and then the query's analysis, without running it.
     pub fn analysis_messages(&self, before: &[&str]) -> Result<Vec<u8>, RequestError> {
         let mut messages = Vec::new();
         before.iter().try_for_each(|text| write_query(text, &[], &mut messages))?;
-        write_parse(&self.query, &mut messages)?;
+        write_parse("", &self.query, &mut messages)?;
         write_sync(&mut messages);
         Ok(messages)
     }
 }
 
-fn write_parse(text: &str, messages: &mut Vec<u8>) -> Result<(), RequestError> {
+fn write_parse(name: &str, text: &str, messages: &mut Vec<u8>) -> Result<(), RequestError> {
     if text.contains('\0') {
         return Err(ParameterError::Zero.into());
     }
     frame::write(messages, b'P', |body| {
+        body.extend_from_slice(name.as_bytes());
         body.push(0);
         body.extend_from_slice(text.as_bytes());
         body.extend_from_slice(&[0, 0, 0]);
@@ -194,8 +202,12 @@ fn write_parse(text: &str, messages: &mut Vec<u8>) -> Result<(), RequestError> {
 }
 
 fn write_query(text: &str, parameters: &[&RawValue], messages: &mut Vec<u8>) -> Result<(), RequestError> {
+    write_named("", text, parameters, messages)
+}
+
+fn write_named(name: &str, text: &str, parameters: &[&RawValue], messages: &mut Vec<u8>) -> Result<(), RequestError> {
     let count = u16::try_from(parameters.len()).map_err(|_| RequestError::TooManyParameters)?;
-    write_statement(text, count, messages, |body| {
+    write_statement(name, text, count, messages, |body| {
         Ok(parameters.iter().try_for_each(|parameter| write_parameter(parameter, body))?)
     })
 }
@@ -204,7 +216,7 @@ fn write_query(text: &str, parameters: &[&RawValue], messages: &mut Vec<u8>) -> 
 fn write_claims(claims: Option<&Claims>, messages: &mut Vec<u8>) -> Result<(), RequestError> {
     let Some(claims) = claims else { return Ok(()) };
     let text = claims.as_str().as_bytes();
-    write_statement(SET_CLAIMS, 1, messages, |body| {
+    write_statement("", SET_CLAIMS, 1, messages, |body| {
         // A token is far shorter than this can count.
         body.extend_from_slice(&(text.len() as u32).to_be_bytes());
         body.extend_from_slice(text);
@@ -212,17 +224,20 @@ fn write_claims(claims: Option<&Claims>, messages: &mut Vec<u8>) -> Result<(), R
     })
 }
 
-/// `Parse`, `Bind`, `Describe` and `Execute` of the unnamed statement and portal, all values as text.
+/// `Parse`, `Bind`, `Describe` and `Execute` of a statement and the unnamed portal, all values as text.
 fn write_statement(
+    name: &str,
     text: &str,
     parameters: u16,
     messages: &mut Vec<u8>,
     write_parameters: impl FnOnce(&mut Vec<u8>) -> Result<(), RequestError>,
 ) -> Result<(), RequestError> {
-    write_parse(text, messages)?;
+    write_parse(name, text, messages)?;
     let mut outcome = Ok(());
     frame::write(messages, b'B', |body| {
-        body.extend_from_slice(&[0, 0, 0, 0]);
+        body.push(0);
+        body.extend_from_slice(name.as_bytes());
+        body.extend_from_slice(&[0, 0, 0]);
         body.extend_from_slice(&parameters.to_be_bytes());
         outcome = write_parameters(body);
         body.extend_from_slice(&[0, 0]);

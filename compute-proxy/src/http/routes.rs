@@ -3,15 +3,19 @@
 use std::sync::Arc;
 
 use axum::{
-    Router,
-    extract::{Request, State},
-    http::{HeaderValue, Method, StatusCode, header},
-    middleware::{self, Next},
+    body::Body,
+    http::{HeaderValue, Method, Request, StatusCode, header},
     response::{IntoResponse, Response},
-    routing::{any, get, post},
 };
+use hyper::body::Incoming;
 
-use super::{Visitor, error::SqlError, sql, websocket};
+use super::{
+    Visitor,
+    error::SqlError,
+    last_login::LastLogin,
+    sql,
+    websocket::{self, Upgraded},
+};
 use crate::server::Shared;
 
 /// Headers that scripts may send.
@@ -24,28 +28,39 @@ const EXPOSED_HEADERS: &str = "Age, Dormouse-Cache";
 /// How long a browser may remember all this, in seconds.
 const PREFLIGHT_LIFETIME: &str = "86400";
 
-/// What handlers work with.
-#[derive(Clone)]
+/// What the requests of one connection work with.
 pub struct Context {
     /// The proxy.
     pub shared: Arc<Shared>,
     /// Who asks.
     pub visitor: Visitor,
+    /// Whose login was good.
+    pub last_login: LastLogin,
+    /// What becomes of the connection when it is a WebSocket.
+    pub upgraded: Upgraded,
 }
 
-/// The routes of one connection.
-pub fn router(shared: Arc<Shared>, visitor: Visitor) -> Router {
-    Router::new()
-        .route("/sql", post(sql::answer).options(|| async { StatusCode::NO_CONTENT }).fallback(wrong_method))
-        .route("/v2", get(websocket::upgrade))
-        .fallback(any(not_found))
-        .layer(middleware::from_fn(cors))
-        .with_state(Context { shared, visitor })
+impl Context {
+    /// Of a new connection.
+    pub fn new(shared: Arc<Shared>, visitor: Visitor) -> Self {
+        Self { shared, visitor, last_login: LastLogin::default(), upgraded: Upgraded::default() }
+    }
 }
 
-async fn cors(request: Request, next: Next) -> Response {
+/// Answers a request.
+pub async fn answer(context: Arc<Context>, request: Request<Incoming>) -> Response {
     let is_preflight = request.method() == Method::OPTIONS;
-    let mut response = next.run(request).await;
+    let request = request.map(Body::new);
+    let mut response = match (request.method(), request.uri().path()) {
+        (&Method::POST, "/sql") => sql::answer(&context, request).await,
+        (&Method::OPTIONS, "/sql") => StatusCode::NO_CONTENT.into_response(),
+        (_, "/sql") => wrong_method("queries are sent with POST", "POST, OPTIONS"),
+        (&Method::GET, "/v2") => websocket::upgrade(&context, request),
+        (_, "/v2") => wrong_method("a WebSocket begins with GET", "GET"),
+        _ => SqlError::new("08P01", "there are only POST /sql and the WebSocket /v2")
+            .with_status(StatusCode::NOT_FOUND)
+            .into_response(),
+    };
     let headers = response.headers_mut();
     headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
     headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static(EXPOSED_HEADERS));
@@ -57,11 +72,7 @@ async fn cors(request: Request, next: Next) -> Response {
     response
 }
 
-async fn wrong_method(State(_): State<Context>) -> Response {
-    let error = SqlError::new("08P01", "queries are sent with POST").with_status(StatusCode::METHOD_NOT_ALLOWED);
-    ([(header::ALLOW, "POST, OPTIONS")], error).into_response()
-}
-
-async fn not_found() -> SqlError {
-    SqlError::new("08P01", "there are only POST /sql and the WebSocket /v2").with_status(StatusCode::NOT_FOUND)
+fn wrong_method(message: &str, allowed: &'static str) -> Response {
+    let error = SqlError::new("08P01", message).with_status(StatusCode::METHOD_NOT_ALLOWED);
+    ([(header::ALLOW, allowed)], error).into_response()
 }

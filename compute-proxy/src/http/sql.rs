@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use axum::{
     body::Bytes,
-    extract::{Request, State},
+    extract::Request,
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
@@ -14,22 +14,21 @@ use futures::StreamExt as _;
 use tokio::time::timeout;
 
 use super::{
-    Visitor,
     answer::Answer,
     budget::Share,
     cache_policy::CacheWish,
     cached,
     connection_string::ConnectionString,
     error::SqlError,
-    request::{BatchOptions, Body, RequestError, Shape, batch_messages, bearer, single},
+    request::{BatchOptions, Body, Query, RequestError, Shape, batch_messages, bearer, single},
     routes::Context,
 };
 use crate::{
     end::{EndReason, Stop},
     endpoint_name::{self, Choice, Options},
-    login,
+    login::{self, Admitted},
     messages::FatalError,
-    pooling::{Exchange, ExchangeError, TransactionStatus},
+    pooling::{Exchange, ExchangeError, Route, TransactionStatus},
     server::Shared,
     session,
     token::Claims,
@@ -45,17 +44,18 @@ const CACHE: &str = "dormouse-cache";
 const ROLLBACK: &[u8] = b"Q\0\0\0\x0dROLLBACK\0";
 
 /// Answers a request. Dropped when the client leaves: the query is then cancelled.
-pub async fn answer(State(context): State<Context>, request: Request) -> Response {
-    match attempt(&context, request).await {
+pub async fn answer(context: &Context, request: Request) -> Response {
+    match attempt(context, request).await {
         Ok(answered) => answered.into_response(),
         Err(error) => error.into_response(),
     }
 }
 
-async fn attempt(Context { shared, visitor }: &Context, request: Request) -> Result<Answered, SqlError> {
+async fn attempt(context: &Context, request: Request) -> Result<Answered, SqlError> {
+    let shared = &context.shared;
     let (head, body) = request.into_parts();
     let _slot = shared.session_slot().ok_or_else(|| SqlError::new("53300", "sorry, too many clients already"))?;
-    let target = log_in(shared, visitor, &head.headers).await?;
+    let target = log_in(context, &head.headers).await?;
     let shape = Shape::from_headers(&head.headers)?;
     let batch_options = BatchOptions::from_headers(&head.headers)?;
     let wish = match single(&head.headers, CACHE)?.or(target.connection.cache.as_deref()) {
@@ -64,20 +64,48 @@ async fn attempt(Context { shared, visitor }: &Context, request: Request) -> Res
     };
     let mut share = shared.http_memory.share();
     let body = read_body(shared, &mut share, body).await?;
-    let limit = shared.config.http_response_max_bytes;
-    let claims = target.claims.as_ref();
-    let (messages, answer) = match Body::parse(&body)? {
-        Body::Single(query) => match wish.policy(target.auth.query_cache.settings) {
-            Some(policy) => return Box::pin(cached::answer(shared, target, &query, shape, policy)).await,
-            None => (query.messages(claims)?, Answer::single(shape, limit)),
-        },
+    let body = Body::parse(&body)?;
+    let policy = wish.policy(target.auth.query_cache.settings);
+    let cache = policy.is_some().then_some(("bypass", None));
+    if let Some(policy) = policy.filter(|_| cached::may_be_kept(&body)) {
+        return Box::pin(cached::answer(shared, target, &body, batch_options, shape, policy)).await;
+    }
+    let (json, answer_share) = match &body {
+        Body::Single(query) => ask_single(shared, &target, query, shape).await?,
         Body::Batch(queries) => {
-            (batch_messages(&queries, batch_options, claims)?, Answer::batch(shape, queries.len(), limit))
+            let claims = target.claims.as_ref();
+            let messages = batch_messages(queries, batch_options, claims)?;
+            let answer = Answer::batch(shape, queries.len(), shared.config.http_response_max_bytes);
+            ask(shared, &target, &messages, answer.after(usize::from(claims.is_some()))).await?
         }
     };
-    let answer = answer.after(usize::from(claims.is_some()));
-    let (json, answer_share) = ask(shared, &target, &messages, answer).await?;
-    Ok(Answered { json: answer_share.with(json), cache: None })
+    Ok(Answered { json: answer_share.with(json), cache })
+}
+
+/// One query by itself. A text that comes again is a statement that server connections remember.
+async fn ask_single(
+    shared: &Shared,
+    target: &Target,
+    query: &Query<'_>,
+    shape: Shape,
+) -> Result<(Vec<u8>, Share), SqlError> {
+    let limit = shared.config.http_response_max_bytes;
+    let claims = target.claims.as_ref();
+    // With claims it is one of two in a transaction, which cannot be tried again.
+    let place = shared.repeated.place(&target.endpoint, &query.query).filter(|_| claims.is_none());
+    if place.is_some_and(|place| shared.repeated.contains(place)) {
+        let answer = Answer::single(shape, limit);
+        match ask(shared, target, &query.remembered_messages()?, answer).await {
+            Err(error) if error.is_stale_plan() => {}
+            outcome => return outcome,
+        }
+    }
+    let answer = Answer::single(shape, limit).after(usize::from(claims.is_some()));
+    let outcome = ask(shared, target, &query.messages(claims)?, answer).await;
+    if let Some(place) = place.filter(|_| outcome.is_ok()) {
+        shared.repeated.insert(place);
+    }
+    outcome
 }
 
 /// A good answer.
@@ -104,7 +132,6 @@ impl IntoResponse for Answered {
 }
 
 /// What a request is for, after a good login.
-#[derive(Clone)]
 pub struct Target {
     /// The endpoint.
     pub endpoint: types::EndpointId,
@@ -116,10 +143,19 @@ pub struct Target {
     pub auth: Arc<RoleAuth>,
     /// What a token says of its holder, when it came in place of a password.
     pub claims: Option<Claims>,
+    /// Where its connections come from.
+    pub route: Route,
 }
 
-async fn log_in(shared: &Shared, visitor: &Visitor, headers: &HeaderMap) -> Result<Target, SqlError> {
+async fn log_in(context: &Context, headers: &HeaderMap) -> Result<Arc<Target>, SqlError> {
+    let Context { shared, visitor, last_login, .. } = context;
     let text = single(headers, CONNECTION_STRING)?.ok_or(RequestError::NoConnectionString)?;
+    let (token, from) = (bearer(headers)?, visitor.peer.ip());
+    let remembered = if token.is_none() { last_login.find(text.as_bytes()) } else { None };
+    if let Some(target) = remembered {
+        shared.login.check_limit(from, &target.endpoint)?;
+        return Ok(target);
+    }
     let connection = ConnectionString::parse(text)?;
     let startup = &connection.startup;
     let options = Options::parse(startup.options.as_deref().unwrap_or("")).map_err(Stop::from)?;
@@ -130,16 +166,24 @@ async fn log_in(shared: &Shared, visitor: &Visitor, headers: &HeaderMap) -> Resu
         Choice::Named(name) => (name, sent),
         Choice::AskPassword => login::endpoint_in_password(sent, || session::no_endpoint(domain))?,
     };
-    let (fresh_for, from) = (shared.config.http_auth_cache.max(shared.config.auth_cache), visitor.peer.ip());
+    let fresh_for = shared.config.http_auth_cache.max(shared.config.auth_cache);
     let (login, endpoint, user) = (&shared.login, name.endpoint, &startup.user);
-    let (auth, claims) = match bearer(headers)? {
+    let (auth, claims, asked) = match token {
         Some(token) => {
             let (auth, claims) = login.by_token(fresh_for, from, &endpoint, user, token).await?;
-            (auth, Some(claims))
+            (auth, Some(claims), None)
         }
-        None => (login.by_password_within(fresh_for, from, &endpoint, user, password).await?, None),
+        None => {
+            let Admitted { auth, asked } = login.by_password_within(fresh_for, from, &endpoint, user, password).await?;
+            (auth, None, Some(asked))
+        }
     };
-    Ok(Target { endpoint, connection, options, auth, claims })
+    let route = Route::new(&shared.pools, &endpoint, startup, options.rest.as_deref())?;
+    let target = Arc::new(Target { endpoint, connection, options, auth, claims, route });
+    if let Some((asked, header)) = asked.zip(headers.get(CONNECTION_STRING)) {
+        last_login.remember(header, &target, asked, fresh_for);
+    }
+    Ok(target)
 }
 
 /// The whole body; its share of memory holds it and the messages that are made of it.
@@ -191,12 +235,14 @@ pub async fn ask(
 
 /// Borrows a connection.
 pub async fn begin(shared: &Shared, target: &Target) -> Result<Exchange, SqlError> {
-    let Target { endpoint, connection, options, .. } = target;
-    let limit = shared.config.http_response_max_bytes;
-    let beginning = Exchange::begin(&shared.pools, endpoint, &connection.startup, options.rest.as_deref(), limit);
+    if shared.draining.is_cancelled() {
+        return Err(shutdown());
+    }
+    let mut beginning = Box::pin(Exchange::begin(&target.route, shared.config.http_response_max_bytes));
     tokio::select! {
+        biased;
+        exchange = &mut beginning => Ok(exchange?),
         () = shared.draining.cancelled() => Err(shutdown()),
-        exchange = Box::pin(beginning) => Ok(exchange?),
     }
 }
 

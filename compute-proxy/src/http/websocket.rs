@@ -1,129 +1,86 @@
 //! `/v2`: Postgres's protocol in a WebSocket's binary frames, which need not begin or end where its messages do.
 
-use std::{
-    io,
-    pin::Pin,
-    task::{Context as TaskContext, Poll, ready},
-};
+use std::sync::Arc;
 
 use axum::{
-    extract::{
-        Query, State, WebSocketUpgrade,
-        ws::{Message, WebSocket},
-    },
-    http::{HeaderMap, header},
-    response::Response,
+    body::Body,
+    extract::Request,
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
 };
-use bytes::{Buf, Bytes};
-use futures::{Sink, Stream};
-use serde::Deserialize;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use futures::future::BoxFuture;
+use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
+use tokio_tungstenite::tungstenite::handshake::server::create_response_with_body;
+use url::form_urlencoded;
 
-use super::{error::SqlError, request::bearer, routes::Context};
+use super::{error::SqlError, request::bearer, routes::Context, tunnel::Tunnel};
 use crate::session::{self, Arrival};
-
-/// Bytes that one message of a client may have.
-const MESSAGE_MAX_BYTES: usize = 16 * 1024 * 1024;
-
-/// Bytes that one of ours has at most.
-const FRAME_BYTES: usize = 64 * 1024;
-
-/// Bytes that may wait to be written.
-const WRITE_BUFFER_BYTES: usize = 128 * 1024;
 
 /// `?address=<host>:<port>`: the address that the client means, where the WebSocket's own says nothing of it. This is how
 /// the driver's users write `wsProxy`.
-#[derive(Deserialize)]
-pub struct Address {
-    address: Option<String>,
+const ADDRESS: &str = "address";
+
+/// What a connection does once it speaks HTTP no more.
+#[derive(Clone, Default)]
+pub struct Upgraded(Arc<Mutex<Option<BoxFuture<'static, ()>>>>);
+
+impl Upgraded {
+    /// Serves the session that was begun, if one was.
+    pub async fn serve(&self) {
+        let session = self.0.lock().take();
+        if let Some(session) = session {
+            session.await;
+        }
+    }
 }
 
 /// Begins a session.
-pub async fn upgrade(
-    State(Context { shared, visitor }): State<Context>,
-    Query(Address { address }): Query<Address>,
-    headers: HeaderMap,
-    upgrade: WebSocketUpgrade,
-) -> Result<Response, SqlError> {
-    let own = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+pub fn upgrade(Context { shared, visitor, upgraded, .. }: &Context, mut request: Request) -> Response {
+    let response = match create_response_with_body(&request, Body::empty) {
+        Ok(response) => response,
+        Err(error) => return no_handshake(&error.to_string()),
+    };
+    let token = match token(request.headers()) {
+        Ok(token) => token,
+        Err(error) => return error.into_response(),
+    };
+    let mut parameters = form_urlencoded::parse(request.uri().query().unwrap_or("").as_bytes());
+    let address = parameters.find(|(name, _)| name == ADDRESS).map(|(_, address)| address);
+    let own = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
     let host = address.as_deref().or(own).map(|address| without_port(address).to_owned());
-    let token = bearer(&headers)?.map(str::to_owned);
     let arrival = Arrival { host, encrypted: visitor.encrypted, end_point: None, sends_password: true, token };
-    let upgrade = upgrade
-        .max_message_size(MESSAGE_MAX_BYTES)
-        .max_frame_size(MESSAGE_MAX_BYTES)
-        .write_buffer_size(0)
-        .max_write_buffer_size(WRITE_BUFFER_BYTES);
-    let serve = move |socket| session::serve_inside(shared, Box::new(Tunnel::new(socket)), arrival, visitor.peer);
-    Ok(upgrade.on_upgrade(serve))
+    let stream = hyper::upgrade::on(&mut request);
+    let (shared, peer) = (shared.clone(), visitor.peer);
+    *upgraded.0.lock() = Some(Box::pin(async move {
+        match stream.await {
+            Ok(stream) => {
+                let tunnel = Tunnel::new(TokioIo::new(stream)).await;
+                session::serve_inside(shared, Box::new(tunnel), arrival, peer).await;
+            }
+            Err(error) => tracing::debug!(%peer, %error, "no WebSocket"),
+        }
+    }));
+    response
+}
+
+fn token(headers: &HeaderMap) -> Result<Option<String>, SqlError> {
+    Ok(bearer(headers)?.map(str::to_owned))
+}
+
+fn no_handshake(why: &str) -> Response {
+    let error = SqlError::new("08P01", format!("/v2 is a WebSocket: {why}")).with_status(StatusCode::UPGRADE_REQUIRED);
+    let upgrade = [
+        (header::UPGRADE, HeaderValue::from_static("websocket")),
+        (header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13")),
+    ];
+    (upgrade, error).into_response()
 }
 
 fn without_port(address: &str) -> &str {
     match address.rsplit_once(':') {
         Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) && !host.ends_with(':') => host,
         _ => address,
-    }
-}
-
-/// A WebSocket as a stream of bytes.
-struct Tunnel<S> {
-    socket: S,
-    /// What came and was not yet read.
-    input: Bytes,
-    ended: bool,
-}
-
-impl<S> Tunnel<S> {
-    fn new(socket: S) -> Self {
-        Self { socket, input: Bytes::new(), ended: false }
-    }
-}
-
-/// What a tunnel needs of a WebSocket.
-trait Frames: Stream<Item = Result<Message, axum::Error>> + Sink<Message, Error = axum::Error> + Unpin {}
-
-impl Frames for WebSocket {}
-
-impl<S: Frames> AsyncRead for Tunnel<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut TaskContext<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        while self.input.is_empty() && !self.ended {
-            match ready!(Pin::new(&mut self.socket).poll_next(context)) {
-                Some(Ok(Message::Binary(bytes))) => self.input = bytes,
-                // Pings are answered below us.
-                Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
-                Some(Ok(Message::Close(_))) | None => self.ended = true,
-                Some(Ok(Message::Text(_))) => {
-                    return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "a text frame")));
-                }
-                Some(Err(error)) => return Poll::Ready(Err(io::Error::other(error))),
-            }
-        }
-        let bytes = self.input.len().min(buffer.remaining());
-        buffer.put_slice(&self.input[..bytes]);
-        self.input.advance(bytes);
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl<S: Frames> AsyncWrite for Tunnel<S> {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut TaskContext<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        ready!(Pin::new(&mut self.socket).poll_ready(context)).map_err(io::Error::other)?;
-        let bytes = &bytes[..bytes.len().min(FRAME_BYTES)];
-        let frame = Message::Binary(Bytes::copy_from_slice(bytes));
-        Pin::new(&mut self.socket).start_send(frame).map_err(io::Error::other)?;
-        Poll::Ready(Ok(bytes.len()))
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_flush(context).map_err(io::Error::other)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_close(context).map_err(io::Error::other)
     }
 }
 

@@ -3,18 +3,20 @@
 
 use std::{
     future::poll_fn,
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
 use bytes::Buf;
-use connection_pool::{Conversation, Output, Settled, Unattached, Violation, frame};
+use connection_pool::{Conversation, Output, Settled, Unattached, Violation, frame, session::Settings};
 use tokio::time::timeout;
 use types::EndpointId;
 
 use super::{
     Pools,
     connection::Lease,
+    endpoint::{EndpointPool, Profile},
     relay::{poll_empty, poll_fill},
 };
 use crate::{end::Stop, endpoint_name::PoolMode, handshake::Startup};
@@ -57,22 +59,31 @@ pub enum ExchangeError<E> {
     Settings(Box<[u8]>),
 }
 
-impl Exchange {
-    /// Borrows a connection to the endpoint, waking it if need be. `options`: those of the start-up without the endpoint;
-    /// `message_max_bytes`: what one message of an answer may have, as all of it is held in memory.
-    pub async fn begin(
-        pools: &Pools,
-        endpoint: &EndpointId,
-        startup: &Startup,
-        options: Option<&str>,
-        message_max_bytes: usize,
-    ) -> Result<Self, Stop> {
+/// Where a client's connections come from, and what they are opened with.
+pub struct Route {
+    pool: Arc<EndpointPool>,
+    profile: Arc<Profile>,
+    settings: Arc<Settings>,
+}
+
+impl Route {
+    /// For clients that begin so. `options`: those of the start-up without the endpoint. Opens nothing.
+    pub fn new(pools: &Pools, endpoint: &EndpointId, startup: &Startup, options: Option<&str>) -> Result<Self, Stop> {
         let pool = pools.endpoint(endpoint);
         let (profile, settings) = pool.profile(startup, options, PoolMode::Transaction)?;
+        Ok(Self { pool, profile, settings: Arc::new(settings) })
+    }
+}
+
+impl Exchange {
+    /// Borrows a connection, waking the endpoint if need be. `message_max_bytes`: what one message of an answer may have, as
+    /// all of it is held in memory.
+    pub async fn begin(route: &Route, message_max_bytes: usize) -> Result<Self, Stop> {
+        let Route { pool, profile, settings } = route;
         let interner = pool.interner().clone();
-        let mut conversation = Box::new(Conversation::new(interner, settings, pool.reported(&profile)));
-        let acquired = pool.acquire(&profile, conversation.settings()).await;
-        let mut lease = acquired.map_err(|refused| refused.into_stop(&pool))?;
+        let mut conversation = Box::new(Conversation::new(interner, settings.clone(), pool.reported(profile)));
+        let acquired = pool.acquire(profile, conversation.settings()).await;
+        let mut lease = acquired.map_err(|refused| refused.into_stop(pool))?;
         let mut output = Output::default();
         conversation.attach(&mut lease.connection().state, &mut output);
         Ok(Self { conversation, lease: Some(lease), output, message_max_bytes })

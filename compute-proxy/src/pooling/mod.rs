@@ -22,7 +22,7 @@ use types::EndpointId;
 
 pub use self::client::Session;
 pub use self::endpoint::PoolOptions;
-pub use self::exchange::{Exchange, ExchangeError, TransactionStatus};
+pub use self::exchange::{Exchange, ExchangeError, Route, TransactionStatus};
 use self::{endpoint::EndpointPool, stopping::Stopping};
 use crate::{
     cancel::CancelMap,

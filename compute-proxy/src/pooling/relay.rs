@@ -146,14 +146,16 @@ impl Relay<'_> {
                 Ok(Settled::Free) => return Poll::Ready(Ended::Free),
                 Ok(Settled::Busy | Settled::Pinned(_)) => {}
             }
+            let [to_server_bytes, to_client_bytes] = self.waiting();
             let to_server = poll_empty(&mut self.server.stream, &mut self.client.output.to_server, context);
             let server_lost = matches!(to_server, Poll::Ready(Err(_)));
-            let to_client_bytes = self.client.output.to_client.len();
             if matches!(self.client.poll_write_out(context), Poll::Ready(Err(_))) {
                 return Poll::Ready(Ended::ClientLost);
             }
             // What there was no room for has room now, and may be all that comes.
-            let mut moved = self.client.output.to_client.len() < to_client_bytes && !self.server.input.is_empty();
+            let [to_server_rest, to_client_rest] = self.waiting();
+            let mut moved = to_client_rest < to_client_bytes && !self.server.input.is_empty()
+                || to_server_rest < to_server_bytes && !self.client.input.is_empty();
             if self.client.output.to_client.len() < TO_CLIENT_MAX_BYTES {
                 match poll_fill(&mut self.server.stream, &mut self.server.input, context) {
                     Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(Ended::ServerClosed),
@@ -174,6 +176,11 @@ impl Relay<'_> {
                 return self.stopping.poll(self.conversation.is_busy(), context).map(|()| Ended::Stopped);
             }
         }
+    }
+
+    /// Bytes that wait to be written to the server and to the client.
+    fn waiting(&self) -> [usize; 2] {
+        [self.client.output.to_server.len(), self.client.output.to_client.len()]
     }
 
     /// Has the conversation take what there is.

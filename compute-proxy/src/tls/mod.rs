@@ -36,8 +36,9 @@ use crate::{
 /// The application protocol that a client names when it begins with TLS at once.
 const ALPN: &[u8] = b"postgresql";
 
-/// The application protocol of the port for HTTP.
-const ALPN_HTTP: &[u8] = b"http/1.1";
+/// Application protocols of the port for HTTP.
+const ALPN_HTTP_1: &[u8] = b"http/1.1";
+const ALPN_HTTP_2: &[u8] = b"h2";
 
 /// Ends TLS.
 pub struct Tls {
@@ -62,10 +63,31 @@ struct Certificate {
 pub struct TlsInfo {
     /// The host name that the client asked for.
     pub sni: Option<String>,
-    /// True when the client named Postgres's protocol.
-    pub alpn: bool,
+    /// What the client will speak.
+    pub protocol: Protocol,
     /// `tls-server-end-point` channel binding data (RFC 5929); `None`: the certificate's signature has no hash of its own.
     pub end_point: Option<Arc<[u8]>>,
+}
+
+/// What a client speaks inside TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// It named Postgres's protocol.
+    Postgres,
+    /// It named HTTP/2.
+    Http2,
+    /// It named HTTP/1.1 or nothing: what the port is for.
+    Unnamed,
+}
+
+impl Protocol {
+    fn of(alpn: Option<&[u8]>) -> Self {
+        match alpn {
+            Some(ALPN) => Self::Postgres,
+            Some(ALPN_HTTP_2) => Self::Http2,
+            Some(_) | None => Self::Unnamed,
+        }
+    }
 }
 
 impl Tls {
@@ -144,7 +166,7 @@ impl Tls {
         }
         let info = TlsInfo {
             sni: connection.server_name().map(str::to_owned),
-            alpn: connection.alpn_protocol() == Some(ALPN),
+            protocol: Protocol::of(connection.alpn_protocol()),
             end_point: current.end_point.clone(),
         };
         Ok((Box::new(stream), info))
@@ -197,7 +219,7 @@ impl Certificate {
             .with_cert_resolver(Arc::new(Resolver { ordinary, challenges: challenges.cloned() }));
         let mut http = config.clone();
         config.alpn_protocols = vec![ALPN.to_vec()];
-        http.alpn_protocols = vec![ALPN_HTTP.to_vec(), ALPN.to_vec()];
+        http.alpn_protocols = [ALPN_HTTP_2, ALPN_HTTP_1, ALPN].map(<[u8]>::to_vec).into();
         if challenges.is_some() {
             config.alpn_protocols.push(ACME_TLS.to_vec());
             http.alpn_protocols.push(ACME_TLS.to_vec());

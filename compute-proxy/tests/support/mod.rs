@@ -3,9 +3,11 @@
 #![allow(dead_code, unused_imports)]
 
 mod control_plane;
+mod http;
 mod issuer;
 mod pebble;
 mod postgres;
+pub mod raw_websocket;
 mod websocket;
 
 use std::{net::SocketAddr, process::Stdio, sync::Arc, time::Duration};
@@ -13,6 +15,7 @@ use std::{net::SocketAddr, process::Stdio, sync::Arc, time::Duration};
 use clap::Parser;
 pub use control_plane::{FakeControlPlane, FakeEndpoint, TOKEN};
 use dormouse_compute_proxy::{Config, Server};
+pub use http::{Http, connection};
 pub use issuer::{Issuer, Signer};
 pub use pebble::{Pebble, PebblePlace};
 pub use postgres::Postgres;

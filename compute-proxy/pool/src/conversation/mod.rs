@@ -178,8 +178,8 @@ pub enum Settled {
 impl Conversation {
     /// A client that has logged in. `settings` are those it began with on top of what its connections are opened with;
     /// `told`: the parameters that it was told.
-    pub fn new(interner: Arc<Interner>, settings: Settings, told: Arc<Reported>) -> Self {
-        let settings = Arc::new(settings);
+    pub fn new(interner: Arc<Interner>, settings: impl Into<Arc<Settings>>, told: Arc<Reported>) -> Self {
+        let settings = settings.into();
         Self {
             interner,
             rewrites: true,
@@ -207,7 +207,7 @@ impl Conversation {
     }
 
     /// A client that keeps its server connection to the end.
-    pub fn session_mode(interner: Arc<Interner>, settings: Settings, told: Arc<Reported>) -> Self {
+    pub fn session_mode(interner: Arc<Interner>, settings: impl Into<Arc<Settings>>, told: Arc<Reported>) -> Self {
         Self { rewrites: false, pins: vec![Pin::SessionMode], ..Self::new(interner, settings, told) }
     }
 
