@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests of the repository of @neondatabase/serverless, unmodified, against a Dormouse of their own: docs/serverless.md has
 # the results. Needs root (a network and a hosts file for itself), git, Node.js 22 or later with npm, and a release build.
-#   scripts/driver-tests.sh [<clone of the repository>]
+#   scripts/driver-tests.sh <clone of the repository>
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,8 +9,7 @@ cd "$(dirname "$0")/.."
 DOMAIN=local.neon.tech
 
 if [ "${1:-}" != --inside ]; then
-    source=${1:-target/tools/serverless}
-    [ -d "$source" ] || git clone --quiet https://github.com/neondatabase/serverless "$source"
+    source=${1:?say where a clone of the repository neondatabase/serverless is}
     [ -d "$source/node_modules" ] || (cd "$source" && npm ci --silent --no-fund --no-audit)
     exec unshare --net --mount "$0" --inside "$(realpath "$source")"
 fi

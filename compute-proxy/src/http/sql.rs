@@ -179,9 +179,11 @@ async fn log_in(context: &Context, headers: &HeaderMap) -> Result<Arc<Target>, S
         }
     };
     let route = Route::new(&shared.pools, &endpoint, startup, options.rest.as_deref())?;
+    // It is remembered, but not its password.
+    let connection = ConnectionString { password: String::new(), ..connection };
     let target = Arc::new(Target { endpoint, connection, options, auth, claims, route });
-    if let Some((asked, header)) = asked.zip(headers.get(CONNECTION_STRING)) {
-        last_login.remember(header, &target, asked, fresh_for);
+    if let Some(asked) = asked {
+        last_login.remember(text.as_bytes(), &target, asked, fresh_for);
     }
     Ok(target)
 }

@@ -1,6 +1,7 @@
 //! Rules of planning, at the level of keys.
 
 use super::*;
+use crate::storage::StoredRecord;
 
 const REL: RelTag = RelTag { spc: 1663, db: 5, rel: 16384, fork: ForkNumber::Main };
 
@@ -118,7 +119,7 @@ fn databases_are_copied_and_dropped_whole() {
     let expected = DatabaseCopy { from: (1663, 5), to: (1663, 9), rels: vec![(REL, 3)] };
     assert_eq!(context.copies, [expected]);
     let copied = RelTag { db: 9, ..REL };
-    assert!(puts.contains(&put(Key::rel_size(copied), 800, Value::rel_size(3))));
+    assert!(puts.to_puts().contains(&put(Key::rel_size(copied), 800, Value::rel_size(3))));
     assert_eq!(planner.logical_blocks(), 13);
 
     let puts = plan(&mut planner, 880, [Change::DropDatabase { spc: 1663, db: 9 }]);
