@@ -124,13 +124,8 @@ async fn into_safekeepers(wal: &[Bytes]) -> anyhow::Result<f64> {
     let token = TokenSigner::from_pem(&keys.private_pem)?.sign(Scope::Service, Duration::from_secs(3600))?;
     let (shutdown, mut safekeepers, mut tasks) = (CancellationToken::new(), Vec::new(), Vec::new());
     for id in 1..=3 {
-        let config = Config {
-            id: NodeId(id),
-            listen: ([127, 0, 0, 1], 0).into(),
-            data_dir: dir.path().join(id.to_string()),
-            token_public_key: token_public_key.clone(),
-            idle_seconds: 3600,
-        };
+        let mut config = Config::new(NodeId(id), dir.path().join(id.to_string()), token_public_key.clone());
+        (config.listen, config.idle_seconds) = (([127, 0, 0, 1], 0).into(), 3600);
         let server = Server::bind(config).await?;
         safekeepers.push(Member { node: NodeId(id), address: server.local_addr().to_string() });
         tasks.push(tokio::spawn(server.run(shutdown.clone())));

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use futures::future::join_all;
 use pageserver_client::{ClientError, PageserverClient};
 use parking_lot::RwLock;
-use safekeeper_client::ProposerConfig;
+use safekeeper_client::{NodeStatus, ProposerConfig};
 use types::{BranchId, BranchRef, ForkNumber, Generation, Lsn, Member, Membership, NodeId, ProjectId, RelTag, oids};
 use wire::pageserver::{BranchPoint, BranchSizes, ErrorKind, GarbageReport, ReadLsn};
 
@@ -18,6 +18,8 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(30);
 const TELL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest wait for new safekeepers of a branch to have all that is committed; then it is tried again. Wakes wait for it.
 const CATCH_UP_LIMIT: Duration = Duration::from_secs(5);
+/// Longest wait for a safekeeper to say how it does, which is only shown.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest wait for a safekeeper to forget a branch.
 const SAFEKEEPER_DELETE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest wait for branches' sizes, which are only shown.
@@ -79,6 +81,9 @@ pub trait Storage: Send + Sync + 'static {
         joint: Membership,
         to: &[NodeId],
     ) -> Result<Vec<NodeId>, Problem>;
+
+    /// How a safekeeper does.
+    async fn safekeeper_status(&self, address: &str) -> Result<NodeStatus, Problem>;
 
     /// How large branches of a project are, each as of a position or later; for information only.
     async fn sizes(
@@ -256,6 +261,14 @@ impl Storage for Services {
             Ok(Ok(lagging)) => Ok(lagging),
             Ok(Err(error)) => Err(Problem::Unavailable(format!("election: {error}"))),
             Err(_) => Err(Problem::Unavailable("no majority of the old and of the new safekeepers answered".into())),
+        }
+    }
+
+    async fn safekeeper_status(&self, address: &str) -> Result<NodeStatus, Problem> {
+        match tokio::time::timeout(STATUS_TIMEOUT, safekeeper_client::node_status(address, &self.token)).await {
+            Ok(Ok(status)) => Ok(status),
+            Ok(Err(error)) => Err(Problem::Unavailable(error.to_string())),
+            Err(_) => Err(Problem::Unavailable("it does not answer".into())),
         }
     }
 

@@ -65,6 +65,10 @@ pub fn main(command: StorageCommand, format: LogFormat) -> anyhow::Result<ExitCo
 fn print(report: &CheckReport) {
     let mib = report.bytes as f64 / f64::from(1 << 20);
     println!("{} branches, {} layers, {} values, {mib:.1} MiB read", report.branches, report.layers, report.values);
+    if report.wal_objects > 0 {
+        let mib = report.wal_bytes as f64 / f64::from(1 << 20);
+        println!("{} pieces of WAL from safekeepers, {mib:.1} MiB", report.wal_objects);
+    }
     report.damage.iter().for_each(|damage| println!("damaged: {damage}"));
     report.orphans.iter().for_each(|(object, bytes)| println!("orphan: {object} ({bytes} bytes)"));
     match (report.damage.len(), report.orphans.len()) {

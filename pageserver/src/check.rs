@@ -7,6 +7,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use bucket::{BranchWal, WalObject};
 use object_store::{ObjectMeta, path::Path};
 use types::{BranchId, BranchRef, Generation, Lsn, ProjectId};
 
@@ -28,6 +29,10 @@ pub struct CheckReport {
     pub values: u64,
     /// Their bytes.
     pub bytes: u64,
+    /// Pieces of WAL, put there by safekeepers, that were read whole.
+    pub wal_objects: usize,
+    /// Their bytes.
+    pub wal_bytes: u64,
     /// What is wrong, each with the object's name.
     pub damage: Vec<String>,
     /// Objects that nothing refers to, with their size. A pageserver at work has some for a while: they are no damage.
@@ -109,6 +114,7 @@ async fn check_branch(
     let mut orphans = Vec::new();
     for object in objects {
         let kept = layers.contains(&object.location)
+            || check_wal(remote, &names, &object, report).await?
             || object.location == names.manifest_copy()
             || is_current(&object.location, newest)
             || is_child(remote, branch, &object.location).await?;
@@ -117,6 +123,27 @@ async fn check_branch(
         }
     }
     Ok(orphans)
+}
+
+/// Reads a piece of WAL; false when the object is something else. None is an orphan while there is a manifest: safekeepers remove what
+/// neither the pageserver nor a replication slot needs any more.
+async fn check_wal(
+    remote: &Remote,
+    names: &BranchNames,
+    object: &ObjectMeta,
+    report: &mut CheckReport,
+) -> Result<bool, StorageError> {
+    let key = &object.location;
+    if !key.prefix_matches(&BranchWal::prefix_of(names.root())) {
+        return Ok(false);
+    }
+    let Some(wal) = WalObject::of(key) else { return Ok(false) };
+    // One that was removed meanwhile is needed no more.
+    let Some(bytes) = remote.get(key).await? else { return Ok(true) };
+    report.wal_objects += 1;
+    report.wal_bytes += object.size;
+    report.damage.extend(wal.decode(&bytes).err().map(|reason| format!("{key}: {reason}")));
+    Ok(true)
 }
 
 /// A manifest or claim of the newest generation that has a manifest, or of a newer one that is about to have one.

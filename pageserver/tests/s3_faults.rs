@@ -40,7 +40,7 @@ const ROUNDS: u32 = 8;
 const FAULT_PERCENT: usize = 35;
 /// One request is not hit more often than this one time after another: the client repeats it five times.
 const FAULTS_IN_A_ROW: usize = 3;
-/// First try and repetitions, as `remote/config.rs` sets them.
+/// First try and repetitions, as `bucket/src/config.rs` sets them.
 const TRIES: usize = 6;
 
 /// What becomes of a request.

@@ -12,14 +12,16 @@ use safekeeper_protocol::{Acceptor, AcceptorMessage, ConnectionId, Effect, Propo
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::spawn_blocking,
-    time::timeout,
+    time::{Instant, sleep_until},
 };
 use tracing::{debug, error, info};
 use types::{BranchRef, Lsn, Membership, NodeId, WAL_SEGMENT_BYTES};
 
 use crate::{
+    health::Health,
+    offload::{Done, Offload, Offloader},
     registry::Registry,
-    storage::{BranchStore, Loaded, StorageError},
+    storage::{BranchStore, Loaded, Shelf, StorageError},
 };
 
 /// Messages handled before one flush.
@@ -63,6 +65,31 @@ pub(crate) struct BranchActor {
     distrust_beyond: Option<Lsn>,
     /// The lock on the data directory, held by whatever works on files: who gets it next finds none of that under way.
     lock: Arc<File>,
+    /// `None` when there is no object store.
+    offloader: Option<Offloader>,
+    /// See [`crate::Config::keep_local_mib`].
+    keep_bytes: u64,
+    health: Arc<Health>,
+    shelf: Arc<Shelf>,
+}
+
+/// What every branch's actor is given.
+pub(crate) struct Settings {
+    /// This safekeeper.
+    pub node: NodeId,
+    pub idle_after: Duration,
+    pub keep_bytes: u64,
+    pub offload: Option<Arc<Offload>>,
+    pub lock: Arc<File>,
+    pub health: Arc<Health>,
+    pub shelf: Arc<Shelf>,
+}
+
+/// What an actor wakes for.
+enum Event {
+    Commands(usize),
+    Offload(Done),
+    Time,
 }
 
 /// A branch's rules and files.
@@ -79,52 +106,117 @@ enum State {
 
 impl BranchActor {
     pub fn new(
-        node: NodeId,
+        settings: &Settings,
         branch: BranchRef,
         directory: PathBuf,
         view: watch::Sender<BranchView>,
         registry: Weak<Registry>,
-        lock: Arc<File>,
     ) -> BranchActor {
-        let (membership, links, distrust_beyond) = (None, BTreeMap::new(), None);
-        BranchActor { node, branch, membership, directory, view, registry, links, distrust_beyond, lock }
+        let Settings { node, keep_bytes, .. } = *settings;
+        let (membership, links, distrust_beyond, lock) = (None, BTreeMap::new(), None, Arc::clone(&settings.lock));
+        let offloader = settings
+            .offload
+            .as_ref()
+            .map(|shared| Offloader::new(Arc::clone(shared), node, branch.clone(), directory.clone()));
+        BranchActor {
+            node,
+            branch,
+            membership,
+            directory,
+            view,
+            registry,
+            links,
+            distrust_beyond,
+            lock,
+            offloader,
+            keep_bytes,
+            health: Arc::clone(&settings.health),
+            shelf: Arc::clone(&settings.shelf),
+        }
     }
 
-    /// Serves the branch until nobody has used it for `idle_after`.
+    /// Serves the branch until nobody has used it for `idle_after` and nothing is to be copied to the object store.
     pub async fn run(mut self, mut commands: mpsc::Receiver<BranchCommand>, idle_after: Duration) {
         let mut state = self.load().await;
         let mut batch = Vec::new();
+        let mut idle_at = Instant::now() + idle_after;
         loop {
-            match timeout(idle_after, commands.recv_many(&mut batch, MAX_BATCH)).await {
-                Ok(0) => {
+            let is_idle = Instant::now() >= idle_at;
+            let look_at = self.look(&state, is_idle);
+            // An idle branch that can't be let go is tidied up again after a while.
+            let wake_at = [look_at, Some(if is_idle { Instant::now() + idle_after } else { idle_at })];
+            let wake_at = wake_at.into_iter().flatten().min().unwrap_or(idle_at);
+            let event = tokio::select! {
+                count = commands.recv_many(&mut batch, MAX_BATCH) => Event::Commands(count),
+                done = offloaded(&mut self.offloader) => Event::Offload(done),
+                () = sleep_until(wake_at) => Event::Time,
+            };
+            match event {
+                Event::Commands(0) => {
                     self.tidy(state).await;
                     return;
                 }
-                Ok(_) => {
+                Event::Commands(_) => {
+                    idle_at = Instant::now() + idle_after;
                     if matches!(state, State::Failed(_)) {
                         state = self.load().await;
                     }
                     state = self.take(state, &mut batch).await;
+                    continue;
                 }
-                Err(_) => {
-                    state = self.tidy(state).await;
-                    if commands.is_empty()
-                        && self.registry.upgrade().is_none_or(|registry| registry.release(&self.branch))
-                    {
-                        debug!(branch = %self.branch, "idle, forgotten");
-                        return;
-                    }
-                }
+                Event::Offload(done) => state = self.offloaded(state, done).await,
+                Event::Time => {}
+            }
+            if Instant::now() < idle_at {
+                continue;
+            }
+            state = self.tidy(state).await;
+            self.look(&state, true);
+            let is_busy = self.offloader.as_ref().is_some_and(Offloader::is_busy);
+            if !is_busy
+                && commands.is_empty()
+                && self.registry.upgrade().is_none_or(|registry| registry.release(&self.branch))
+            {
+                debug!(branch = %self.branch, "idle, forgotten");
+                return;
             }
         }
     }
 
+    /// Has the offloader look at the branch; answers when it wants to look again.
+    fn look(&mut self, state: &State, idle: bool) -> Option<Instant> {
+        let offloader = self.offloader.as_mut()?;
+        match state {
+            State::Open(open) => offloader.look(open.acceptor.state(), idle),
+            State::Deleted | State::Failed(_) => {
+                offloader.rest();
+                None
+            }
+        }
+    }
+
+    /// Takes what the offloader has done, and gives disk space back.
+    async fn offloaded(&mut self, state: State, done: Done) -> State {
+        let Done::Stored(lsn) = done else { return state };
+        let state = match state {
+            // A full disk, most likely: what can go now makes room.
+            State::Failed(_) => self.load().await,
+            State::Open(_) | State::Deleted => state,
+        };
+        let State::Open(mut open) = state else { return state };
+        open.acceptor.handle_offloaded(lsn);
+        let effects = open.acceptor.trim(false, WAL_SEGMENT_BYTES, self.keep_bytes);
+        let state = self.perform(open, effects).await;
+        self.publish(&state);
+        state
+    }
+
     async fn load(&mut self) -> State {
         let (directory, distrust_beyond) = (self.directory.clone(), self.distrust_beyond);
-        let lock = Arc::clone(&self.lock);
+        let (lock, branch, shelf) = (Arc::clone(&self.lock), self.branch.clone(), Arc::clone(&self.shelf));
         let load = move || {
             let _lock = lock;
-            BranchStore::load(directory, distrust_beyond)
+            BranchStore::load(branch, directory, shelf, distrust_beyond)
         };
         let loaded = spawn_blocking(load).await;
         let state = match loaded {
@@ -144,6 +236,9 @@ impl BranchActor {
 
     fn failed(&self, failure: &StorageError) -> State {
         error!(branch = %self.branch, error = %failure, "can't use the branch's files");
+        if matches!(failure, StorageError::Io { .. }) {
+            self.health.failed(&failure.to_string());
+        }
         State::Failed(failure.to_string())
     }
 
@@ -186,7 +281,11 @@ impl BranchActor {
                     effects.extend(open.acceptor.handle(connection, message));
                 }
                 (BranchCommand::Report { remote_consistent_lsn }, State::Open(open)) => {
+                    let before = open.acceptor.state().clone();
                     open.acceptor.handle_report(remote_consistent_lsn);
+                    if let Some(offloader) = &mut self.offloader {
+                        offloader.reported(&before, open.acceptor.state());
+                    }
                 }
                 (BranchCommand::Message { .. } | BranchCommand::Report { .. }, State::Deleted | State::Failed(_)) => {}
                 (BranchCommand::SetMembership { membership, done }, State::Open(open)) => {
@@ -203,7 +302,7 @@ impl BranchActor {
         let state = match state {
             State::Open(mut open) => {
                 effects.extend(open.acceptor.end_batch());
-                effects.extend(open.acceptor.trim(false, WAL_SEGMENT_BYTES));
+                effects.extend(open.acceptor.trim(false, WAL_SEGMENT_BYTES, self.keep_bytes));
                 self.perform(open, effects).await
             }
             State::Deleted | State::Failed(_) => state,
@@ -292,11 +391,31 @@ impl BranchActor {
     /// Stores what is only in memory and gives disk space back.
     async fn tidy(&mut self, state: State) -> State {
         let State::Open(mut open) = state else { return state };
-        let mut effects = open.acceptor.trim(true, WAL_SEGMENT_BYTES);
+        let mut effects = open.acceptor.trim(true, WAL_SEGMENT_BYTES, 0);
         effects.extend(open.acceptor.persist_before_idle(open.store.stored()));
         let state = self.perform(open, effects).await;
+        let state = self.shelve(state).await;
         self.publish(&state);
         state
+    }
+
+    /// Of a branch without WAL only a record in a file stays that all such branches share.
+    async fn shelve(&mut self, state: State) -> State {
+        let State::Open(mut open) = state else { return state };
+        if !open.acceptor.holds_nothing() || open.acceptor.state() != open.store.stored() {
+            return State::Open(open);
+        }
+        let lock = Arc::clone(&self.lock);
+        let shelved = spawn_blocking(move || {
+            let _lock = lock;
+            let shelved = open.store.shelve();
+            (open, shelved)
+        });
+        match shelved.await {
+            Ok((open, Ok(()))) => State::Open(open),
+            Ok((_, Err(failure))) => self.failed(&failure),
+            Err(panic) => self.failed(&StorageError::Panicked(panic.to_string())),
+        }
     }
 
     async fn delete(&mut self, state: State, done: oneshot::Sender<Result<(), String>>) -> State {
@@ -312,7 +431,11 @@ impl BranchActor {
         let (answer, state) = match deleted {
             Ok(Ok(())) => {
                 info!(branch = %self.branch, "branch deleted");
-                (Ok(()), State::Deleted)
+                let removed = match &mut self.offloader {
+                    Some(offloader) => offloader.remove_all().await.map_err(|error| error.to_string()),
+                    None => Ok(()),
+                };
+                (removed, State::Deleted)
             }
             Ok(Err(failure)) => (Err(failure.to_string()), self.failed(&failure)),
             Err(panic) => (Err(panic.to_string()), self.failed(&StorageError::Panicked(panic.to_string()))),
@@ -320,6 +443,14 @@ impl BranchActor {
         // Who asked may be gone.
         let _ = done.send(answer);
         state
+    }
+}
+
+/// What the offloader has done, once it has.
+async fn offloaded(offloader: &mut Option<Offloader>) -> Done {
+    match offloader {
+        Some(offloader) => offloader.finished().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use bucket::StoredWalReader;
 use bytes::Bytes;
 use safekeeper_protocol::{
     AcceptorMessage, ConnectionId, ProposerMessage,
@@ -23,7 +24,7 @@ use tokio::{
     task::spawn_blocking,
     time::timeout,
 };
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 use types::{Lsn, Membership, MembershipGeneration};
 use wire::{
     Claims, FrameReader, FrameWriter, Hello, HelloReply, MAX_GREETING_BYTES, PROTOCOL_VERSION, TokenVerifier, WireError,
@@ -89,6 +90,9 @@ async fn converse(
         }
     };
     writer.send(&HelloReply::Welcome).await?;
+    if let RequestBody::Node = request.body {
+        return Ok(writer.send(&Answer::Node(registry.status())).await?);
+    }
     let handle = registry.get(&request.branch).ok_or(ConnectionEnd::Stopping)?;
     match request.body {
         RequestBody::Propose => propose(reader, writer, &handle).await,
@@ -114,6 +118,8 @@ async fn converse(
             };
             Ok(writer.send(&answer).await?)
         }
+        // Answered above, for no branch needs to be loaded for it.
+        RequestBody::Node => Ok(()),
         RequestBody::Report { remote_consistent_lsn } => {
             tell(&handle, BranchCommand::Report { remote_consistent_lsn }).await?;
             Ok(writer.send(&Answer::Done).await?)
@@ -154,7 +160,9 @@ fn admit(hello: &Hello, request: &Request, verifier: &TokenVerifier) -> Result<C
             claims.allows_branch(&request.branch)
         }
         // A membership names addresses that others, with a service's token, connect to.
-        RequestBody::Report { .. } | RequestBody::Delete | RequestBody::SetMembership { .. } => claims.is_service(),
+        RequestBody::Report { .. } | RequestBody::Delete | RequestBody::SetMembership { .. } | RequestBody::Node => {
+            claims.is_service()
+        }
     };
     if allowed { Ok(claims) } else { Err(format!("the token does not allow this for branch {}", request.branch)) }
 }
@@ -228,6 +236,7 @@ async fn read(
 async fn stream(writer: &mut Writer, handle: &BranchHandle, from: Lsn) -> Result<(), ConnectionEnd> {
     let mut view = handle.view.clone();
     let mut segments = SegmentReader::new(handle.directory.clone());
+    let mut stored = handle.stored.clone().map(StoredWalReader::new);
     let mut position = from;
     let mut heartbeat = FIRST_HEARTBEAT;
     let mut told: Option<MembershipGeneration> = None;
@@ -250,7 +259,13 @@ async fn stream(writer: &mut Writer, handle: &BranchHandle, from: Lsn) -> Result
         let commit_lsn = status.commit_lsn;
         if position < status.log_start_lsn {
             let log_start_lsn = status.log_start_lsn;
-            return Ok(writer.send(&ReaderReply::Trimmed { log_start_lsn }).await?);
+            let Some(wal) = read_stored(writer, &mut stored, position, commit_lsn).await? else {
+                return Ok(writer.send(&ReaderReply::Trimmed { log_start_lsn }).await?);
+            };
+            let end = position + wal.len() as u64;
+            writer.send(&ReaderReply::Wal { begin: position, wal, commit_lsn }).await?;
+            position = end;
+            continue;
         }
         if position < commit_lsn {
             let end = commit_lsn.min(position + MAX_WAL_BYTES_PER_MESSAGE as u64);
@@ -274,6 +289,30 @@ async fn stream(writer: &mut Writer, handle: &BranchHandle, from: Lsn) -> Result
                 writer.send(&ReaderReply::Wal { begin: position, wal: Bytes::new(), commit_lsn }).await?;
                 heartbeat = (heartbeat * 2).min(LONGEST_HEARTBEAT);
             }
+        }
+    }
+}
+
+/// WAL that is not here any more, from the object store; `None` when that does not have it either. Tells the reader meanwhile that the
+/// connection is alive.
+async fn read_stored(
+    writer: &mut Writer,
+    stored: &mut Option<StoredWalReader>,
+    position: Lsn,
+    commit_lsn: Lsn,
+) -> Result<Option<Bytes>, ConnectionEnd> {
+    let Some(stored) = stored else { return Ok(None) };
+    let most = (commit_lsn.0.saturating_sub(position.0) as usize).min(MAX_WAL_BYTES_PER_MESSAGE);
+    let read = stored.read(position, most);
+    tokio::pin!(read);
+    loop {
+        match timeout(LONGEST_HEARTBEAT, &mut read).await {
+            Ok(Ok(wal)) => return Ok(wal),
+            Ok(Err(error)) => {
+                warn!(lsn = %position, %error, "WAL could not be read from the object store");
+                return Err(ConnectionEnd::Refused(error.to_string()));
+            }
+            Err(_) => writer.send(&ReaderReply::Wal { begin: position, wal: Bytes::new(), commit_lsn }).await?,
         }
     }
 }

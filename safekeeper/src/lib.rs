@@ -5,6 +5,8 @@
 mod branch;
 mod config;
 mod connection;
+mod health;
+mod offload;
 mod registry;
 mod server;
 mod storage;

@@ -2,30 +2,36 @@
 
 use std::{
     collections::HashMap,
-    fs::File,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
+use bucket::BranchWal;
+use safekeeper_protocol::message::NodeStatus;
 use tokio::{
     sync::{mpsc, watch},
-    task::JoinSet,
+    task::{JoinSet, spawn_blocking},
+    time::sleep,
 };
-use types::{BranchRef, NodeId};
+use tracing::warn;
+use types::BranchRef;
 
-use crate::branch::{BranchActor, BranchCommand, BranchView};
+use crate::{
+    branch::{BranchActor, BranchCommand, BranchView, Settings},
+    health::free_bytes,
+    storage::has_wal,
+};
 
 /// Messages that may wait for a branch; each is at most some MiB.
 const INBOX_MESSAGES: usize = 32;
+/// Between two branches that are loaded because nobody asks for them.
+const LOAD_PAUSE: Duration = Duration::from_millis(5);
 
 pub(crate) struct Registry {
-    node: NodeId,
     data_dir: PathBuf,
-    idle_after: Duration,
+    settings: Settings,
     branches: Mutex<Branches>,
-    /// See [`BranchActor`]'s.
-    lock: Arc<File>,
 }
 
 #[derive(Default)]
@@ -40,11 +46,13 @@ pub(crate) struct BranchHandle {
     pub inbox: mpsc::Sender<BranchCommand>,
     pub view: watch::Receiver<BranchView>,
     pub directory: PathBuf,
+    /// What the object store has of its WAL; `None` when there is no object store.
+    pub stored: Option<BranchWal>,
 }
 
 impl Registry {
-    pub fn new(node: NodeId, data_dir: PathBuf, idle_after: Duration, lock: Arc<File>) -> Registry {
-        Registry { node, data_dir, idle_after, branches: Mutex::default(), lock }
+    pub fn new(data_dir: PathBuf, settings: Settings) -> Registry {
+        Registry { data_dir, settings, branches: Mutex::default() }
     }
 
     /// The branch, loaded if need be; `None` when the server is stopping.
@@ -62,13 +70,48 @@ impl Registry {
         let (publish, view) = watch::channel(BranchView::Loading);
         // Ids are DNS labels: they can't leave the directory.
         let directory = self.data_dir.join(branch.project.as_str()).join(branch.branch.as_str());
-        let handle = Arc::new(BranchHandle { inbox, view, directory: directory.clone() });
+        let stored = self.settings.offload.as_ref().map(|offload| offload.wal_of(branch));
+        let handle = Arc::new(BranchHandle { inbox, view, directory: directory.clone(), stored });
         branches.handles.insert(branch.clone(), Arc::clone(&handle));
         while branches.actors.try_join_next().is_some() {}
-        let (registry, lock) = (Arc::downgrade(self), Arc::clone(&self.lock));
-        let actor = BranchActor::new(self.node, branch.clone(), directory, publish, registry, lock);
-        branches.actors.spawn(actor.run(commands, self.idle_after));
+        let actor = BranchActor::new(&self.settings, branch.clone(), directory, publish, Arc::downgrade(self));
+        branches.actors.spawn(actor.run(commands, self.settings.idle_after));
         Some(handle)
+    }
+
+    /// How this safekeeper does.
+    pub fn status(&self) -> NodeStatus {
+        NodeStatus {
+            node: self.settings.node,
+            trouble: self.settings.health.trouble(),
+            free_bytes: free_bytes(&self.data_dir),
+            loaded_branches: self.lock().handles.len() as u64,
+        }
+    }
+
+    /// Tries a disk that has failed now and then. Never ends.
+    pub async fn watch_disk(self: Arc<Self>) {
+        self.settings.health.watch(self.data_dir.clone()).await;
+    }
+
+    /// Loads the branches that have WAL on the local disk, a few at a time, so that it goes to the object store: nobody else may ask for them
+    /// after a start.
+    pub async fn load_unfinished(self: Arc<Self>) {
+        if self.settings.offload.is_none() {
+            return;
+        }
+        let data_dir = self.data_dir.clone();
+        let found = spawn_blocking(move || with_wal(&data_dir)).await;
+        match found {
+            Ok(Ok(branches)) => {
+                for branch in branches {
+                    self.get(&branch);
+                    sleep(LOAD_PAUSE).await;
+                }
+            }
+            Ok(Err(error)) => warn!(%error, "can't look for WAL that has not been copied to the object store"),
+            Err(_stopping) => {}
+        }
     }
 
     /// Forgets a branch that nobody uses; false when somebody does.
@@ -95,4 +138,30 @@ impl Registry {
     fn lock(&self) -> MutexGuard<'_, Branches> {
         self.branches.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn with_wal(data_dir: &Path) -> std::io::Result<Vec<BranchRef>> {
+    let mut branches = Vec::new();
+    for project in directories(data_dir)? {
+        for branch in directories(&data_dir.join(&project))? {
+            let ids = (project.parse(), branch.parse());
+            if let (Ok(project_id), Ok(branch_id)) = ids
+                && has_wal(&data_dir.join(&project).join(&branch))?
+            {
+                branches.push(BranchRef { project: project_id, branch: branch_id });
+            }
+        }
+    }
+    Ok(branches)
+}
+
+fn directories(parent: &Path) -> std::io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(parent)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            names.extend(entry.file_name().into_string());
+        }
+    }
+    Ok(names)
 }

@@ -8,13 +8,15 @@ use std::{
     time::Duration,
 };
 
+use bucket::{ObjectStoreConfig, ObjectStoreConfigError};
+use object_store::ObjectStore;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use types::NodeId;
 use wire::{TokenError, TokenVerifier};
 
-use crate::{Config, connection, registry::Registry};
+use crate::{Config, branch::Settings, connection, offload::Offload, registry::Registry, storage::Shelf};
 
 /// A safekeeper that has its address and its directory.
 pub struct Server {
@@ -54,6 +56,12 @@ pub enum ServerError {
     /// The key file holds no key.
     #[error(transparent)]
     Key(#[from] TokenError),
+    /// The list of idle branches can't be used. If it is damaged, this safekeeper has forgotten what it promised: replace it by a new one.
+    #[error("idle branches: {0}")]
+    Shelf(String),
+    /// There is no such object store.
+    #[error("--object-store: {0}")]
+    ObjectStore(#[from] ObjectStoreConfigError),
 }
 
 /// Runs a safekeeper until `shutdown`.
@@ -65,17 +73,34 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
 impl Server {
     /// Takes the data directory and the address.
     pub async fn bind(config: Config) -> Result<Server, ServerError> {
+        let store = config.object_store.as_ref().map(ObjectStoreConfig::open).transpose()?;
+        Server::bind_over(config, store).await
+    }
+
+    /// [`Server::bind`], with this object store rather than the one that `config` names.
+    pub async fn bind_over(config: Config, store: Option<Arc<dyn ObjectStore>>) -> Result<Server, ServerError> {
         let key_file = |source| ServerError::File { path: config.token_public_key.clone(), source };
         let pem = std::fs::read_to_string(&config.token_public_key).map_err(key_file)?;
         let verifier = TokenVerifier::from_pem(&pem)?;
         let lock = lock_data_dir(&config.data_dir)?;
+        let shelf = Shelf::open(&config.data_dir).map_err(|error| ServerError::Shelf(error.to_string()))?;
         let listener = TcpListener::bind(config.listen).await.map_err(|source| match source.kind() {
             std::io::ErrorKind::AddrInUse => ServerError::AddressInUse(config.listen),
             _ => ServerError::Listen { address: config.listen, source },
         })?;
         let address = listener.local_addr().map_err(|source| ServerError::Listen { address: config.listen, source })?;
-        let idle_after = Duration::from_secs(config.idle_seconds);
-        let registry = Registry::new(config.id, config.data_dir, idle_after, Arc::new(lock));
+        let seconds = Duration::from_secs;
+        let offload_after = seconds(config.offload_after_seconds);
+        let settings = Settings {
+            node: config.id,
+            idle_after: seconds(config.idle_seconds),
+            keep_bytes: config.keep_local_mib << 20,
+            offload: store.map(|store| Arc::new(Offload::over(store, offload_after))),
+            lock: Arc::new(lock),
+            health: Arc::default(),
+            shelf: Arc::new(shelf),
+        };
+        let registry = Registry::new(config.data_dir, settings);
         Ok(Server { id: config.id, listener, address, verifier, registry: Arc::new(registry) })
     }
 
@@ -88,6 +113,9 @@ impl Server {
     pub async fn run(self, shutdown: CancellationToken) {
         info!(safekeeper = %self.id, address = %self.address, "listening");
         let mut connections = JoinSet::new();
+        // They are aborted with the connections.
+        connections.spawn(Arc::clone(&self.registry).load_unfinished());
+        connections.spawn(Arc::clone(&self.registry).watch_disk());
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => break,

@@ -418,19 +418,15 @@ async fn stored_wal_is_forgotten_and_a_lagging_safekeeper_starts_at_the_horizon(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_idle_branch_whose_wal_is_stored_leaves_only_its_control_file() {
+async fn an_idle_branch_whose_wal_is_stored_leaves_no_files() {
     let mut cluster = Cluster::start(3).await;
     let mut compute = cluster.elect().await;
     let end = compute.commit(5, 1000).await;
     compute.proposer.clone().finish().await;
     let reader = cluster.reader(end);
     reader.report(end);
-    let only_control = |index: usize| {
-        let names = fs::read_dir(cluster.branch_dir(index)).expect("list").flatten().map(|e| e.file_name());
-        names.collect::<Vec<_>>() == ["control"]
-    };
     within(async {
-        while !(0..3).all(only_control) {
+        while (0..3).any(|index| cluster.branch_dir(index).exists()) {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     })
@@ -439,10 +435,34 @@ async fn an_idle_branch_whose_wal_is_stored_leaves_only_its_control_file() {
         cluster.kill(index).await;
         cluster.run(index).await;
     }
+    let term = cluster.status(0).await.term;
     let mut next = cluster.elect().await;
     assert_eq!(next.end, end);
+    cluster.until(0, |status| status.term > term).await;
     let after = next.commit(2, 3000).await;
     assert!(cluster.read(end, after).await == next.written);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compute_goes_on_where_a_branch_had_been_put_aside() {
+    let mut cluster = Cluster::never_idle(3).await;
+    let mut compute = cluster.elect().await;
+    for index in 0..3 {
+        let end = compute.commit(2, 1000).await;
+        let reader = cluster.reader(end);
+        reader.report(end);
+        cluster.until(index, |status| status.commit_lsn == end && status.remote_consistent_lsn == end).await;
+        cluster.stop(index).await;
+        assert!(!cluster.branch_dir(index).exists());
+        cluster.run(index).await;
+        let end = compute.commit(2, 1000).await;
+        let status = cluster.until(index, |status| status.flush_lsn == end).await;
+        assert_eq!(status.term, status.last_log_term, "no election was needed");
+        cluster.kill(index).await;
+        cluster.run(index).await;
+        assert!(!cluster.until(index, |status| status.flush_lsn == end).await.doubtful);
+    }
+    assert_eq!(compute.proposer.fenced(), None);
 }
 
 #[tokio::test(flavor = "multi_thread")]

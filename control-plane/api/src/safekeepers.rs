@@ -35,6 +35,13 @@ pub struct Safekeeper {
     pub state: SafekeeperState,
     /// So many branches count it among their safekeepers.
     pub branches: usize,
+    /// Why it does not take WAL at present: it does not answer, or has stepped aside, its disk being full or broken. `None` when it takes WAL,
+    /// and in the answer to a change, for which nobody is asked.
+    #[serde(default)]
+    pub trouble: Option<String>,
+    /// Bytes that can still be written to its disk, when it was asked and has answered.
+    #[serde(default)]
+    pub free_bytes: Option<u64>,
 }
 
 /// See [`Safekeeper::state`].

@@ -9,6 +9,7 @@ use axum::{
     routing::{delete, get, post},
 };
 use control_plane_api::safekeepers::{AddSafekeeper, BranchesOnTheirWay, Safekeeper, SafekeeperState, Safekeepers};
+use futures::future::join_all;
 use rusqlite::Connection;
 use types::{Member, NodeId};
 
@@ -32,7 +33,18 @@ pub fn routes() -> Router<Arc<App>> {
 }
 
 async fn list(State(app): Shared) -> Result<Json<Safekeepers>, Problem> {
-    Ok(Json(app.store.call(describe).await?))
+    let mut all = app.store.call(describe).await?;
+    join_all(all.safekeepers.iter_mut().map(async |safekeeper| {
+        match app.storage.safekeeper_status(&safekeeper.address).await {
+            Ok(status) if status.node != safekeeper.id => {
+                safekeeper.trouble = Some(format!("at its address is number {}", status.node));
+            }
+            Ok(status) => (safekeeper.trouble, safekeeper.free_bytes) = (status.trouble, Some(status.free_bytes)),
+            Err(error) => safekeeper.trouble = Some(error.to_string()),
+        }
+    }))
+    .await;
+    Ok(Json(all))
 }
 
 async fn add(State(app): Shared, body: Bytes) -> Result<Json<Safekeepers>, Problem> {
@@ -80,6 +92,8 @@ fn describe(db: &Connection) -> Result<Safekeepers, Problem> {
         id: row.member.node,
         branches: count(row.member.node),
         address: row.member.address,
+        trouble: None,
+        free_bytes: None,
         state: if row.is_member { SafekeeperState::Member } else { SafekeeperState::Leaving },
     });
     Ok(Safekeepers { safekeepers: safekeepers.collect(), branches })

@@ -22,6 +22,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::{Method, body::Bytes};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use parking_lot::Mutex;
+use safekeeper_client::NodeStatus;
 use serde_json::{Value, json};
 use types::{
     BranchId, BranchRef, EndpointId, Generation, Lsn, Member, Membership, MembershipGeneration, NodeId, ProjectId, Term,
@@ -161,6 +162,12 @@ impl Storage for FakeStorage {
     ) -> Result<Vec<NodeId>, Problem> {
         self.carried.lock().push((branch.clone(), joint));
         Ok(to.iter().copied().filter(|node| self.slow.lock().contains(node)).collect())
+    }
+
+    async fn safekeeper_status(&self, address: &str) -> Result<NodeStatus, Problem> {
+        let node = NodeId(address.trim_start_matches("sk").split(':').next().and_then(|n| n.parse().ok()).unwrap_or(0));
+        let trouble = self.slow.lock().contains(&node).then(|| "write: no space left on device".to_owned());
+        Ok(NodeStatus { node, trouble, free_bytes: 1 << 30, loaded_branches: 0 })
     }
 
     async fn sizes(

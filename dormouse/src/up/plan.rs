@@ -124,6 +124,7 @@ fn safekeeper(installation: &Installation, index: usize) -> Service {
         .with("--id", number.to_string())
         .with("--listen", address.to_string())
         .with("--data-dir", installation.data_dir.join(&name))
+        .with("--object-store", &installation.object_store)
         .with("--token-public-key", &installation.keys.paths.token_public);
     Service {
         name,

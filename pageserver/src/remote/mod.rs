@@ -1,32 +1,27 @@
 //! The object store, and the caches in front of it.
 
-mod config;
 mod disk_cache;
 mod manifest;
 mod names;
 
-pub use config::{ObjectStoreConfig, ObjectStoreConfigError, open_local, open_s3};
+pub use bucket::{ObjectStoreConfig, ObjectStoreConfigError, open_local, open_s3};
 pub use disk_cache::DiskCache;
 pub use manifest::{Ancestor, Manifest, ManifestError};
 pub use names::{BranchNames, layer_generation, layer_name};
 
 use std::{
     collections::HashSet,
-    error::Error,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
+use bucket::{broke_off, is_unanswered, reason_of, whole, with_jitter};
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::{
-    ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload,
-    client::{HttpError, HttpErrorKind},
-    path::Path,
-};
+use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, path::Path};
 use parking_lot::Mutex;
 use types::{BranchRef, Generation};
 
@@ -34,11 +29,9 @@ use crate::{error::StorageError, layer::Block};
 
 /// Longest wait for the probe at the start.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(10);
-/// Pauses before a listing that lags or an answer that broke off is asked for again.
+/// Pauses before a listing that lags is asked for again.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LAST_LIST_PAUSE: Duration = Duration::from_secs(6);
-/// Times that a listing or a deletion is asked for whose answer breaks off.
-const BROKEN_ANSWERS: usize = 5;
 /// Whole layers that are downloaded at a time.
 const DOWNLOADS: usize = 4;
 
@@ -301,56 +294,6 @@ impl Remote {
     }
 }
 
-/// Up to half as long again, so that not all ask at the same moment.
-fn with_jitter(pause: Duration) -> Duration {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    pause + pause * (now.subsec_micros() % 8) / 16
-}
-
-/// Asks again where the client does not: it repeats requests and goes on with an object's content, but a listing or a deletion it
-/// lets fail whose answer breaks off, and a deletion that is not answered (it can't know that deleting twice is harmless).
-async fn whole<T, A: Future<Output = object_store::Result<T>>>(
-    is_broken: fn(&object_store::Error) -> bool,
-    ask: impl Fn() -> A,
-) -> object_store::Result<T> {
-    let mut pause = FIRST_PAUSE;
-    for _ in 1..BROKEN_ANSWERS {
-        match ask().await {
-            Err(error) if is_broken(&error) => tokio::time::sleep(with_jitter(pause)).await,
-            outcome => return outcome,
-        }
-        pause *= 2;
-    }
-    ask().await
-}
-
-/// True when the connection failed after the request was answered: what the client has repeated in vain, and is not to be repeated
-/// again, lies deeper.
-fn broke_off(error: &object_store::Error) -> bool {
-    error.source().and_then(Error::source).is_some_and(|cause| cause.is::<HttpError>())
-}
-
-/// For deletions.
-fn is_unanswered(error: &object_store::Error) -> bool {
-    let mut causes = std::iter::successors(error.source(), |cause| (*cause).source());
-    let http = causes.find_map(|cause| cause.downcast_ref::<HttpError>());
-    broke_off(error)
-        || http.is_some_and(|http| matches!(http.kind(), HttpErrorKind::Interrupted | HttpErrorKind::Timeout))
-}
-
 fn failed(object: &Path, error: &object_store::Error) -> StorageError {
-    use object_store::Error::{PermissionDenied, Unauthenticated};
-    let advice = match error {
-        PermissionDenied { .. } | Unauthenticated { .. } => "check the credentials and what they allow",
-        _other => "it may be tried again; if it goes on failing, check the store and the way to it",
-    };
-    // The client's text leaves out why there was no answer.
-    let text = error.to_string();
-    let mut cause: &dyn Error = error;
-    while let Some(deeper) = cause.source() {
-        cause = deeper;
-    }
-    let cause = cause.to_string();
-    let reason = if text.contains(&cause) { text } else { format!("{text}: {cause}") };
-    StorageError::Store { object: object.to_string(), reason: format!("{reason}; {advice}") }
+    StorageError::Store { object: object.to_string(), reason: reason_of(error) }
 }

@@ -4,6 +4,7 @@
 //! - `manifest-copy`: a copy of the newest manifest, if it is not old: see [`super::Remote::manifest`]. Only saves a round trip.
 //! - `claim-<generation>`: empty; put before a generation's first write, so that an older one learns that it is deposed.
 //! - `layers/<name>`: layers; each name begins with the generation that wrote it.
+//! - `wal/<begin>-<end>`: committed WAL that safekeepers put there: see [`bucket::BranchWal`].
 //! - `children/<project>.<branch>.<lsn>`: empty; a branch that left this one, and where.
 
 use object_store::path::Path;
@@ -19,8 +20,7 @@ pub struct BranchNames {
 impl BranchNames {
     /// For this branch.
     pub fn new(branch: &BranchRef) -> BranchNames {
-        let parts = ["projects", branch.project.as_str(), "branches", branch.branch.as_str()];
-        BranchNames { root: Path::from_iter(parts) }
+        BranchNames { root: bucket::branch_root(branch) }
     }
 
     /// Where a project's branches are.

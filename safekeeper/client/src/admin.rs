@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-pub use safekeeper_protocol::message::BranchStatus;
 use safekeeper_protocol::message::{Answer, RequestBody};
+pub use safekeeper_protocol::message::{BranchStatus, NodeStatus};
 use tokio::time::timeout;
-use types::{BranchRef, Lsn, Membership};
+use types::{BranchId, BranchRef, Lsn, Membership, ProjectId};
 
 use crate::connection::{Connection, ConnectionError, welcome};
 
@@ -46,7 +46,7 @@ impl From<ConnectionError> for AdminError {
 pub async fn branch_status(address: &str, token: &str, branch: &BranchRef) -> Result<BranchStatus, AdminError> {
     match ask(address, token, branch, RequestBody::Status).await? {
         Answer::Status(status) => Ok(status),
-        Answer::Done | Answer::Membership(_) => Err(failed(address, "unexpected answer".to_owned())),
+        Answer::Done | Answer::Membership(_) | Answer::Node(_) => Err(failed(address, "unexpected answer".to_owned())),
         Answer::Failed(reason) => Err(failed(address, reason)),
     }
 }
@@ -59,7 +59,7 @@ pub async fn branch_membership(
 ) -> Result<Option<Membership>, AdminError> {
     match ask(address, token, branch, RequestBody::Membership).await? {
         Answer::Membership(membership) => Ok(membership),
-        Answer::Done | Answer::Status(_) => Err(failed(address, "unexpected answer".to_owned())),
+        Answer::Done | Answer::Status(_) | Answer::Node(_) => Err(failed(address, "unexpected answer".to_owned())),
         Answer::Failed(reason) => Err(failed(address, reason)),
     }
 }
@@ -76,7 +76,19 @@ pub async fn set_branch_membership(
     let body = RequestBody::SetMembership { membership: membership.clone() };
     match ask(address, token, branch, body).await? {
         Answer::Status(status) => Ok(status),
-        Answer::Done | Answer::Membership(_) => Err(failed(address, "unexpected answer".to_owned())),
+        Answer::Done | Answer::Membership(_) | Answer::Node(_) => Err(failed(address, "unexpected answer".to_owned())),
+        Answer::Failed(reason) => Err(failed(address, reason)),
+    }
+}
+
+/// How a safekeeper itself does. Needs a service's token.
+pub async fn node_status(address: &str, token: &str) -> Result<NodeStatus, AdminError> {
+    let (project, branch) = (ProjectId::new("any").expect("a valid id"), BranchId::new("any").expect("a valid id"));
+    match ask(address, token, &BranchRef { project, branch }, RequestBody::Node).await? {
+        Answer::Node(status) => Ok(status),
+        Answer::Done | Answer::Status(_) | Answer::Membership(_) => {
+            Err(failed(address, "unexpected answer".to_owned()))
+        }
         Answer::Failed(reason) => Err(failed(address, reason)),
     }
 }
@@ -100,7 +112,9 @@ pub async fn report_remote_consistent(
 fn done(address: &str, answer: Answer) -> Result<(), AdminError> {
     match answer {
         Answer::Done => Ok(()),
-        Answer::Status(_) | Answer::Membership(_) => Err(failed(address, "unexpected answer".to_owned())),
+        Answer::Status(_) | Answer::Membership(_) | Answer::Node(_) => {
+            Err(failed(address, "unexpected answer".to_owned()))
+        }
         Answer::Failed(reason) => Err(failed(address, reason)),
     }
 }

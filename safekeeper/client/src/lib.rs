@@ -3,13 +3,16 @@
 //! - [`WalProposer`]: a compute's side of the consensus. It wins a term, ships WAL and learns what is committed.
 //! - [`WalReader`]: committed WAL for a pageserver, from whichever safekeeper has it.
 //! - [`settle`], [`carry_over`]: what the control plane does for a branch that has no compute.
-//! - [`branch_status`], [`delete_branch`], [`set_branch_membership`]: single questions.
+//! - [`branch_status`], [`delete_branch`], [`set_branch_membership`], [`node_status`]: single questions.
 
 mod admin;
 mod connection;
 mod proposer;
 mod reader;
 
-pub use admin::{AdminError, BranchStatus, branch_membership, branch_status, delete_branch, set_branch_membership};
+pub use admin::{
+    AdminError, BranchStatus, NodeStatus, branch_membership, branch_status, delete_branch, node_status,
+    set_branch_membership,
+};
 pub use proposer::{ElectError, Elected, Fenced, MembershipStatus, ProposerConfig, WalProposer, carry_over, settle};
 pub use reader::{WalChunk, WalReadError, WalReader, WalReaderConfig};

@@ -284,7 +284,8 @@ impl ReaderTask {
         let ask = async |(index, address): (usize, &str)| {
             let asked = branch_status(address, &self.config.token, &self.config.branch);
             let status = timeout(Duration::from_secs(1), asked).await.ok()?.ok()?;
-            (status.log_start_lsn <= self.position).then_some((status.commit_lsn, index))
+            // What it does not hold any more it may have from the object store.
+            Some((status.commit_lsn, index))
         };
         let others = self.config.safekeepers.iter().enumerate().filter(|(index, _)| *index != self.current);
         let answers = join_all(others.map(|(index, member)| ask((index, &member.address)))).await;

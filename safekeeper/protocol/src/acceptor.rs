@@ -70,7 +70,7 @@ pub struct AcceptorState {
     pub flush_lsn: Lsn,
     /// Up to here a majority is known to hold the WAL; never beyond `flush_lsn`.
     pub commit_lsn: Lsn,
-    /// Up to here the object store holds everything; may be beyond `flush_lsn`.
+    /// Up to here the object store holds everything, as layers or as WAL; may be beyond `flush_lsn`.
     pub remote_consistent_lsn: Lsn,
     /// WAL that was acknowledged is missing: a restart found less than there was. Such a safekeeper's votes don't count
     /// until it has everything that a leader knows to be committed.
@@ -79,6 +79,9 @@ pub struct AcceptorState {
     pub generation: MembershipGeneration,
     /// The newest membership that a service has told of in full.
     pub membership: Option<Membership>,
+    /// Up to here the pageserver has everything in its layers, and no replication slot needs the WAL: nobody will ask for it. Never
+    /// beyond `remote_consistent_lsn`; what lies between the two is in the object store as WAL.
+    pub pageserver_lsn: Lsn,
 }
 
 /// What the driver must do.
@@ -192,8 +195,14 @@ impl Acceptor {
         effects
     }
 
-    /// Notes that the object store holds everything up to `lsn`.
+    /// Notes that the pageserver has everything up to `lsn` in the object store, and that nobody will ask for WAL below.
     pub fn handle_report(&mut self, lsn: Lsn) {
+        self.state.pageserver_lsn = self.state.pageserver_lsn.max(lsn);
+        self.handle_offloaded(lsn);
+    }
+
+    /// Notes that the object store holds everything up to `lsn`, though perhaps only as WAL.
+    pub fn handle_offloaded(&mut self, lsn: Lsn) {
         self.state.remote_consistent_lsn = self.state.remote_consistent_lsn.max(lsn);
     }
 
@@ -232,10 +241,15 @@ impl Acceptor {
     }
 
     /// Drops WAL that the object store holds, in whole segments of this size while the branch is in use (`idle` false), else
-    /// all of it if nothing else is left. Call between batches.
-    pub fn trim(&mut self, idle: bool, segment_bytes: u64) -> Vec<Effect> {
+    /// all of it if nothing else is left. While it is in use, the last `keep_bytes` of what the pageserver does not have yet stay: it
+    /// will ask for them soon. Call between batches.
+    pub fn trim(&mut self, idle: bool, segment_bytes: u64, keep_bytes: u64) -> Vec<Effect> {
         let s = &self.state;
-        let safe = s.remote_consistent_lsn.min(s.commit_lsn);
+        let stored = match idle {
+            true => s.remote_consistent_lsn,
+            false => s.pageserver_lsn.max(Lsn(s.remote_consistent_lsn.0.saturating_sub(keep_bytes))),
+        };
+        let safe = stored.min(s.commit_lsn);
         let all = idle && safe == s.flush_lsn && self.write_lsn == s.flush_lsn;
         let keep_from = if all { safe } else { Lsn(safe.0 - safe.0 % segment_bytes) };
         if keep_from <= s.log_start_lsn {
@@ -246,6 +260,12 @@ impl Acceptor {
         self.persist(&mut effects);
         effects.push(Effect::DropWalBelow { lsn: keep_from });
         effects
+    }
+
+    /// True when there is no WAL here, durable or not, and nobody waits for anything.
+    pub fn holds_nothing(&self) -> bool {
+        let s = &self.state;
+        s.log_start_lsn == s.flush_lsn && self.write_lsn == s.flush_lsn && self.to_acknowledge.is_empty()
     }
 
     /// The state as it should be stored before the branch is forgotten in memory, if that differs from what is stored.

@@ -42,6 +42,8 @@ pub enum RequestBody {
     SetMembership { membership: Membership },
     /// Answered with [`Answer::Membership`].
     Membership,
+    /// How the safekeeper itself does, whatever the branch. Answered with [`Answer::Node`]. Services only.
+    Node,
 }
 
 /// The answer to a single question.
@@ -55,6 +57,21 @@ pub enum Answer {
     Done,
     /// It could not be done; says why.
     Failed(String),
+    /// To [`RequestBody::Node`].
+    Node(NodeStatus),
+}
+
+/// How a safekeeper does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// Which one it is.
+    pub node: NodeId,
+    /// Why it takes no WAL at present, such as that its disk is full; `None`: it does.
+    pub trouble: Option<String>,
+    /// Bytes that can still be written to its disk.
+    pub free_bytes: u64,
+    /// Branches that it has in memory.
+    pub loaded_branches: u64,
 }
 
 /// Where a branch stands on one safekeeper.

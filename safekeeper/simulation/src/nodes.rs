@@ -142,7 +142,7 @@ impl World {
         let Some(id) = self.pick(&ids) else { return Ok(()) };
         let Some(node) = self.nodes.get_mut(&id) else { return Ok(()) };
         let Some(acceptor) = &mut node.acceptor else { return Ok(()) };
-        let mut effects = acceptor.trim(idle, SEGMENT_BYTES);
+        let mut effects = acceptor.trim(idle, SEGMENT_BYTES, 0);
         if idle {
             effects.extend(acceptor.persist_before_idle(&node.disk.control));
         }

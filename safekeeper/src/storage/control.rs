@@ -23,7 +23,9 @@ use super::{StorageError, sync_dir};
 const NAME: &str = "control";
 const TEMPORARY_NAME: &str = "control.new";
 const MAGIC: u32 = 0x4B53_4D44;
-const FORMAT_VERSION: u32 = 3;
+const FORMAT_VERSION: u32 = 4;
+/// The version before safekeepers copied WAL to the object store themselves: its last field is missing.
+const FORMAT_WITHOUT_OFFLOAD: u32 = 3;
 /// The version before memberships could change.
 const FORMAT_WITHOUT_MEMBERSHIP: u32 = 2;
 const HEADER_BYTES: usize = 24;
@@ -133,7 +135,7 @@ fn decode(slot: &[u8]) -> Result<(u64, AcceptorState), String> {
         return Err("not a control file".to_owned());
     }
     let version = u32::from_le_bytes(word(4));
-    if version != FORMAT_VERSION && version != FORMAT_WITHOUT_MEMBERSHIP {
+    if ![FORMAT_VERSION, FORMAT_WITHOUT_OFFLOAD, FORMAT_WITHOUT_MEMBERSHIP].contains(&version) {
         return Err(format!("format version {version}, this program knows {FORMAT_VERSION}"));
     }
     let sequence = u64::from(u32::from_le_bytes(word(8))) | u64::from(u32::from_le_bytes(word(12))) << 32;
@@ -144,6 +146,11 @@ fn decode(slot: &[u8]) -> Result<(u64, AcceptorState), String> {
     }
     let state = match version {
         FORMAT_WITHOUT_MEMBERSHIP => postcard::from_bytes::<StateWithoutMembership>(body).map(AcceptorState::from),
+        FORMAT_WITHOUT_OFFLOAD => postcard::from_bytes::<AcceptorState>(&[body, &[0]].concat()).map(|mut state| {
+            // Nobody but the pageserver stored anything then.
+            state.pageserver_lsn = state.remote_consistent_lsn;
+            state
+        }),
         _ => postcard::from_bytes(body),
     };
     Ok((sequence, state.map_err(|e| e.to_string())?))
@@ -177,6 +184,7 @@ impl From<StateWithoutMembership> for AcceptorState {
             doubtful: old.doubtful,
             generation: MembershipGeneration::FIRST,
             membership: None,
+            pageserver_lsn: old.remote_consistent_lsn,
         }
     }
 }
@@ -268,6 +276,21 @@ mod tests {
         assert_eq!(decode(&slot), Ok((5, expected)));
     }
 
+    #[test]
+    fn a_control_file_from_before_offloading_is_read() {
+        let expected = AcceptorState { remote_consistent_lsn: Lsn(16), pageserver_lsn: Lsn(16), ..state(4) };
+        let now = postcard::to_stdvec(&AcceptorState { pageserver_lsn: Lsn(0), ..expected.clone() }).expect("body");
+        let body = &now[..now.len() - 1];
+        let mut slot = encode(5, &state(1)).expect("encode");
+        let length = (body.len() as u32).to_le_bytes();
+        slot.truncate(HEADER_BYTES);
+        slot[4..8].copy_from_slice(&FORMAT_WITHOUT_OFFLOAD.to_le_bytes());
+        slot[16..20].copy_from_slice(&length);
+        slot[20..24].copy_from_slice(&checksum(5, length, body).to_le_bytes());
+        slot.extend_from_slice(body);
+        assert_eq!(decode(&slot), Ok((5, expected)));
+    }
+
     /// A control file with these slots, each as long as its space.
     fn write_slots(directory: &Path, slots: [&[u8]; 2]) {
         let mut file = vec![0; 2 * SLOT_BYTES as usize];
@@ -284,9 +307,9 @@ mod tests {
         let member = (any::<u64>(), "[a-z.]{1,20}:[0-9]{1,5}");
         let member = member.prop_map(|(node, address)| Member { node: NodeId(node), address });
         let sets = (vec(member.clone(), 1..6), option::of(vec(member, 1..6)));
-        (any::<[u64; 6]>(), voted_for, option::of(any::<u64>()), entries, any::<bool>(), option::of(sets)).prop_map(
+        (any::<[u64; 7]>(), voted_for, option::of(any::<u64>()), entries, any::<bool>(), option::of(sets)).prop_map(
             |(numbers, voted_for, system_identifier, entries, doubtful, sets)| {
-                let [term, log_start, flush, commit, remote, generation] = numbers;
+                let [term, log_start, flush, commit, remote, generation, pageserver] = numbers;
                 let generation = MembershipGeneration(generation);
                 let start = |(term, lsn)| TermStart { term: Term(term), start_lsn: Lsn(lsn) };
                 AcceptorState {
@@ -301,6 +324,7 @@ mod tests {
                     doubtful,
                     generation,
                     membership: sets.map(|(members, new_members)| Membership { generation, members, new_members }),
+                    pageserver_lsn: Lsn(pageserver),
                 }
             },
         )

@@ -1,21 +1,27 @@
-//! A branch's files: `control` (what the acceptor remembers), WAL segments, or `deleted` once it is gone.
+//! A branch's files: `control` (what the acceptor remembers), WAL segments, or `deleted` once it is gone. Idle branches without WAL have none, and
+//! a record in a file that they share.
 
 mod control;
 mod segments;
+mod shelf;
 
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use bytes::Bytes;
 use safekeeper_protocol::{AcceptorMessage, AcceptorState, ConnectionId, Effect, message::Fetched};
 use tracing::{info, warn};
-use types::Lsn;
+use types::{BranchRef, Lsn, Term};
 use wal::stream::WalStreamDecoder;
 
-pub(crate) use self::segments::SegmentReader;
 use self::{control::ControlFile, segments::Segments};
+pub(crate) use self::{
+    segments::{SegmentReader, has_wal},
+    shelf::Shelf,
+};
 
 const TOMBSTONE: &str = "deleted";
 const SCAN_BYTES: u64 = 256 * 1024;
@@ -45,8 +51,10 @@ pub(crate) enum Loaded {
 
 /// Performs an acceptor's effects on disk. All calls block.
 pub(crate) struct BranchStore {
+    branch: BranchRef,
     directory: PathBuf,
-    /// `None` until there is something to remember: asking about a branch leaves nothing behind.
+    shelf: Arc<Shelf>,
+    /// `None` until there is something to remember: asking about a branch leaves nothing behind. And while it is on the shelf.
     control: Option<ControlFile>,
     stored: AcceptorState,
     segments: Segments,
@@ -59,16 +67,21 @@ type Replies = Vec<(ConnectionId, AcceptorMessage)>;
 
 impl BranchStore {
     /// Reads a branch's files and finds the end of its log. Bytes beyond `distrust_beyond` are cut off: a write failed there.
-    pub fn load(directory: PathBuf, distrust_beyond: Option<Lsn>) -> Result<Loaded, StorageError> {
+    pub fn load(
+        branch: BranchRef,
+        directory: PathBuf,
+        shelf: Arc<Shelf>,
+        distrust_beyond: Option<Lsn>,
+    ) -> Result<Loaded, StorageError> {
         if directory.join(TOMBSTONE).exists() {
             return Ok(Loaded::Deleted);
         }
         let mut segments = Segments::new(directory.clone());
         let Some((mut control, mut state)) = ControlFile::load(&directory)? else {
-            let stored = AcceptorState::default();
-            let none = Lsn::INVALID;
-            let store = BranchStore { directory, control: None, stored, segments, durable_lsn: none, marked: none };
-            return Ok(Loaded::Branch { store: Box::new(store), state: AcceptorState::default() });
+            let state = shelf.get(&branch)?.unwrap_or_default();
+            let (stored, durable_lsn, marked) = (state.clone(), state.flush_lsn, state.flush_lsn);
+            let store = BranchStore { branch, directory, shelf, control: None, stored, segments, durable_lsn, marked };
+            return Ok(Loaded::Branch { store: Box::new(store), state });
         };
         if let Some(limit) = distrust_beyond {
             segments.truncate(limit.max(state.flush_lsn))?;
@@ -86,7 +99,8 @@ impl BranchStore {
         state.flush_lsn = log.end;
         control.mark(log.end)?;
         let (durable_lsn, marked) = (log.end, log.end);
-        let store = BranchStore { directory, control: Some(control), stored, segments, durable_lsn, marked };
+        let control = Some(control);
+        let store = BranchStore { branch, directory, shelf, control, stored, segments, durable_lsn, marked };
         Ok(Loaded::Branch { store: Box::new(store), state })
     }
 
@@ -104,6 +118,18 @@ impl BranchStore {
             }
         }
         sync_dir(directory)
+    }
+
+    /// Puts what is remembered on the shelf and gives the branch's directory back, where there is no WAL in it.
+    pub fn shelve(&mut self) -> Result<(), StorageError> {
+        let failed = StorageError::io("list", &self.directory);
+        if self.control.is_none() || has_wal(&self.directory).map_err(failed)? {
+            return Ok(());
+        }
+        self.shelf.put(&self.branch, &self.stored, &self.directory)?;
+        self.segments = Segments::new(self.directory.clone());
+        self.control = None;
+        Ok(())
     }
 
     /// The state as last stored.
@@ -124,6 +150,14 @@ impl BranchStore {
     /// up to where the answers acknowledge WAL at most.
     pub fn perform(&mut self, effects: Vec<Effect>, acknowledged: Lsn) -> (Replies, Result<(), StorageError>) {
         let mut replies = Vec::new();
+        let changes_log =
+            |effect: &Effect| matches!(effect, Effect::WriteWal { .. } | Effect::FlushWal | Effect::TruncateWal { .. });
+        if self.control.is_none() && self.stored.term != Term(0) && effects.iter().any(changes_log) {
+            // From the shelf: the mark needs a control file.
+            if let Err(error) = self.persist(self.stored.clone()) {
+                return (replies, Err(error));
+            }
+        }
         let done = effects.into_iter().try_for_each(|effect| self.perform_one(effect, acknowledged, &mut replies));
         // Also when only a boundary moved, over bytes that had been flushed before.
         let marked = if done.is_ok() { self.mark(acknowledged) } else { Ok(()) };
@@ -173,8 +207,9 @@ impl BranchStore {
         match &mut self.control {
             Some(control) => control.store(&state)?,
             None => {
-                create_durably(&self.directory)?;
+                self.shelf.make_directory(&self.directory)?;
                 self.control = Some(ControlFile::create(&self.directory, &state)?);
+                self.segments = Segments::new(self.directory.clone());
             }
         }
         self.stored = state;

@@ -226,6 +226,16 @@ impl SegmentReader {
     }
 }
 
+/// True for a branch's directory that holds WAL.
+pub(crate) fn has_wal(directory: &Path) -> std::io::Result<bool> {
+    for entry in fs::read_dir(directory)? {
+        if entry?.file_name().to_str().and_then(parse_segment_name).is_some() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 fn segment_path(directory: &Path, number: u64) -> PathBuf {
     directory.join(Lsn(number * WAL_SEGMENT_BYTES).segment_file_name())
 }

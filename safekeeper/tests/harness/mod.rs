@@ -12,6 +12,7 @@ use std::{
 
 use bytes::Bytes;
 use dormouse_safekeeper::{Config, Server, ServerError};
+use object_store::ObjectStore;
 use safekeeper_client::{
     BranchStatus, ProposerConfig, WalProposer, WalReader, WalReaderConfig, branch_status, set_branch_membership,
 };
@@ -36,6 +37,10 @@ pub struct Cluster {
     signer: TokenSigner,
     nodes: Vec<Node>,
     idle_seconds: u64,
+    /// Where safekeepers that are started from now on copy WAL to.
+    pub store: Option<Arc<dyn ObjectStore>>,
+    /// See [`Config`].
+    pub offload_after_seconds: u64,
     pub branch: BranchRef,
     /// What computes are given.
     pub membership: Membership,
@@ -60,6 +65,17 @@ impl Cluster {
         Cluster::with_idle_seconds(count, 3600).await
     }
 
+    /// Safekeepers that copy WAL to an object store at once, and keep none of it longer than they must.
+    pub async fn offloading(count: usize, store: Arc<dyn ObjectStore>) -> Cluster {
+        let mut cluster = Cluster::with_idle_seconds(0, 1).await;
+        cluster.store = Some(store);
+        for _ in 0..count {
+            cluster.join().await;
+        }
+        cluster.membership = Membership::first((0..count).map(|index| cluster.member(index)).collect());
+        cluster
+    }
+
     async fn with_idle_seconds(count: usize, idle_seconds: u64) -> Cluster {
         let dir = tempfile::Builder::new().prefix("dormouse-safekeeper").tempdir().expect("dir");
         let keys = TokenKeys::generate().expect("keys");
@@ -67,12 +83,19 @@ impl Cluster {
         let signer = TokenSigner::from_pem(&keys.private_pem).expect("signer");
         let nodes = (0..count).map(|_| Node { address: ([127, 0, 0, 1], 0).into(), running: None }).collect();
         let (records, membership) = (Records::default(), Membership::first(Vec::new()));
-        let mut cluster = Cluster { dir, signer, nodes, idle_seconds, branch: branch("main"), membership, records };
+        let (branch, store, offload_after_seconds) = (branch("main"), None, 0);
+        let mut cluster =
+            Cluster { dir, signer, nodes, idle_seconds, store, offload_after_seconds, branch, membership, records };
         for index in 0..count {
             cluster.run(index).await;
         }
         cluster.membership = Membership::first((0..count).map(|index| cluster.member(index)).collect());
         cluster
+    }
+
+    /// Seconds after which a branch is idle, for safekeepers that are started from now on.
+    pub fn idle(&mut self, seconds: u64) {
+        self.idle_seconds = seconds;
     }
 
     /// Starts a further safekeeper, which is no member yet.
@@ -97,15 +120,15 @@ impl Cluster {
     /// Starts a safekeeper, on the address it had before.
     pub async fn run(&mut self, index: usize) {
         let config = Config {
-            id: NodeId(index as u64 + 1),
             listen: self.nodes[index].address,
-            data_dir: self.data_dir(index),
-            token_public_key: self.dir.path().join("public.pem"),
             idle_seconds: self.idle_seconds,
+            offload_after_seconds: self.offload_after_seconds,
+            keep_local_mib: 0,
+            ..Config::new(NodeId(index as u64 + 1), self.data_dir(index), self.dir.path().join("public.pem"))
         };
         let server = within(async {
             loop {
-                match Server::bind(config.clone()).await {
+                match Server::bind_over(config.clone(), self.store.clone()).await {
                     Ok(server) => return server,
                     // A killed one ends what it has begun to write, and somebody may have connected from that port.
                     Err(ServerError::DataDirInUse(_) | ServerError::AddressInUse(_)) => {
@@ -186,11 +209,12 @@ impl Cluster {
     }
 
     pub fn reader(&self, from: Lsn) -> WalReader {
-        let config = WalReaderConfig {
-            branch: self.branch.clone(),
-            safekeepers: self.membership.all(),
-            token: self.token(Scope::Service),
-        };
+        self.reader_of(self.membership.all(), from)
+    }
+
+    /// Reads from these.
+    pub fn reader_of(&self, safekeepers: Vec<Member>, from: Lsn) -> WalReader {
+        let config = WalReaderConfig { branch: self.branch.clone(), safekeepers, token: self.token(Scope::Service) };
         WalReader::new(config, from)
     }
 
@@ -204,6 +228,13 @@ impl Cluster {
         }
         bytes.truncate((to.0 - from.0) as usize);
         bytes
+    }
+
+    /// Bytes of WAL files on the local disk.
+    pub fn wal_bytes(&self, index: usize) -> u64 {
+        let entries = std::fs::read_dir(self.branch_dir(index)).into_iter().flatten().flatten();
+        let wal = entries.filter(|entry| entry.file_name().len() == 24);
+        wal.filter_map(|entry| entry.metadata().ok()).map(|metadata| metadata.len()).sum()
     }
 
     pub async fn status(&self, index: usize) -> BranchStatus {
@@ -236,6 +267,11 @@ pub struct Compute {
 }
 
 impl Compute {
+    /// One that has been elected where a log starts.
+    pub fn of(proposer: WalProposer) -> Compute {
+        Compute { proposer, end: START, records: Records::default(), written: Vec::new() }
+    }
+
     /// Appends one record with a body of this size.
     pub fn write(&mut self, body_bytes: usize) -> Result<Lsn, safekeeper_client::Fenced> {
         let body: Vec<u8> = (0..body_bytes).map(|i| (i as u64 * 31 + self.end.0) as u8).collect();

@@ -11,6 +11,8 @@ use super::super::{Api, Connection};
 /// How often progress is asked for.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 
+const GIB: f64 = (1 << 30) as f64;
+
 /// What can be done with safekeepers. Writes go on meanwhile.
 #[derive(Subcommand)]
 pub enum SafekeeperCommand {
@@ -118,9 +120,11 @@ fn print(connection: &Connection, answer: &Safekeepers) -> anyhow::Result<()> {
             SafekeeperState::Leaving => "leaving",
         };
         let (id, branches) = (safekeeper.id.to_string(), safekeeper.branches.to_string());
-        [id, safekeeper.address.clone(), state.to_owned(), branches]
+        let free = safekeeper.free_bytes.map_or("?".to_owned(), |bytes| format!("{:.1}", bytes as f64 / GIB));
+        let trouble = safekeeper.trouble.clone().unwrap_or_default();
+        [id, safekeeper.address.clone(), state.to_owned(), branches, free, trouble]
     });
-    connection.output.print(answer, ["id", "address", "state", "branches"], rows)?;
+    connection.output.print(answer, ["id", "address", "state", "branches", "free GiB", "trouble"], rows)?;
     if answer.branches.changing > 0 {
         eprintln!("{} of {} branches are on their way", answer.branches.changing, answer.branches.total);
         answer.branches.troubles.iter().for_each(|trouble| eprintln!("  {trouble}"));

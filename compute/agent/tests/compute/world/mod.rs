@@ -71,13 +71,10 @@ impl World {
 
         let mut safekeepers = Vec::new();
         for id in 1..=3 {
-            let config = safekeeper::Config {
-                id: NodeId(id),
-                listen: SocketAddr::from(([127, 0, 0, 1], 0)),
-                data_dir: disk.path().join(format!("safekeeper-{id}")),
-                token_public_key: key_file.clone(),
-                idle_seconds: if options.forgetful { 1 } else { 30 },
-            };
+            let data_dir = disk.path().join(format!("safekeeper-{id}"));
+            let mut config = safekeeper::Config::new(NodeId(id), data_dir, key_file.clone());
+            config.listen = SocketAddr::from(([127, 0, 0, 1], 0));
+            config.idle_seconds = if options.forgetful { 1 } else { 30 };
             let server = safekeeper::Server::bind(config).await.expect("safekeeper");
             safekeepers.push(server.local_addr());
             services.spawn(server.run(shutdown.clone()));

@@ -1,0 +1,155 @@
+//! Postgres's own replication of a branch's WAL, through the front door: a stock standby and `pg_receivewal` follow a branch while its compute
+//! sleeps, is waked by them, and crashes.
+
+use std::{
+    path::Path,
+    process::{Child, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, ensure};
+use e2e::{
+    Cluster, ClusterOptions, Project, processes, sql,
+    stock::{StockServer, as_postgres, give_to_postgres, run},
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+const A_WHILE: Duration = Duration::from_secs(60);
+const ROWS: &str = "select format('%s %s', count(*), sum(i)) from followed";
+const STARTED: &str = "select pg_postmaster_start_time()::text";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_standby_and_an_archive_follow_over_sleeps_and_crashes() -> anyhow::Result<()> {
+    let mut cluster = Cluster::start(ClusterOptions::default()).await?;
+    let outcome = follow(&cluster).await;
+    outcome.map_err(|error| error.context(cluster.log()))?;
+    cluster.down().await
+}
+
+async fn follow(cluster: &Cluster) -> anyhow::Result<()> {
+    let api = cluster.api()?;
+    let project = api.create_project("primary").await?;
+    api.wait_state(&project.id, &project.endpoint, "active", A_WHILE).await?;
+    sql::psql(&project.uri, "create table followed (i bigint); insert into followed values (1)").await?;
+    let home = tempfile::tempdir()?;
+    give_to_postgres(home.path())?;
+    let archive = home.path().join("archive");
+    std::fs::create_dir(&archive)?;
+    give_to_postgres(&archive)?;
+    run(client("pg_receivewal")?.args(["-d", &project.uri, "-S", "archive", "--create-slot", "--if-not-exists"]))?;
+    let mut receiver = receive(&project, &archive, "archive")?;
+    let mut standby = StockServer::on(|data| {
+        let backup = ["-d", &project.uri, "-R", "-C", "-S", "standby", "-X", "stream", "-c", "fast", "-D"];
+        run(client("pg_basebackup")?.args(backup).arg(data))?;
+        let auto = data.join("postgresql.auto.conf");
+        let mut conf = std::fs::read_to_string(&auto)?;
+        conf.push_str("wal_retrieve_retry_interval = '200ms'\n");
+        Ok(std::fs::write(&auto, conf)?)
+    })?;
+    let begin = sql::ask(&project.uri, "select pg_current_wal_lsn()::text").await?;
+    standby.start().await?;
+    let followed = rounds(cluster, &project, &mut standby).await;
+    followed.with_context(|| format!("the standby says:\n{}", standby.log()))?;
+
+    sql::psql(&project.uri, "insert into followed values (0)").await?;
+    let end = sql::ask(&project.uri, "select pg_current_wal_flush_lsn()::text").await?;
+    wait_for_archive(&archive, &begin, &end).await?;
+    ensure!(receiver.try_wait()?.is_none(), "pg_receivewal has ended");
+    stop(receiver)?;
+    standby.stop()
+}
+
+async fn rounds(cluster: &Cluster, project: &Project, standby: &mut StockServer) -> anyhow::Result<()> {
+    for round in 2..7i64 {
+        let insert = format!("insert into followed select {round} * 1000 + g from generate_series(1, 500) g");
+        sql::psql(&project.uri, &insert).await?;
+        let started = sql::ask(&project.uri, STARTED).await?;
+        if round % 2 == 0 {
+            let suspend = format!("/projects/{}/endpoints/{}/suspend", project.id, project.endpoint);
+            cluster.api()?.ok(reqwest::Method::POST, &suspend, None).await?;
+        } else {
+            kill_compute(cluster, project)?;
+        }
+        same_rows(&project.uri, standby).await?;
+        ensure!(sql::ask(&project.uri, STARTED).await? != started, "the compute did not start anew");
+        // It reads its own WAL again, which it was sent again from a segment's start.
+        match round {
+            4 => standby.stop()?,
+            5 => standby.kill()?,
+            _ => continue,
+        }
+        sql::psql(&project.uri, &format!("insert into followed values ({round})")).await?;
+        standby.start().await?;
+        same_rows(&project.uri, standby).await?;
+    }
+    Ok(())
+}
+
+/// One of PostgreSQL's programs, as the user that servers run as, who must not look for certificates where the test's user has them.
+fn client(program: &str) -> anyhow::Result<std::process::Command> {
+    let mut command = as_postgres(e2e::pg_bin_dir().join(program))?;
+    command.env("HOME", "/");
+    Ok(command)
+}
+
+/// A running `pg_receivewal`.
+fn receive(project: &Project, archive: &Path, slot: &str) -> anyhow::Result<Child> {
+    let mut command = client("pg_receivewal")?;
+    command.args(["-d", &project.uri, "--synchronous", "-s", "1", "-S", slot, "-D"]).arg(archive);
+    let log = std::fs::File::options().create(true).append(true).open(archive.join("log"))?;
+    command.stdout(Stdio::null()).stderr(log).spawn().context("pg_receivewal")
+}
+
+fn stop(mut receiver: Child) -> anyhow::Result<()> {
+    kill(Pid::from_raw(receiver.id() as i32), Signal::SIGINT)?;
+    receiver.wait()?;
+    Ok(())
+}
+
+/// Waits until an archive has all records between two positions, which must follow on one another.
+async fn wait_for_archive(archive: &Path, begin: &str, end: &str) -> anyhow::Result<()> {
+    let began = Instant::now();
+    loop {
+        let copy = tempfile::tempdir()?;
+        for entry in std::fs::read_dir(archive)? {
+            let entry = entry?;
+            if let Some(name) = entry.file_name().to_str().filter(|name| name.starts_with("0000")) {
+                std::fs::copy(entry.path(), copy.path().join(name.trim_end_matches(".partial")))?;
+            }
+        }
+        let mut dump = std::process::Command::new(e2e::pg_bin_dir().join("pg_waldump"));
+        let dumped = run(dump.args(["-q", "-p"]).arg(copy.path()).args(["-s", begin, "-e", end]));
+        let Err(error) = dumped else { return Ok(()) };
+        let log = std::fs::read_to_string(archive.join("log")).unwrap_or_default();
+        ensure!(began.elapsed() < A_WHILE, "the archive does not have {begin} to {end}: {error:#}\n{log}");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
+async fn same_rows(uri: &str, standby: &StockServer) -> anyhow::Result<()> {
+    let database = sql::ask(uri, "select current_database()").await.unwrap_or_else(|_| "dormouse".to_owned());
+    let copy = standby.connect(&database).await?;
+    let began = Instant::now();
+    loop {
+        // A compute that has just been killed may refuse for a moment.
+        let branch = sql::ask(uri, ROWS).await.unwrap_or_default();
+        let there = sql::value(&copy, ROWS).await?;
+        if branch == there {
+            return Ok(());
+        }
+        ensure!(began.elapsed() < A_WHILE, "the branch has {branch:?}, the standby {there:?}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+fn kill_compute(cluster: &Cluster, project: &Project) -> anyhow::Result<()> {
+    let all = processes::postgres_below(&cluster.runtime_dir().join(&project.endpoint));
+    let postmaster = all.iter().find(|p| p.command.contains(" -D ")).context("no postmaster")?;
+    processes::kill_hard(postmaster.parent)?;
+    // It may have gone with its agent.
+    let _ = processes::kill_hard(postmaster.pid);
+    Ok(())
+}
