@@ -41,8 +41,8 @@ async fn a_sleeping_branch_goes_over_to_other_safekeepers() {
     tokio::time::sleep(Duration::from_millis(700)).await;
     let (_, answer) = world.api(Method::GET, "/safekeepers", Value::Null).await;
     assert_eq!(answer["branches"]["changing"], 1, "the fourth lacks WAL: {answer}");
-    let fourth = answer["safekeepers"].as_array().and_then(|all| all.iter().find(|one| one["id"] == 4));
-    assert_eq!(fourth.expect("listed")["trouble"], "write: no space left on device", "{answer}");
+    let listed = answer["safekeepers"].as_array().and_then(|all| all.iter().find(|one| one["id"] == 4));
+    assert_eq!(listed.expect("listed")["trouble"], "write: no space left on device", "{answer}");
     assert!(world.storage.carried.lock().iter().all(|(_, membership)| *membership == joint));
 
     world.storage.slow.lock().clear();
