@@ -116,7 +116,7 @@ impl StoredWalReader {
 
     /// WAL from a position on, at most so many bytes; `None` when the store does not have it.
     pub async fn read(&mut self, position: Lsn, max_bytes: usize) -> Result<Option<Bytes>, WalStoreError> {
-        if let Some(wal) = self.from_current(position, max_bytes) {
+        if let Some(wal) = self.in_current(position, max_bytes) {
             return Ok(Some(wal));
         }
         self.current = None;
@@ -125,7 +125,7 @@ impl StoredWalReader {
             self.objects = self.wal.list().await?;
             self.fetch(position).await?;
         }
-        Ok(self.from_current(position, max_bytes))
+        Ok(self.in_current(position, max_bytes))
     }
 
     /// Gets the object that goes furthest; a damaged one only counts when no other has the position.
@@ -147,7 +147,7 @@ impl StoredWalReader {
         damage.map_or(Ok(false), Err)
     }
 
-    fn from_current(&self, position: Lsn, max_bytes: usize) -> Option<Bytes> {
+    fn in_current(&self, position: Lsn, max_bytes: usize) -> Option<Bytes> {
         let (object, wal) = self.current.as_ref().filter(|(object, _)| object.has(position))?;
         let skipped = (position.0 - object.begin.0) as usize;
         Some(wal.slice(skipped..wal.len().min(skipped.saturating_add(max_bytes))))

@@ -224,6 +224,8 @@ async fn damaged_wal_is_not_copied() {
     // The damaged copy is not needed any more: the store has the WAL.
     cluster.run(2).await;
     until_local_wal(&cluster, &[1, 2], 0).await;
+    // It is still there, and would be read.
+    cluster.kill(0).await;
     assert!(cluster.read(START, end).await == compute.written);
 }
 

@@ -3,6 +3,7 @@
 mod backpressure;
 mod free_space;
 mod lifetime;
+mod offload;
 mod replication;
 mod warm_cache;
 mod world;

@@ -20,7 +20,7 @@ async fn wake(world: &World) -> Compute {
 
 /// A world in which safekeepers forget soon.
 async fn forgetful_world(max_slot_wal_mib: u32) -> World {
-    World::start_with(WorldOptions { forgetful: true, max_slot_wal_mib }).await
+    World::start_with(WorldOptions { forgetful: true, max_slot_wal_mib, ..WorldOptions::default() }).await
 }
 
 /// Waits until a query has this one row of numbers.

@@ -28,11 +28,13 @@ pub struct WorldOptions {
     pub forgetful: bool,
     /// The most WAL that a replication slot keeps, in MiB.
     pub max_slot_wal_mib: u32,
+    /// Safekeepers copy WAL to the object store at once, and keep none of it longer than they must.
+    pub offloading: bool,
 }
 
 impl Default for WorldOptions {
     fn default() -> WorldOptions {
-        WorldOptions { forgetful: false, max_slot_wal_mib: 2048 }
+        WorldOptions { forgetful: false, max_slot_wal_mib: 2048, offloading: false }
     }
 }
 
@@ -75,6 +77,10 @@ impl World {
             let mut config = safekeeper::Config::new(NodeId(id), data_dir, key_file.clone());
             config.listen = SocketAddr::from(([127, 0, 0, 1], 0));
             config.idle_seconds = if options.forgetful { 1 } else { 30 };
+            if options.offloading {
+                config.object_store = Some(disk.path().join("objects").to_str().expect("path").parse().expect("store"));
+                (config.offload_after_seconds, config.keep_local_mib) = (0, 0);
+            }
             let server = safekeeper::Server::bind(config).await.expect("safekeeper");
             safekeepers.push(server.local_addr());
             services.spawn(server.run(shutdown.clone()));
@@ -129,6 +135,18 @@ impl World {
     /// Where the page cache of a compute of this name is, and what it leaves.
     pub fn cache_dir(&self, name: &str) -> PathBuf {
         self.disk.path().join("cache").join(name)
+    }
+
+    /// Bytes of the branch's WAL files on the safekeeper's disk that has most.
+    pub fn local_wal_bytes(&self) -> u64 {
+        let branch = Path::new(self.branch.project.as_str()).join(self.branch.branch.as_str());
+        let of_one = |id: u64| {
+            let directory = self.disk.path().join(format!("safekeeper-{id}")).join(&branch);
+            let files = std::fs::read_dir(directory).into_iter().flatten().flatten();
+            let wal = files.filter(|entry| entry.file_name().len() == 24);
+            wal.filter_map(|entry| entry.metadata().ok()).map(|metadata| metadata.len()).sum()
+        };
+        (1..=3).map(of_one).max().unwrap_or(0)
     }
 
     /// Where the WAL begins that any safekeeper still has.
