@@ -98,6 +98,19 @@ impl Api {
         text(&self.ok(Method::GET, &path, None).await?, "/uri")
     }
 
+    /// Makes a project whose compute runs with these settings and does not fall asleep by itself; it is asleep now.
+    pub async fn create_project_with(&self, name: &str, settings: &[(&str, &str)]) -> anyhow::Result<Project> {
+        let project = self.create_project(name).await?;
+        let path = format!("/projects/{}/endpoints/{}", project.id, project.endpoint);
+        let settings: serde_json::Map<_, _> =
+            settings.iter().map(|(name, value)| ((*name).to_owned(), json!(value))).collect();
+        let body = json!({"endpoint": {"suspend_timeout_seconds": 604_800, "settings": {"pg_settings": settings}}});
+        self.wait_state(&project.id, &project.endpoint, "active", Duration::from_secs(60)).await?;
+        self.ok(Method::PATCH, &path, Some(body)).await?;
+        self.suspend(&project.id, &project.endpoint).await?;
+        Ok(project)
+    }
+
     /// Puts an endpoint to sleep and waits until it is.
     pub async fn suspend(&self, project: &str, endpoint: &str) -> anyhow::Result<()> {
         self.ok(Method::POST, &format!("/projects/{project}/endpoints/{endpoint}/suspend"), None).await?;

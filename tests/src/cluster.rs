@@ -285,6 +285,15 @@ impl Cluster {
         self.runtime.path().to_owned()
     }
 
+    /// Kills an endpoint's compute: its agent, and its postmaster, unless that has gone with it.
+    pub fn kill_compute(&self, endpoint: &str) -> anyhow::Result<()> {
+        let all = processes::postgres_below(&self.runtime_dir().join(endpoint));
+        let postmaster = all.iter().find(|p| p.command.contains(" -D ")).context("no postmaster")?;
+        processes::kill_hard(postmaster.parent)?;
+        let _ = processes::kill_hard(postmaster.pid);
+        Ok(())
+    }
+
     /// The proxy's port.
     pub fn pg_port(&self) -> u16 {
         self.pg_port

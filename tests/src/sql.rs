@@ -1,8 +1,12 @@
 //! Clients: `tokio-postgres` over TLS, `psql` and `pgbench`.
 
-use std::{process::Stdio, sync::Arc};
+use std::{
+    process::Stdio,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use rustls::{
     DigitallySignedStruct, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -86,6 +90,26 @@ pub async fn value(client: &tokio_postgres::Client, query: &str) -> anyhow::Resu
 /// Connects, asks one thing, hangs up.
 pub async fn ask(uri: &str, query: &str) -> anyhow::Result<String> {
     value(&connect(uri).await?, query).await
+}
+
+/// Waits until a query has the same answer on a branch, whose compute may be killed meanwhile, and on another server.
+pub async fn same_answers(
+    uri: &str,
+    other: &tokio_postgres::Client,
+    query: &str,
+    limit: Duration,
+) -> anyhow::Result<()> {
+    let began = Instant::now();
+    loop {
+        // A compute that has just been killed may refuse for a moment.
+        let branch = ask(uri, query).await.unwrap_or_default();
+        let there = value(other, query).await?;
+        if branch == there {
+            return Ok(());
+        }
+        ensure!(began.elapsed() < limit, "the branch has {branch:?}, the other server {there:?}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
 }
 
 /// Runs `psql` with a script of one command; its output without decoration.

@@ -3,8 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
-use e2e::{Cluster, ClusterOptions, Project, processes, sql, stock::StockServer};
+use anyhow::ensure;
+use e2e::{Cluster, ClusterOptions, Project, sql, stock::StockServer};
 use reqwest::Method;
 use serde_json::json;
 use tokio_postgres::Client;
@@ -44,7 +44,7 @@ async fn out_of_the_branch(cluster: &Cluster, project: &Project, subscriber: &Cl
     subscriber.batch_execute("create table followed (i bigint)").await?;
     let subscribe = format!("create subscription s connection '{}' publication p", project.uri);
     subscriber.batch_execute(&subscribe).await?;
-    same_rows(&project.uri, subscriber).await?;
+    sql::same_answers(&project.uri, subscriber, ROWS, A_WHILE).await?;
     for round in 2..5i64 {
         let insert = format!("insert into followed select {round} * 1000 + g from generate_series(1, 500) g");
         sql::psql(&project.uri, &insert).await?;
@@ -54,9 +54,9 @@ async fn out_of_the_branch(cluster: &Cluster, project: &Project, subscriber: &Cl
             let suspend = format!("/projects/{}/endpoints/{}/suspend", project.id, project.endpoint);
             cluster.api()?.ok(Method::POST, &suspend, None).await?;
         } else {
-            kill_compute(cluster, project)?;
+            cluster.kill_compute(&project.endpoint)?;
         }
-        same_rows(&project.uri, subscriber).await?;
+        sql::same_answers(&project.uri, subscriber, ROWS, A_WHILE).await?;
         ensure!(sql::ask(&project.uri, STARTED).await? != started, "the compute did not start anew");
     }
     Ok(())
@@ -97,35 +97,11 @@ async fn into_the_branch(
         let insert = format!("insert into followed select {round} * 1000 + g from generate_series(1, 500) g");
         publisher.batch_execute(&insert).await?;
         if round % 2 == 0 {
-            kill_compute(cluster, project)?;
+            cluster.kill_compute(&project.endpoint)?;
         } else {
             cluster.api()?.suspend(&project.id, &project.endpoint).await?;
         }
-        same_rows(&project.uri, publisher).await?;
+        sql::same_answers(&project.uri, publisher, ROWS, A_WHILE).await?;
     }
-    Ok(())
-}
-
-/// Waits until the branch and the stock server have the same rows.
-async fn same_rows(uri: &str, stock: &Client) -> anyhow::Result<()> {
-    let began = Instant::now();
-    loop {
-        // A compute that has just been killed may refuse for a moment.
-        let branch = sql::ask(uri, ROWS).await.unwrap_or_default();
-        let there = sql::value(stock, ROWS).await?;
-        if branch == there {
-            return Ok(());
-        }
-        ensure!(began.elapsed() < A_WHILE, "the branch has {branch:?}, the stock server {there:?}");
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
-}
-
-fn kill_compute(cluster: &Cluster, project: &Project) -> anyhow::Result<()> {
-    let all = processes::postgres_below(&cluster.runtime_dir().join(&project.endpoint));
-    let postmaster = all.iter().find(|p| p.command.contains(" -D ")).context("no postmaster")?;
-    processes::kill_hard(postmaster.parent)?;
-    // It may have gone with its agent.
-    let _ = processes::kill_hard(postmaster.pid);
     Ok(())
 }

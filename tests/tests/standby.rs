@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, ensure};
 use e2e::{
-    Cluster, ClusterOptions, Project, processes, sql,
+    Cluster, ClusterOptions, Project, sql,
     stock::{StockServer, as_postgres, give_to_postgres, run},
 };
 use nix::{
@@ -71,7 +71,7 @@ async fn rounds(cluster: &Cluster, project: &Project, standby: &mut StockServer)
             let suspend = format!("/projects/{}/endpoints/{}/suspend", project.id, project.endpoint);
             cluster.api()?.ok(reqwest::Method::POST, &suspend, None).await?;
         } else {
-            kill_compute(cluster, project)?;
+            cluster.kill_compute(&project.endpoint)?;
         }
         same_rows(&project.uri, standby).await?;
         ensure!(sql::ask(&project.uri, STARTED).await? != started, "the compute did not start anew");
@@ -131,25 +131,5 @@ async fn wait_for_archive(archive: &Path, begin: &str, end: &str) -> anyhow::Res
 
 async fn same_rows(uri: &str, standby: &StockServer) -> anyhow::Result<()> {
     let database = sql::ask(uri, "select current_database()").await.unwrap_or_else(|_| "dormouse".to_owned());
-    let copy = standby.connect(&database).await?;
-    let began = Instant::now();
-    loop {
-        // A compute that has just been killed may refuse for a moment.
-        let branch = sql::ask(uri, ROWS).await.unwrap_or_default();
-        let there = sql::value(&copy, ROWS).await?;
-        if branch == there {
-            return Ok(());
-        }
-        ensure!(began.elapsed() < A_WHILE, "the branch has {branch:?}, the standby {there:?}");
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
-}
-
-fn kill_compute(cluster: &Cluster, project: &Project) -> anyhow::Result<()> {
-    let all = processes::postgres_below(&cluster.runtime_dir().join(&project.endpoint));
-    let postmaster = all.iter().find(|p| p.command.contains(" -D ")).context("no postmaster")?;
-    processes::kill_hard(postmaster.parent)?;
-    // It may have gone with its agent.
-    let _ = processes::kill_hard(postmaster.pid);
-    Ok(())
+    sql::same_answers(uri, &standby.connect(&database).await?, ROWS, A_WHILE).await
 }

@@ -16,7 +16,6 @@ use e2e::{
     sql,
     stock::{StockServer, host_user},
 };
-use serde_json::json;
 
 /// Settings of both servers: little memory, and what some contrib modules' tests ask for.
 const SETTINGS: &[(&str, &str)] = &[
@@ -152,14 +151,7 @@ async fn both(arguments: &Arguments, sources: &Sources, cluster: &Cluster) -> an
 
 /// A project whose compute runs with the settings.
 async fn with_settings(api: &Api) -> anyhow::Result<Project> {
-    let project = api.create_project("regress").await?;
-    let path = format!("/projects/{}/endpoints/{}", project.id, project.endpoint);
-    let settings: serde_json::Map<_, _> =
-        SETTINGS.iter().map(|(name, value)| ((*name).to_owned(), json!(value))).collect();
-    let body = json!({"endpoint": {"suspend_timeout_seconds": 604_800, "settings": {"pg_settings": settings}}});
-    api.wait_state(&project.id, &project.endpoint, "active", Duration::from_secs(60)).await?;
-    api.ok("PATCH".parse()?, &path, Some(body)).await?;
-    api.suspend(&project.id, &project.endpoint).await?;
+    let project = api.create_project_with("regress", SETTINGS).await?;
     anyhow::ensure!(sql::ask(&project.uri, "show shared_buffers").await? == "1MB", "the settings were not taken");
     Ok(project)
 }

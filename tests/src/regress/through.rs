@@ -1,10 +1,9 @@
 //! The core suite on a compute three times: directly, and through its pool in session and in transaction mode.
 
-use std::{path::Path, time::Duration};
+use std::path::Path;
 
 use anyhow::{Context, ensure};
 use reqwest::Url;
-use serde_json::json;
 
 use super::{Comparison, Outcomes, Sources, Target, compare};
 use crate::{Api, Cluster, ClusterOptions, Project, sql};
@@ -66,14 +65,7 @@ async fn each_way(sources: &Sources, keep: &Path, cluster: &Cluster) -> anyhow::
 
 /// A project whose owner may do all that the core suite does.
 async fn prepared(api: &Api, cluster: &Cluster, name: &str) -> anyhow::Result<Project> {
-    let project = api.create_project(name).await?;
-    let path = format!("/projects/{}/endpoints/{}", project.id, project.endpoint);
-    let settings: serde_json::Map<_, _> =
-        SETTINGS.iter().map(|(name, value)| ((*name).to_owned(), json!(value))).collect();
-    let body = json!({"endpoint": {"suspend_timeout_seconds": 604_800, "settings": {"pg_settings": settings}}});
-    api.wait_state(&project.id, &project.endpoint, "active", Duration::from_secs(60)).await?;
-    api.ok("PATCH".parse()?, &path, Some(body)).await?;
-    api.suspend(&project.id, &project.endpoint).await?;
+    let project = api.create_project_with(name, SETTINGS).await?;
     let found = sql::ask(&project.uri, "show max_prepared_transactions").await?;
     ensure!(found == "100", "the settings were not taken");
     let client = cluster.superuser(&project.endpoint, "postgres").await?;
