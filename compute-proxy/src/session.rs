@@ -1,6 +1,6 @@
 //! One client connection from its first byte to its last.
 
-use std::{borrow::Cow, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{borrow::Cow, io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::BytesMut;
 use tokio::{
@@ -36,15 +36,20 @@ const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Serves one connection, and logs how it ended.
 pub async fn serve(shared: Arc<Shared>, tcp: TcpStream, peer: SocketAddr) {
-    attend(&shared, peer, greet(&shared, tcp, peer)).await;
+    attend(&shared, peer, Box::pin(greet(&shared, tcp, peer))).await;
 }
 
 /// Serves a client that speaks Postgres's protocol inside something else, and logs how it ended.
 pub async fn serve_inside(shared: Arc<Shared>, stream: Box<dyn ByteStream>, arrival: Arrival, peer: SocketAddr) {
-    attend(&shared, peer, greet_inside(stream, arrival, peer)).await;
+    attend(&shared, peer, Box::pin(greet_inside(stream, arrival, peer))).await;
 }
 
-async fn attend(shared: &Shared, peer: SocketAddr, greeting: impl Future<Output = Result<Greeting, EndReason>>) {
+/// The greeting, and what comes before a session, are in memory of their own: a session's would keep room for them to its end.
+async fn attend(
+    shared: &Shared,
+    peer: SocketAddr,
+    greeting: Pin<Box<impl Future<Output = Result<Greeting, EndReason>>>>,
+) {
     let begun = Instant::now();
     let login_deadline = begun + shared.config.handshake_timeout;
     let mut who = Who { peer, user: String::new(), endpoint: String::new(), tls: false, cold: false };
@@ -118,7 +123,7 @@ async fn run(shared: &Shared, greeting: Greeting, login_deadline: Instant, who: 
             let message = "terminating connection due to administrator command";
             Err(Stop::refuse(EndReason::Shutdown, FatalError::new("57P01", message)))
         }
-        prepared = prepare(shared, &mut stream, &arrival, &startup, login_deadline, who) => prepared,
+        prepared = Box::pin(prepare(shared, &mut stream, &arrival, &startup, login_deadline, who)) => prepared,
     };
     match prepared {
         Ok(Ready { session: Session::Direct(session), _slot, _cancel }) => {
@@ -291,7 +296,7 @@ async fn prepare(
         let mode = options.pool_mode.unwrap_or(shared.config.pool_mode);
         let Shared { pools, cancels, .. } = shared;
         let rest = options.rest.as_deref();
-        let session = Box::pin(pooling::greet(pools, cancels, stream, &endpoint, startup, rest, mode)).await?;
+        let session = pooling::greet(pools, cancels, stream, &endpoint, startup, rest, mode).await?;
         return Ok(Ready { session: Session::Pooled(session), _slot: slot, _cancel: None });
     }
 
@@ -408,4 +413,17 @@ async fn farewell(mut stream: ClientStream, stop: Stop) -> EndReason {
         let _ = timeout(FAREWELL_TIMEOUT, say).await;
     }
     stop.reason
+}
+
+#[cfg(test)]
+mod tests {
+    /// The task of a session has room for all that it ever does, to its end: there are ten thousand idle ones.
+    #[test]
+    fn a_session_takes_little_room() {
+        fn bytes<A, B, C, F>(_: fn(A, B, C) -> F) -> usize {
+            size_of::<F>()
+        }
+        let bytes = bytes(super::serve);
+        assert!(bytes <= 3 * 1024, "{bytes} bytes");
+    }
 }

@@ -1,6 +1,8 @@
 //! Start-up packets and logins of broken and of malicious clients: good ones, damaged. Bounded in number; `DORMOUSE_FUZZ_ROUNDS`
 //! says how many, `DORMOUSE_FUZZ_SEED` repeats one. Messages after the login: `pool/tests/fuzz.rs`.
 
+#[path = "../pool/tests/fuzzing/mod.rs"]
+mod fuzzing;
 mod support;
 
 use std::time::Duration;
@@ -9,45 +11,18 @@ use dormouse_compute_proxy::{
     handshake::{PROTOCOL, Packet, STARTUP_MAX_BYTES, Startup, body_bytes, parse_sasl_initial},
     scram::{Binding, Exchange, Verifier},
 };
+use fuzzing::{damage, seeds};
 use postgres_protocol::{
     authentication::sasl::{ChannelBinding, ScramSha256},
     password::scram_sha_256,
 };
-use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
 use support::{PASSWORD, World};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     time::timeout,
 };
-
-fn rounds(default: u64) -> u64 {
-    std::env::var("DORMOUSE_FUZZ_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
-}
-
-fn seeds(default: u64) -> std::ops::Range<u64> {
-    let one: Option<u64> = std::env::var("DORMOUSE_FUZZ_SEED").ok().and_then(|text| text.parse().ok());
-    one.map_or(0..rounds(default), |seed| seed..seed + 1)
-}
-
-fn damage(rng: &mut StdRng, bytes: &mut Vec<u8>) {
-    if bytes.is_empty() {
-        return;
-    }
-    let at = rng.random_range(0..bytes.len());
-    let end = (at + rng.random_range(1..9)).min(bytes.len());
-    match rng.random_range(0..6) {
-        0 => bytes[at] ^= 1 << rng.random_range(0..8),
-        1 => bytes[at] = [0, 1, 4, 0x7f, 0x80, 0xff][rng.random_range(0..6)],
-        2 => drop(bytes.drain(at..end)),
-        3 => {
-            let again = bytes[at..end].to_vec();
-            bytes.splice(at..at, again);
-        }
-        4 => rng.fill_bytes(&mut bytes[at..end]),
-        _ => bytes.truncate(at),
-    }
-}
 
 /// The body of a start-up message.
 fn startup(parsed: &Startup) -> Vec<u8> {

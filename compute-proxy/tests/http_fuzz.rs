@@ -1,8 +1,11 @@
 //! Requests by chance, good ones and broken ones: each has a proper answer, and whatever it was, the next one finds the only
-//! server connection clean. `DORMOUSE_FUZZ_SEED` and `DORMOUSE_FUZZ_REQUESTS` make it others, or more.
+//! server connection clean. `DORMOUSE_FUZZ_ROUNDS` says how many, `DORMOUSE_FUZZ_SEED` repeats one.
 
+#[path = "../pool/tests/fuzzing/mod.rs"]
+mod fuzzing;
 mod support;
 
+use fuzzing::seeds;
 use rand::{RngExt, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use serde_json::{Value, json};
 use support::{Http, PASSWORD, World};
@@ -67,10 +70,6 @@ const PIECES: [&str; 46] = [
     "\"vacuum\"",
     "[[[[[[[[1]]]]]]]]",
 ];
-
-fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().map_or(default, |text| text.parse().expect("a number"))
-}
 
 /// A JSON value of a parameter.
 fn parameter(random: &mut StdRng, depth: usize) -> Value {
@@ -176,8 +175,7 @@ async fn any_request_has_an_answer_and_leaves_nothing() {
     let http = Http::new(&world);
     http.query("create table if not exists http_fuzz (a int)", json!([])).await;
     let good = support::connection("alice");
-    let first = number("DORMOUSE_FUZZ_SEED", 1);
-    for seed in first..first + number("DORMOUSE_FUZZ_REQUESTS", REQUESTS) {
+    for seed in seeds(REQUESTS) {
         let random = &mut StdRng::seed_from_u64(seed);
         let (body, headers) = (body(random), headers(random, &good));
         let mut request = http.client.post(http.url("/sql")).body(body.clone());
@@ -210,8 +208,7 @@ async fn any_bytes_on_the_port_have_an_end() {
          Content-Length: {}\r\nConnection: close\r\n\r\n{body}",
         body.len()
     );
-    let first = number("DORMOUSE_FUZZ_SEED", 1);
-    for seed in first..first + number("DORMOUSE_FUZZ_REQUESTS", REQUESTS) {
+    for seed in seeds(REQUESTS) {
         let random = &mut StdRng::seed_from_u64(seed);
         let mut bytes = good.clone().into_bytes();
         for _ in 0..random.random_range(0..6) {

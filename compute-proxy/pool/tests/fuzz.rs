@@ -1,10 +1,13 @@
 //! Conversations of broken clients and broken servers: good messages, some of them damaged, cut at any place. Bounded in number;
 //! `DORMOUSE_FUZZ_ROUNDS` says how many, `DORMOUSE_FUZZ_SEED` repeats one.
 
+mod fuzzing;
+
 use std::sync::Arc;
 
 use dormouse_connection_pool::{Conversation, Output, ServerState, Unattached, Violation, frame, session::Settings};
-use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
+use fuzzing::{damage, seeds};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
 
 /// Bytes that may be kept of what a client has sent and is not a whole message yet.
 const KEPT_MAX_BYTES: usize = 2 * 1024 * 1024;
@@ -14,14 +17,8 @@ fn output_max_bytes(input: usize) -> usize {
     64 * 1024 + input * 600
 }
 
-fn rounds() -> u64 {
-    std::env::var("DORMOUSE_FUZZ_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(5_000)
-}
-
 fn each_seed(test: impl Fn(&mut StdRng)) {
-    let one = std::env::var("DORMOUSE_FUZZ_SEED").ok().and_then(|text| text.parse().ok());
-    let seeds = one.map_or(0..rounds(), |seed| seed..seed + 1);
-    for seed in seeds {
+    for seed in seeds(5_000) {
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(&mut StdRng::seed_from_u64(seed))));
         if let Err(panic) = outcome {
             eprintln!("DORMOUSE_FUZZ_SEED={seed} shows it again");
@@ -96,25 +93,6 @@ fn stream(rng: &mut StdRng, messages: &[(u8, &[u8])]) -> Vec<u8> {
         damage(rng, &mut bytes);
     }
     bytes
-}
-
-fn damage(rng: &mut StdRng, bytes: &mut Vec<u8>) {
-    if bytes.is_empty() {
-        return;
-    }
-    let at = rng.random_range(0..bytes.len());
-    let end = (at + rng.random_range(1..9)).min(bytes.len());
-    match rng.random_range(0..6) {
-        0 => bytes[at] ^= 1 << rng.random_range(0..8),
-        1 => bytes[at] = [0, 1, 4, 0x7f, 0x80, 0xff][rng.random_range(0..6)],
-        2 => drop(bytes.drain(at..end)),
-        3 => {
-            let again = bytes[at..end].to_vec();
-            bytes.splice(at..at, again);
-        }
-        4 => rng.fill_bytes(&mut bytes[at..end]),
-        _ => bytes.truncate(at),
-    }
 }
 
 fn conversation(rng: &mut StdRng) -> Conversation {

@@ -83,6 +83,7 @@ pub async fn set_branch_membership(
 
 /// How a safekeeper itself does. Needs a service's token.
 pub async fn node_status(address: &str, token: &str) -> Result<NodeStatus, AdminError> {
+    // Every request names a branch; nobody looks at this one.
     let (project, branch) = (ProjectId::new("any").expect("a valid id"), BranchId::new("any").expect("a valid id"));
     match ask(address, token, &BranchRef { project, branch }, RequestBody::Node).await? {
         Answer::Node(status) => Ok(status),
