@@ -39,6 +39,9 @@ struct Arguments {
     /// Rounds of each load of `oltp`, `commit` and `scan`.
     #[arg(long, default_value_t = 3)]
     load_rounds: usize,
+    /// Only these loads of `oltp`: ro_cached, ro_large, tpcb1, tpcb16.
+    #[arg(long, value_delimiter = ',')]
+    loads: Vec<String>,
     /// Seconds of each round of `oltp` and `commit`.
     #[arg(long, default_value_t = 8)]
     seconds: u32,
@@ -106,7 +109,7 @@ async fn main() -> ExitCode {
         let outcome = match name {
             Name::Wake => wake::run(arguments.rounds).await,
             Name::Branch => branch::run(arguments.rounds, arguments.large_scale).await,
-            Name::Oltp => oltp::run(arguments.load_rounds, arguments.seconds).await,
+            Name::Oltp => oltp::run(arguments.load_rounds, arguments.seconds, &arguments.loads).await,
             Name::Commit => commit::run(arguments.load_rounds, arguments.seconds, arguments.wal_mib).await,
             Name::Scan => scan::run(arguments.load_rounds, arguments.scan_mib).await,
             Name::Redo => redo::run(arguments.load_rounds, arguments.redo_scale).await,

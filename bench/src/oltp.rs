@@ -22,8 +22,10 @@ const LOADS: &[Load] = &[
     Load { name: "tpcb16", database: "large", arguments: &["-M", "prepared", "-c", "16", "-j", "2"] },
 ];
 
-/// Runs each load `rounds` times on both, in turn, `seconds` each.
-pub async fn run(rounds: usize, seconds: u32) -> anyhow::Result<()> {
+/// Runs each load (of these, if any are named) `rounds` times on both, in turn, `seconds` each.
+pub async fn run(rounds: usize, seconds: u32, only: &[String]) -> anyhow::Result<()> {
+    let unknown = only.iter().find(|name| LOADS.iter().all(|load| load.name != *name));
+    anyhow::ensure!(unknown.is_none(), "there is no load {unknown:?}");
     println!(
         "oltp: pgbench on a compute (three safekeepers) and on a stock server with ANY 1 of two pg_receivewal --synchronous"
     );
@@ -38,7 +40,7 @@ pub async fn run(rounds: usize, seconds: u32) -> anyhow::Result<()> {
     }
     let seconds = seconds.to_string();
     let mut figures = Vec::new();
-    for load in LOADS {
+    for load in LOADS.iter().filter(|load| only.is_empty() || only.iter().any(|name| name == load.name)) {
         for target in &targets {
             // Warm, both.
             pgbench(target, load.database, &[&["-S", "-n", "-c", "2", "-T", "4"][..]].concat())?;

@@ -10,9 +10,9 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::error::StorageError;
 
-/// How nice these threads are to those that answer requests and take WAL in, which get three times as much of a processor that
+/// How nice these threads are to those that answer requests and take WAL in, which get nine times as much of a processor that
 /// both want.
-const NICENESS: i32 = 5;
+const NICENESS: i32 = 10;
 
 /// Nothing but its threads for blocking work is used. `None` when it can't be had.
 static THREADS: LazyLock<Option<Runtime>> = LazyLock::new(|| {

@@ -410,7 +410,10 @@ impl Model for Quorum {
             }
             Happening::ToProposer { proposer, node } => {
                 let message = state.links.get_mut(&(proposer, node))?.to_proposer.pop_front()?;
-                let actions = state.proposers[proposer].proposer.handle(number(node), message);
+                let proposer_of = &mut state.proposers[proposer].proposer;
+                let mut actions = proposer_of.handle(number(node), message);
+                // At once: a telling that comes later is one that is delivered later.
+                actions.extend(proposer_of.tell_commits(proposer_of.commit_lsn()));
                 self.act(&mut state, proposer, actions);
             }
             Happening::Crash { node, lose_unflushed } => self.crash(&mut state, node, lose_unflushed),

@@ -173,6 +173,15 @@ impl World {
         Ok(())
     }
 
+    /// A compute tells of what is committed before more WAL does.
+    pub(crate) fn tell_commits(&mut self) -> Result<(), SimError> {
+        let ids: Vec<ProposerId> = self.computes.keys().copied().collect();
+        let Some(id) = self.pick(&ids) else { return Ok(()) };
+        let Some(compute) = self.computes.get_mut(&id) else { return Ok(()) };
+        let actions = compute.proposer.tell_commits(compute.proposer.commit_lsn());
+        self.act(id, actions)
+    }
+
     pub(crate) fn heartbeats(&mut self) -> Result<(), SimError> {
         for id in self.computes.keys().copied().collect::<Vec<_>>() {
             let actions = self.computes.get_mut(&id).map(|c| c.proposer.heartbeat()).unwrap_or_default();

@@ -156,7 +156,8 @@ impl World {
                 Ok(())
             }
             800..806 => self.crash_or_restart(),
-            806..900 => self.write(),
+            806..880 => self.write(),
+            880..900 => self.tell_commits(),
             900..912 => self.start_compute(),
             912..917 => self.kill_compute(),
             917..922 => self.vote_in_vain(),

@@ -165,6 +165,7 @@ impl Story {
             let started = compute.proposer.is_leader();
             compute.round_trips += usize::from(!started && !answers.is_empty());
             actions.extend(answers.into_iter().flat_map(|(from, answer)| compute.proposer.handle(from, answer)));
+            actions.extend(compute.proposer.tell_commits(compute.proposer.commit_lsn()));
         }
     }
 

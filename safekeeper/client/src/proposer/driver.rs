@@ -16,7 +16,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
 use tracing::{debug, error, info, warn};
-use types::{BranchRef, Member, Membership, MembershipGeneration, NodeId};
+use types::{BranchRef, Lsn, Member, Membership, MembershipGeneration, NodeId};
 
 use super::{
     ElectError, Elected, MembershipStatus, Progress, ProposerConfig,
@@ -33,6 +33,9 @@ const STRANDED_HEARTBEATS: u32 = 3;
 const WAITING_LOG_INTERVAL: Duration = Duration::from_secs(5);
 /// A split election is tried again after a random time up to this.
 const ELECTION_RETRY_MS: u64 = 50;
+
+/// A commit that no WAL follows within this time is told to the safekeepers by itself.
+const TELL_COMMITS_AFTER: Duration = Duration::from_millis(1);
 
 /// What handles ask of the driver.
 pub(super) enum Command {
@@ -67,6 +70,8 @@ pub(super) struct Driver {
     epochs: Arc<AtomicU64>,
     follows_membership: bool,
     retry_at: Option<Instant>,
+    /// When, and up to where, safekeepers are told of commits that they have not heard of by then.
+    tell_at: Option<(Instant, Lsn)>,
     finishing: Option<(oneshot::Sender<()>, Instant)>,
     /// Safekeepers whose connection may yet come up: the attempt under way has not failed.
     trying: BTreeSet<NodeId>,
@@ -104,6 +109,7 @@ impl Driver {
             epochs: Arc::default(),
             follows_membership: config.follows_membership,
             retry_at: None,
+            tell_at: None,
             finishing: None,
             trying: BTreeSet::new(),
             over: false,
@@ -221,11 +227,17 @@ impl Driver {
 
     fn timer(&self) -> Option<Instant> {
         let finish_by = self.finishing.as_ref().map(|(_, deadline)| *deadline);
-        self.retry_at.into_iter().chain(finish_by).min()
+        let tell_at = self.tell_at.map(|(at, _)| at);
+        self.retry_at.into_iter().chain(finish_by).chain(tell_at).min()
     }
 
     fn take_timer(&mut self) {
-        if self.retry_at.is_some_and(|at| at <= Instant::now()) {
+        let now = Instant::now();
+        if let Some((_, lsn)) = self.tell_at.take_if(|(at, _)| *at <= now) {
+            let actions = self.proposer.tell_commits(lsn);
+            self.perform(actions);
+        }
+        if self.retry_at.is_some_and(|at| at <= now) {
             self.retry_at = None;
             let actions = self.proposer.campaign();
             self.perform(actions);
@@ -348,6 +360,9 @@ impl Driver {
             }
         }
         lost.into_iter().for_each(|node| self.lose(node));
+        if self.tell_at.is_none() && self.proposer.has_untold_commit() {
+            self.tell_at = Some((Instant::now() + TELL_COMMITS_AFTER, self.proposer.commit_lsn()));
+        }
     }
 
     fn end(&mut self, error: ElectError) {

@@ -325,6 +325,30 @@ impl<S: RecordScanner> Proposer<S> {
         actions
     }
 
+    /// True while a follower has not been told that everything up to here is committed. It hears of it with the next WAL, with a
+    /// heartbeat, or by [`Proposer::tell_commits`].
+    pub fn has_untold_commit(&self) -> bool {
+        self.peers
+            .values()
+            .any(|peer| matches!(peer, Peer::Following(follower) if !follower.knows_commit(self.commit_lsn)))
+    }
+
+    /// Tells what is committed to those followers that don't know it even up to `lsn`. Call a moment after [`Action::Committed`],
+    /// which mostly has gone out with more WAL by then: a message less for each commit.
+    pub fn tell_commits(&mut self, lsn: Lsn) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let lsn = lsn.min(self.commit_lsn);
+        for peer in self.peers.values_mut() {
+            if let Peer::Following(follower) = peer
+                && !follower.knows_commit(lsn)
+            {
+                follower.owe_heartbeat();
+            }
+        }
+        self.pump_all(&mut actions);
+        actions
+    }
+
     fn ask(&mut self, node: NodeId, term: VoteTerm, actions: &mut Vec<Action>) {
         let ProposerSettings { id, system_identifier, .. } = self.settings;
         let vote = Vote { proposer: id, term, system_identifier, generation: self.generation() };

@@ -76,6 +76,11 @@ impl<S: RecordScanner> Follower<S> {
         self.owes_heartbeat = true;
     }
 
+    /// True when it has been told that everything up to here is committed.
+    pub fn knows_commit(&self, commit_lsn: Lsn) -> bool {
+        self.sent_commit_lsn >= commit_lsn
+    }
+
     /// True when it has said that it has stored this commit position.
     pub fn has_stored_commit(&self, commit_lsn: Lsn) -> bool {
         self.accepted && self.stored_commit_lsn >= commit_lsn
@@ -223,7 +228,7 @@ impl<S: RecordScanner> Proposer<S> {
             follower.sent_boundary = follower.sent_boundary.max(part.boundary);
             actions.push(append(node, leader, follower, begin, part.wal, told));
         }
-        if follower.sent_commit_lsn < self.commit_lsn || follower.owes_heartbeat {
+        if follower.owes_heartbeat || (self.finishing && !follower.knows_commit(self.commit_lsn)) {
             let begin = follower.sent_lsn;
             actions.push(append(node, leader, follower, begin, Default::default(), told));
         }
