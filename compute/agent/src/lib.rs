@@ -6,9 +6,11 @@
 //! - `shipper`, `local_wal`, `transactions`, `backpressure`: turn WAL syncs into quorum commits.
 //! - `http`, `activity`, `catalog`: what the control plane sees and wants.
 //! - `slots`, `kept_files`: what logical replication needs of the past.
+//! - `subscriptions`: those of an ancestor, which a child must not go on with.
 //! - `stop`: the end.
 
 mod activity;
+mod asking;
 mod backend;
 mod backpressure;
 mod catalog;
@@ -27,6 +29,7 @@ mod shipper;
 mod slots;
 mod start;
 mod stop;
+mod subscriptions;
 mod timings;
 mod transactions;
 
@@ -50,7 +53,6 @@ use types::Lsn;
 use crate::{
     activity::Activity,
     backend::AgentBackend,
-    compute_dir::ComputeDir,
     http::{AgentApi, StopRequest},
     owner::{Owner, give},
     start::{Compute, start},
@@ -105,6 +107,9 @@ pub enum StartError {
     /// Roles and databases.
     #[error("roles and databases: {0}")]
     Catalog(#[from] CatalogError),
+    /// Subscriptions that the branch has from its ancestor.
+    #[error("disabling the ancestor's subscriptions: {0}")]
+    Subscriptions(String),
     /// A newer compute came meanwhile.
     #[error("fenced by a newer term: {0}")]
     Fenced(String),
@@ -174,8 +179,7 @@ pub async fn run(spec: ComputeSpec) -> Result<Lsn, AgentError> {
     let mut signals = Signals::install().map_err(StartError::Io)?;
     let starting = async {
         let owner = Owner::resolve(spec.postgres_user.as_deref())?;
-        let dir = ComputeDir::claim(&spec.compute_dir, owner)?;
-        let compute = start(&spec, dir, owner).await?;
+        let compute = start(&spec, owner).await?;
         let listener = UnixListener::bind(compute.dir.agent_socket())?;
         // The control plane may run as the same unprivileged user as Postgres does.
         give(&compute.dir.agent_socket(), owner)?;

@@ -43,6 +43,8 @@ pub struct PostgresCommand {
     pub pgdata: PathBuf,
     /// The shim's environment; nothing else is inherited.
     pub environment: Vec<(OsString, OsString)>,
+    /// Settings that none of `postgresql.conf` overrides, as `name=value`.
+    pub settings: &'static [&'static str],
     /// Whom to run it as.
     pub owner: Option<Owner>,
 }
@@ -211,6 +213,7 @@ fn spawn_child(program: &Path, command: &PostgresCommand) -> io::Result<Child> {
     child
         .arg("-D")
         .arg(&command.pgdata)
+        .args(command.settings.iter().flat_map(|setting| ["-c", setting]))
         .env_clear()
         .env("LANG", "C.UTF-8")
         .env("PATH", "/usr/local/bin:/usr/bin:/bin")

@@ -7,7 +7,7 @@ use std::{
 
 use control_plane_api::compute::{ComputeReady, ComputeSpec};
 use page_cache::{PageCache, PageCacheConfig};
-use pageserver_client::{ClientError, PageserverClient};
+use pageserver_client::PageserverClient;
 use parking_lot::Mutex;
 use safekeeper_client::{Elected, ProposerConfig, WalProposer, WalReaderConfig};
 use shim_server::{ShimServer, required_settings, shim_environment};
@@ -18,6 +18,7 @@ use wire::pageserver::{BaseFiles, ReadLsn};
 
 use crate::{
     StartError,
+    asking::patiently,
     backend::AgentBackend,
     catalog,
     compute_dir::{ComputeDir, ComputePaths},
@@ -32,14 +33,12 @@ use crate::{
     settings::{ControlSettings, PG_HBA, postgresql_conf},
     shipper::WalShipper,
     slots::Slots,
+    subscriptions,
     timings::Timings,
 };
 
 /// Longest time from `exec` to "ready".
 const READY_LIMIT: Duration = Duration::from_secs(60);
-
-/// Pause between two attempts at the base files.
-const BASE_FILES_PAUSE: Duration = Duration::from_millis(200);
 
 /// A running compute. Fields are dropped in this order: Postgres goes before what it lives on.
 pub struct Compute {
@@ -63,6 +62,8 @@ pub struct Compute {
     pub page_file: PageFile,
     /// The most that page caches of sleeping computes may take on this disk.
     pub sleeping_caches_bytes: u64,
+    /// It cannot run subscriptions, of which the branch may have some from its ancestor.
+    pub holds_subscriptions: bool,
     /// The directory.
     pub dir: ComputeDir,
 }
@@ -92,8 +93,20 @@ fn woken_cache(config: &PageCacheConfig, list: &[u8]) -> Option<(PageCache, Stri
     Some((woken.ok()?, label?))
 }
 
-/// Starts the compute in `dir`.
-pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) -> Result<Compute, StartError> {
+/// Starts the compute. Twice if there may be subscriptions to disable, the first time without what would run them.
+pub async fn start(spec: &ComputeSpec, owner: Option<Owner>) -> Result<Compute, StartError> {
+    let compute = start_once(spec, ComputeDir::claim(&spec.compute_dir, owner)?, owner).await?;
+    if !compute.holds_subscriptions {
+        return Ok(compute);
+    }
+    let subscriptions_disabled = subscriptions::disable(compute).await?;
+    let spec = ComputeSpec { disable_subscriptions: false, ..spec.clone() };
+    let mut compute = start_once(&spec, ComputeDir::claim(&spec.compute_dir, owner)?, owner).await?;
+    compute.ready.subscriptions_disabled = subscriptions_disabled;
+    Ok(compute)
+}
+
+async fn start_once(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) -> Result<Compute, StartError> {
     let mut timings = Timings::begin();
     let conf =
         postgresql_conf(dir.root(), &spec.endpoint, &required_settings(), &spec.settings, spec.page_cache_bytes)?;
@@ -109,6 +122,7 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
     let mut base = base_files(&pageserver, spec, elected.start_lsn).await?;
     warming.abort();
     timings.step("base_files");
+    let looking = subscriptions::look(pageserver.clone(), spec, &base)?;
     let control_settings = ControlSettings::of(&spec.settings);
     let opening = open_term(&base, elected.start_lsn, &control_settings, now_seconds())?;
     proposer
@@ -133,7 +147,10 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
     let mut environment = shim_environment(&spec.shim_path, &dir.pgdata(), &dir.shim_socket(), &prepared.cache_config);
     // What `dblink` and `postgres_fdw` take for the local server when nothing is said: it is this one.
     environment.push(("PGHOST".into(), dir.root().into()));
-    let command = PostgresCommand { bin_dir: spec.postgres_bin_dir.clone(), pgdata: dir.pgdata(), environment, owner };
+    let holds_subscriptions = subscriptions::may_exist(looking).await?;
+    let settings = if holds_subscriptions { subscriptions::HELD } else { &[] };
+    let bin_dir = spec.postgres_bin_dir.clone();
+    let command = PostgresCommand { bin_dir, pgdata: dir.pgdata(), environment, settings, owner };
     let postgres = Postgres::spawn(command).await?;
     timings.step("exec");
     postgres.wait_ready(READY_LIMIT).await?;
@@ -154,6 +171,7 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
         term: elected.term,
         start_lsn: elected.start_lsn,
         timings_us: timings.finish(),
+        subscriptions_disabled: 0,
     };
     stop_serving.disarm();
     let Prepared { page_file, cache, .. } = prepared;
@@ -171,6 +189,7 @@ pub async fn start(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) ->
         cache,
         page_file,
         sleeping_caches_bytes,
+        holds_subscriptions,
         dir,
     })
 }
@@ -314,26 +333,9 @@ fn backend(
     })
 }
 
-/// Asks until the pageserver has them, unless asking again cannot help.
 async fn base_files(pageserver: &PageserverClient, spec: &ComputeSpec, at: Lsn) -> Result<BaseFiles, StartError> {
-    let mut attempts = 0u32;
-    loop {
-        match pageserver.base_files(&spec.branch, at).await {
-            Ok(base) => return Ok(base),
-            Err(error) if error.is_retryable() => {
-                if attempts.is_multiple_of(25) {
-                    tracing::warn!(%error, lsn = %at, "waiting for base files");
-                }
-                attempts += 1;
-                tokio::time::sleep(BASE_FILES_PAUSE).await;
-            }
-            Err(
-                error @ (ClientError::Pageserver(_) | ClientError::Unexpected { .. } | ClientError::Transport { .. }),
-            ) => {
-                return Err(StartError::BaseFiles(error.to_string()));
-            }
-        }
-    }
+    let base = patiently("base files", at, || pageserver.base_files(&spec.branch, at)).await;
+    base.map_err(|error| StartError::BaseFiles(error.to_string()))
 }
 
 fn now_seconds() -> i64 {

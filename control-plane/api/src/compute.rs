@@ -40,6 +40,10 @@ pub struct ComputeSpec {
     pub settings: BTreeMap<String, String>,
     /// Roles and databases that must exist before the compute is ready; `None` when the branch is known to have them.
     pub catalog: Option<CatalogSpec>,
+    /// The branch's subscriptions, if it has any, are its ancestor's, which goes on with them: here they are disabled before
+    /// one of their workers can run, and durably before the compute is ready.
+    #[serde(default)]
+    pub disable_subscriptions: bool,
     /// Limit of clean pages in the local page cache, bytes.
     pub page_cache_bytes: u64,
     /// Limit of evicted dirty pages that must be kept, bytes; over it statements fail with "disk full".
@@ -115,6 +119,9 @@ pub struct ComputeReady {
     pub start_lsn: Lsn,
     /// How long the steps took, in microseconds, by name and in order.
     pub timings_us: Vec<(String, u64)>,
+    /// How many subscriptions were disabled, see [`ComputeSpec::disable_subscriptions`].
+    #[serde(default)]
+    pub subscriptions_disabled: u64,
 }
 
 /// Answer of `GET /status`.

@@ -18,6 +18,7 @@ use control_plane_api::{
 };
 use parking_lot::{Mutex, RwLock};
 use time::OffsetDateTime;
+use tokio::task::JoinHandle;
 use types::{BranchId, BranchRef, EndpointId, Lsn, Membership, NodeId};
 use wire::{Scope, TokenSigner};
 
@@ -283,21 +284,28 @@ impl Computes {
         let process = launching.process();
         let branch = route.slot.branch.clone();
         let prepared = self.inner.store.call(move |db| prepare_start(db, &branch, &endpoint, process, operation)).await;
-        let Prepared { row, timeline, start_lsn, membership, catalog, operation } = match prepared {
-            Ok(prepared) => prepared,
-            Err(problem) => {
-                self.inner.launcher.kill(process);
-                return Err(problem);
-            }
-        };
+        let Prepared { row, timeline, start_lsn, membership, catalog, inherits_subscriptions, operation } =
+            match prepared {
+                Ok(prepared) => prepared,
+                Err(problem) => {
+                    self.inner.launcher.kill(process);
+                    return Err(problem);
+                }
+            };
         let (version, catalog) = catalog.map_or((None, None), |(version, spec)| (Some(version), Some(spec)));
         let spec = self.spec(&row, timeline, start_lsn, membership, catalog)?;
+        let spec = ComputeSpec { disable_subscriptions: inherits_subscriptions, ..spec };
         let outcome = launching.start(&spec, self.inner.settings.wake_timeout).await;
         match outcome {
             Ok(ready) => {
                 let elapsed_ms = began.elapsed().as_millis();
                 tracing::info!(endpoint = %row.id, branch = %row.branch, term = %ready.term, lsn = %ready.start_lsn, elapsed_ms, "compute is awake");
-                self.record_awake(&row, version, operation);
+                let recording = self.record_awake(&row, &spec, version, operation);
+                if ready.subscriptions_disabled > 0 {
+                    tracing::info!(branch = %row.branch, count = ready.subscriptions_disabled, "subscriptions were disabled");
+                    // Were it lost, those that are enabled again meanwhile would be disabled once more.
+                    let _ = recording.await;
+                }
                 Ok(Running {
                     endpoint: row.id,
                     process,
@@ -322,12 +330,22 @@ impl Computes {
         }
     }
 
-    /// Not waited for: were it lost, the catalog would only be applied once more.
-    fn record_awake(&self, row: &EndpointRow, catalog_version: Option<i64>, operation: String) {
+    /// Need not be waited for: were it lost, the catalog would only be applied once more.
+    fn record_awake(
+        &self,
+        row: &EndpointRow,
+        spec: &ComputeSpec,
+        catalog_version: Option<i64>,
+        operation: String,
+    ) -> JoinHandle<()> {
         let (store, endpoint, branch) = (self.inner.store.clone(), row.id.clone(), row.branch.branch.clone());
+        let inheriting = spec.disable_subscriptions.then(|| spec.branch.branch.clone());
         tokio::spawn(async move {
             let recorded = store.call(move |db| {
                 endpoints::awake(db, &endpoint)?;
+                if let Some(timeline) = inheriting {
+                    branches::subscriptions_are_its_own(db, &timeline)?;
+                }
                 if let Some(version) = catalog_version {
                     catalog::applied(db, &branch, version)?;
                 }
@@ -336,7 +354,7 @@ impl Computes {
             if let Err(error) = recorded.await {
                 tracing::error!(%error, "recording a compute's start");
             }
-        });
+        })
     }
 
     fn spec(
@@ -364,6 +382,7 @@ impl Computes {
             postgres_user: settings.postgres_user.clone(),
             settings: BTreeMap::clone(&row.settings.pg_settings),
             catalog,
+            disable_subscriptions: false,
             page_cache_bytes: settings.page_cache_bytes,
             kept_pages_bytes: settings.kept_pages_bytes,
             sleeping_caches_bytes: settings.sleeping_caches_bytes,
@@ -716,6 +735,7 @@ struct Prepared {
     start_lsn: Lsn,
     membership: Membership,
     catalog: Option<(i64, CatalogSpec)>,
+    inherits_subscriptions: bool,
     operation: String,
 }
 
@@ -740,8 +760,8 @@ fn prepare_start(
     };
     let catalog = catalog::pending(db, &branch.branch)?;
     let membership = memberships::of(db, &branch_row.timeline.branch)?;
-    let (timeline, start_lsn) = (branch_row.timeline, branch_row.start_lsn);
-    Ok(Prepared { row, timeline, start_lsn, membership, catalog, operation })
+    let BranchRow { timeline, start_lsn, inherits_subscriptions, .. } = branch_row;
+    Ok(Prepared { row, timeline, start_lsn, membership, catalog, inherits_subscriptions, operation })
 }
 
 fn answer(running: &Running, cold: bool) -> Wake {

@@ -143,7 +143,10 @@ impl Computes {
                     state.phase = Phase::Awake(Arc::clone(&running));
                 }
                 watch(self.clone(), Arc::clone(route), running);
-                return Ok(());
+                // The control plane before may not have come to record that it was ready.
+                let timeline = row.timeline.branch;
+                let own = move |db: &_| branches::subscriptions_are_its_own(db, &timeline);
+                return self.inner.store.call(own).await;
             }
             tokio::time::sleep(ADOPTION_INTERVAL).await;
         }

@@ -220,6 +220,7 @@ impl Launching for FakeLaunching {
             term: Term(u64::from(self.1)),
             start_lsn: spec.branch_start_lsn,
             timings_us: Vec::new(),
+            subscriptions_disabled: 0,
         })
     }
 }
@@ -582,6 +583,52 @@ async fn history_has_a_window_and_leases_hold_positions_beyond_it() {
     assert_eq!(world.api(Method::DELETE, &lease, Value::Null).await.0, 200);
     assert_eq!(world.api(Method::DELETE, &lease, Value::Null).await.0, 404);
     assert_eq!(world.api(Method::POST, &branches, at("0/1800")).await.0, 400);
+}
+
+#[tokio::test]
+async fn subscriptions_are_disabled_until_a_compute_of_the_new_timeline_was_ready() {
+    let world = World::new().await;
+    let made = world.project().await;
+    let branches = format!("/projects/{}/branches", text(&made["project"]["id"]));
+    let main = text(&made["branch"]["id"]);
+    let main_endpoint = text(&made["endpoints"][0]["id"]);
+    let told_to_disable = || world.computes.specs.lock().last().expect("spec").disable_subscriptions;
+    assert!(!told_to_disable(), "a project's first branch has no ancestor's");
+    // What the last start has written is seen by the next.
+    let wake_anew = async |endpoint: &str, wanted: u16| {
+        world.computes.alive.lock().clear();
+        assert_eq!(world.wake(endpoint).await.0, wanted);
+        for _ in 0..100 {
+            let operations = world.get(&branches.replace("branches", "operations")).await;
+            if operations["operations"].as_array().expect("list").iter().all(|o| o["status"] != "running") {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("the start is not recorded");
+    };
+
+    let child = world.post(&branches, json!({"branch": {}, "endpoints": [{"type": "read_write"}]})).await;
+    let endpoint = text(&child["endpoints"][0]["id"]);
+    world.computes.failing.store(true, Ordering::Relaxed);
+    wake_anew(endpoint, 503).await;
+    world.computes.failing.store(false, Ordering::Relaxed);
+    wake_anew(endpoint, 200).await;
+    assert!(told_to_disable(), "a start that failed may have disabled nothing");
+    wake_anew(endpoint, 200).await;
+    assert!(!told_to_disable(), "they are the child's own now");
+
+    let restore = format!("{branches}/{main}/restore");
+    let body = json!({"source_branch_id": main, "source_lsn": "0/1800", "preserve_under_name": "old"});
+    let restored = world.post(&restore, body).await;
+    wake_anew(main_endpoint, 200).await;
+    assert!(told_to_disable(), "those of the state before the restore go on there");
+    let old = json!({"endpoint": {"branch_id": restored["branch"]["parent_id"], "type": "read_write"}});
+    let old = world.post(&branches.replace("branches", "endpoints"), old).await;
+    wake_anew(text(&old["endpoint"]["id"]), 200).await;
+    assert!(!told_to_disable());
+    wake_anew(main_endpoint, 200).await;
+    assert!(!told_to_disable());
 }
 
 #[tokio::test]

@@ -43,6 +43,8 @@ pub struct BranchRow {
     pub catalog_version: i64,
     /// The version that Postgres is known to have.
     pub catalog_applied: i64,
+    /// Subscriptions in its data are its ancestor's: no compute has disabled them yet.
+    pub inherits_subscriptions: bool,
     /// When it was made.
     pub created_at: String,
     /// When it was last changed.
@@ -99,6 +101,7 @@ fn from_row(row: &Row<'_>) -> rusqlite::Result<BranchRow> {
         collected_lsn: optional_lsn(row, "collected_lsn")?,
         catalog_version: row.get("catalog_version")?,
         catalog_applied: row.get("catalog_applied")?,
+        inherits_subscriptions: row.get("inherits_subscriptions")?,
         created_at: row.get("created_at")?,
         updated_at: row.get("updated_at")?,
     })
@@ -156,7 +159,7 @@ pub fn insert(db: &Connection, new: &NewBranch) -> Result<(), Problem> {
 pub fn made(db: &Connection, branch: &BranchRef, start: Lsn, catalog_is_applied: bool) -> Result<BranchRow, Problem> {
     db.execute(
         "UPDATE branches SET state = 'ready', state_changed_at = ?1, updated_at = ?1, start_lsn = ?2, settled_lsn = ?2,
-         parent_lsn = CASE WHEN parent_id IS NULL THEN NULL ELSE ?2 END,
+         parent_lsn = CASE WHEN parent_id IS NULL THEN NULL ELSE ?2 END, inherits_subscriptions = parent_id IS NOT NULL,
          catalog_applied = CASE WHEN ?3 THEN catalog_version ELSE 0 END WHERE id = ?4",
         (now(), lsn_column(start), catalog_is_applied, branch.branch.as_str()),
     )?;
@@ -318,7 +321,7 @@ pub struct Restored {
 }
 
 /// The target goes on with the new timeline, from the source; `old` becomes what the target was, with its children, leases,
-/// roles and databases.
+/// roles and databases. The subscriptions are those of `old`.
 pub fn exchange_timelines(db: &Connection, restored: &Restored) -> Result<BranchRow, Problem> {
     let Restored { target, old, source, start, timestamp, catalog_from } = restored;
     let was = get(db, &target.project, &target.branch)?;
@@ -329,7 +332,7 @@ pub fn exchange_timelines(db: &Connection, restored: &Restored) -> Result<Branch
     db.execute(
         "UPDATE branches SET timeline = ?1, parent_id = ?2, parent_lsn = ?3, parent_timestamp = ?4, start_lsn = ?5,
          settled_lsn = ?6, collected_lsn = ?7, created_at = ?8, catalog_version = ?9, catalog_applied = ?10,
-         state = 'ready', state_changed_at = ?11, updated_at = ?11 WHERE id = ?12",
+         state = 'ready', state_changed_at = ?11, updated_at = ?11, inherits_subscriptions = ?12 WHERE id = ?13",
         rusqlite::params![
             was.timeline.branch.as_str(),
             was.parent.as_ref().map(BranchId::as_str),
@@ -342,6 +345,7 @@ pub fn exchange_timelines(db: &Connection, restored: &Restored) -> Result<Branch
             was.catalog_version,
             was.catalog_applied,
             now(),
+            was.inherits_subscriptions,
             old_id,
         ],
     )?;
@@ -357,11 +361,20 @@ pub fn exchange_timelines(db: &Connection, restored: &Restored) -> Result<Branch
     db.execute(
         "UPDATE branches SET timeline = ?1, parent_id = ?2, parent_lsn = ?3, parent_timestamp = ?4, start_lsn = ?3,
          settled_lsn = ?3, collected_lsn = NULL, catalog_version = catalog_version + 1, catalog_applied = 0,
-         state_changed_at = ?5, updated_at = ?5 WHERE id = ?6",
+         inherits_subscriptions = 1, state_changed_at = ?5, updated_at = ?5 WHERE id = ?6",
         // A timeline is called after the row it was made for.
         (old_id, parent, lsn_column(*start), timestamp, now(), target_id),
     )?;
     get(db, &target.project, &target.branch)
+}
+
+/// A compute was ready on this timeline: whatever subscriptions are enabled on it from now on are its own.
+pub fn subscriptions_are_its_own(db: &Connection, timeline: &BranchId) -> Result<(), Problem> {
+    db.execute(
+        "UPDATE branches SET inherits_subscriptions = 0 WHERE timeline = ? AND inherits_subscriptions",
+        [timeline.as_str()],
+    )?;
+    Ok(())
 }
 
 /// It has all its data to itself.

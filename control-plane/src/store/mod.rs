@@ -2,7 +2,7 @@
 //!
 //! Every call runs in one transaction on a blocking thread, never on an async worker. Who may change what: `projects`,
 //! `branches` and `endpoints` belong to the API's services; the `agent_*`, `settled_lsn` and `catalog_applied` columns belong
-//! to the compute manager.
+//! to the compute manager, which also ends `inherits_subscriptions`.
 
 pub mod branches;
 pub mod catalog;
@@ -197,8 +197,15 @@ CREATE TABLE memberships (
 CREATE INDEX memberships_untold ON memberships (is_told) WHERE is_told = 0;
 ";
 
+/// Version 9: branches whose subscriptions are still their ancestor's. No compute has had those that end where they begin.
+const SCHEMA_9: &str = "
+ALTER TABLE branches ADD COLUMN inherits_subscriptions INTEGER NOT NULL DEFAULT 0; -- 1: until a compute has disabled them
+UPDATE branches SET inherits_subscriptions = 1 WHERE settled_lsn = start_lsn;
+";
+
 /// What brings an older database up to date, in order; `user_version` counts those done.
-const MIGRATIONS: [&str; 8] = [SCHEMA_1, SCHEMA_2, SCHEMA_3, SCHEMA_4, SCHEMA_5, SCHEMA_6, SCHEMA_7, SCHEMA_8];
+const MIGRATIONS: [&str; 9] =
+    [SCHEMA_1, SCHEMA_2, SCHEMA_3, SCHEMA_4, SCHEMA_5, SCHEMA_6, SCHEMA_7, SCHEMA_8, SCHEMA_9];
 
 /// The metadata store; cheap to clone.
 #[derive(Clone)]

@@ -5,5 +5,6 @@ mod free_space;
 mod lifetime;
 mod offload;
 mod replication;
+mod subscriptions;
 mod warm_cache;
 mod world;

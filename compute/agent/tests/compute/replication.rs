@@ -24,7 +24,7 @@ async fn forgetful_world(max_slot_wal_mib: u32) -> World {
 }
 
 /// Waits until a query has this one row of numbers.
-async fn wait_for(sql: &Client, query: &str, expected: &[i64]) {
+pub async fn wait_for(sql: &Client, query: &str, expected: &[i64]) {
     let began = Instant::now();
     loop {
         let row = world::row(sql, query).await;
@@ -42,7 +42,8 @@ async fn wait_for(sql: &Client, query: &str, expected: &[i64]) {
     }
 }
 
-async fn run(sql: &Client, statements: &[&str]) {
+/// Runs statements, each on its own.
+pub async fn run(sql: &Client, statements: &[&str]) {
     for statement in statements {
         sql.batch_execute(statement).await.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
     }

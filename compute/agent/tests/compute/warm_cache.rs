@@ -12,6 +12,7 @@ const WARM: ComputeOptions = ComputeOptions {
     settings: &[("shared_buffers", "4MB"), ("autovacuum", "off")],
     catalog: false,
     cache_bytes: None,
+    disable_subscriptions: false,
     token: None,
     warm: true,
 };

@@ -32,6 +32,8 @@ pub struct ComputeOptions {
     pub cache_bytes: Option<u64>,
     /// Its page cache stays while it sleeps.
     pub warm: bool,
+    /// The branch's subscriptions are its ancestor's.
+    pub disable_subscriptions: bool,
     /// Instead of the branch's.
     pub token: Option<&'static str>,
 }
@@ -103,6 +105,7 @@ impl World {
             postgres_user: Some("postgres".to_owned()),
             settings: options.settings.iter().map(owned).collect(),
             catalog: catalog.map(|text| serde_json::from_str(&text).expect("catalog")),
+            disable_subscriptions: options.disable_subscriptions,
             page_cache_bytes: options.cache_bytes.unwrap_or(64 << 20),
             kept_pages_bytes: options.cache_bytes.unwrap_or(256 << 20),
             sleeping_caches_bytes: if options.warm { 1 << 30 } else { 0 },
