@@ -38,6 +38,10 @@ pub fn main(command: ServiceCommand, format: LogFormat) -> anyhow::Result<ExitCo
         // There are many computes on a host, each with one Postgres to serve.
         builder.worker_threads(2);
     }
+    if matches!(command, ServiceCommand::Safekeeper(_)) {
+        // They wait for the disk, too.
+        builder.worker_threads(safekeeper::USUAL_THREADS);
+    }
     let runtime = builder.enable_all().build().context("starting the async runtime")?;
     let outcome = runtime.block_on(async {
         if matches!(command, ServiceCommand::Compute) {

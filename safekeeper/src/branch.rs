@@ -10,8 +10,8 @@ use std::{
 
 use safekeeper_protocol::{Acceptor, AcceptorMessage, ConnectionId, Effect, ProposerMessage, message::BranchStatus};
 use tokio::{
-    sync::{mpsc, oneshot, watch},
-    task::spawn_blocking,
+    sync::{Semaphore, mpsc, oneshot, watch},
+    task::{spawn_blocking, yield_now},
     time::{Instant, sleep_until},
 };
 use tracing::{debug, error, info};
@@ -71,6 +71,7 @@ pub(crate) struct BranchActor {
     keep_bytes: u64,
     health: Arc<Health>,
     shelf: Arc<Shelf>,
+    in_place: Arc<Semaphore>,
 }
 
 /// What every branch's actor is given.
@@ -83,6 +84,9 @@ pub(crate) struct Settings {
     pub lock: Arc<File>,
     pub health: Arc<Health>,
     pub shelf: Arc<Shelf>,
+    /// So many of the runtime's threads may wait for the disk themselves: two threads less that have to be woken for a commit. Others
+    /// are left for the network, however slow the disk is.
+    pub in_place: Arc<Semaphore>,
 }
 
 /// What an actor wakes for.
@@ -132,6 +136,7 @@ impl BranchActor {
             keep_bytes,
             health: Arc::clone(&settings.health),
             shelf: Arc::clone(&settings.shelf),
+            in_place: Arc::clone(&settings.in_place),
         }
     }
 
@@ -342,7 +347,11 @@ impl BranchActor {
     async fn perform(&mut self, mut open: Box<Open>, effects: Vec<Effect>) -> State {
         let durable = open.store.durable_lsn();
         let acknowledged = open.acceptor.state().flush_lsn;
-        let performed = if effects.iter().any(needs_disk) {
+        let needs_disk = effects.iter().any(needs_disk);
+        let performed = if let Some(_place) = self.in_place.try_acquire().ok().filter(|_| needs_disk) {
+            let replies = open.store.perform(effects, acknowledged);
+            Ok((open, replies))
+        } else if needs_disk {
             let lock = Arc::clone(&self.lock);
             spawn_blocking(move || {
                 let _lock = lock;
@@ -357,7 +366,10 @@ impl BranchActor {
         match performed {
             Ok((mut open, (replies, Ok(())))) => {
                 open.store.set_durable(open.acceptor.state().flush_lsn);
-                self.send(replies);
+                if self.send(replies) {
+                    // They go out before this thread waits for the disk again.
+                    yield_now().await;
+                }
                 State::Open(open)
             }
             Ok((_, (replies, Err(failure)))) => {
@@ -372,13 +384,16 @@ impl BranchActor {
         }
     }
 
-    fn send(&mut self, replies: Vec<(ConnectionId, AcceptorMessage)>) {
+    /// False when there are none.
+    fn send(&mut self, replies: Vec<(ConnectionId, AcceptorMessage)>) -> bool {
+        let any = !replies.is_empty();
         for (to, message) in replies {
             // A proposer that does not read its answers is cut off.
             if self.links.get(&to).is_some_and(|link| link.try_send(message).is_err()) {
                 self.links.remove(&to);
             }
         }
+        any
     }
 
     fn end_links(&mut self, message: AcceptorMessage) {

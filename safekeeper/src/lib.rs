@@ -12,4 +12,4 @@ mod server;
 mod storage;
 
 pub use config::Config;
-pub use server::{Server, ServerError, run};
+pub use server::{Server, ServerError, USUAL_THREADS, run};

@@ -10,7 +10,7 @@ use std::{
 
 use bucket::{ObjectStoreConfig, ObjectStoreConfigError};
 use object_store::ObjectStore;
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use types::NodeId;
@@ -64,6 +64,9 @@ pub enum ServerError {
     ObjectStore(#[from] ObjectStoreConfigError),
 }
 
+/// Threads that a safekeeper's runtime should have, on machines of any size: they wait for the disk, too.
+pub const USUAL_THREADS: usize = 16;
+
 /// Runs a safekeeper until `shutdown`.
 pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
     Server::bind(config).await?.run(shutdown).await;
@@ -99,6 +102,7 @@ impl Server {
             lock: Arc::new(lock),
             health: Arc::default(),
             shelf: Arc::new(shelf),
+            in_place: Arc::new(Semaphore::new(threads_for_the_disk())),
         };
         let registry = Registry::new(config.data_dir, settings);
         Ok(Server { id: config.id, listener, address, verifier, registry: Arc::new(registry) })
@@ -137,6 +141,12 @@ impl Server {
         self.registry.close().await;
         info!(safekeeper = %self.id, "stopped");
     }
+}
+
+/// How many of this runtime's threads may wait for the disk: three of four, and none where there are few.
+fn threads_for_the_disk() -> usize {
+    let threads = tokio::runtime::Handle::current().metrics().num_workers();
+    if threads >= USUAL_THREADS { threads / 4 * 3 } else { 0 }
 }
 
 fn lock_data_dir(data_dir: &Path) -> Result<File, ServerError> {
