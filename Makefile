@@ -7,7 +7,7 @@
 #   make regress-pooler          PostgreSQL's core tests over a direct connection and through the pool in both modes (5 minutes)
 #   make redo-check              WAL redo against PostgreSQL's own pages: its tests, a standby, broken versions of redo (20 minutes)
 #   make sim [SEEDS=n]           the consensus and the pageserver on faulty disks, networks and stores, by seeds; `make sim SEED=n` tells one step by step
-#   make chaos NAME=quorum [SECONDS=1800]   safekeepers and computes killed and stopped at random; nothing acknowledged is lost
+#   make chaos NAME=quorum [SECONDS=1800]   safekeepers and computes killed, stopped, doubled and cut off at random; nothing acknowledged is lost
 #   make model [ARGS=...]        the safekeeper protocol in a model checker, larger than in `make test` (minutes)
 #   make clients                 psql, JDBC, node, Python and other clients, direct and pooled, with and without TLS: docs/clients.md
 #   make bench [NAME=wake]       every benchmark, or one

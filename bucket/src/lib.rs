@@ -21,3 +21,7 @@ pub use wal_object::{WalObject, covered_from};
 pub fn branch_root(branch: &BranchRef) -> Path {
     Path::from_iter(["projects", branch.project.as_str(), "branches", branch.branch.as_str()])
 }
+
+/// How the names of a branch's manifests begin, which pageservers write directly below [`branch_root`]. There is one as long as
+/// the branch exists: from before anybody may write to it until it is deleted.
+pub const MANIFEST_PREFIX: &str = "manifest-";

@@ -8,6 +8,7 @@ use object_store::{ObjectStore, ObjectStoreExt, PutPayload, path::Path};
 use types::{BranchRef, Lsn};
 
 use crate::{
+    MANIFEST_PREFIX,
     ask::{broke_off, is_unanswered, reason_of, whole},
     branch_root,
     wal_object::WalObject,
@@ -38,13 +39,15 @@ pub enum WalStoreError {
 #[derive(Clone)]
 pub struct BranchWal {
     store: Arc<dyn ObjectStore>,
+    root: Path,
     prefix: Path,
 }
 
 impl BranchWal {
     /// Of this branch; nothing is asked yet.
     pub fn new(store: Arc<dyn ObjectStore>, branch: &BranchRef) -> BranchWal {
-        BranchWal { store, prefix: BranchWal::prefix_of(&branch_root(branch)) }
+        let root = branch_root(branch);
+        BranchWal { store, prefix: BranchWal::prefix_of(&root), root }
     }
 
     /// Where the objects of the branch with this root are.
@@ -61,11 +64,28 @@ impl BranchWal {
         Ok(objects)
     }
 
+    /// False once the branch has been deleted: no manifest is left. One request.
+    pub async fn branch_exists(&self) -> Result<bool, WalStoreError> {
+        let list = || self.store.list_with_delimiter(Some(&self.root));
+        let found = whole(broke_off, list).await.map_err(|error| failed(&self.root, &error))?;
+        let mut names = found.objects.iter().filter_map(|meta| meta.location.filename());
+        Ok(names.any(|name| name.starts_with(MANIFEST_PREFIX)))
+    }
+
     /// Writes an object that was made by [`WalObject::encode`]. Durable when it returns; harmless when it is there already.
     pub async fn put(&self, object: &WalObject, bytes: Bytes) -> Result<(), WalStoreError> {
         let key = self.key(object);
         self.store.put(&key, PutPayload::from_bytes(bytes)).await.map_err(|error| failed(&key, &error))?;
         Ok(())
+    }
+
+    /// Removes an object; harmless when it is not there.
+    pub async fn delete(&self, object: &WalObject) -> Result<(), WalStoreError> {
+        let key = self.key(object);
+        match whole(is_unanswered, || self.store.delete(&key)).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(failed(&key, &error)),
+        }
     }
 
     /// The WAL of an object; `None` when it is not there.
@@ -87,11 +107,7 @@ impl BranchWal {
         let objects = self.list().await?;
         let old: Vec<&WalObject> = objects.iter().filter(|object| object.end <= position).collect();
         for object in &old {
-            let key = self.key(object);
-            match whole(is_unanswered, || self.store.delete(&key)).await {
-                Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
-                Err(error) => return Err(failed(&key, &error)),
-            }
+            self.delete(object).await?;
         }
         Ok(old.len())
     }

@@ -58,6 +58,16 @@ pub enum StorageError {
         /// What the WAL's source last complained of; empty or starting with a colon.
         detail: String,
     },
+    /// What was given as the branch's WAL is none; others may give good WAL for the same place.
+    #[error("{branch}: after {at}: {reason}")]
+    Undecodable {
+        /// The branch.
+        branch: BranchRef,
+        /// End of the last good record.
+        at: Lsn,
+        /// Why.
+        reason: String,
+    },
     /// No such branch.
     #[error("branch {0} does not exist")]
     NoBranch(BranchRef),
@@ -94,6 +104,7 @@ impl StorageError {
         match self {
             StorageError::Store { .. }
             | StorageError::NotArrived { .. }
+            | StorageError::Undecodable { .. }
             | StorageError::Deposed { .. }
             | StorageError::Elsewhere(_)
             | StorageError::Stale(_)

@@ -58,6 +58,8 @@ pub(crate) struct Offloader {
     waiting: Option<(Lsn, Instant)>,
     /// Since when objects wait to be removed.
     litter: Option<Instant>,
+    /// Where committed WAL ended when the branch was found to be gone.
+    gone_at: Option<Lsn>,
     /// Nothing is tried before.
     not_before: Option<Instant>,
     /// The last job failed.
@@ -84,6 +86,8 @@ pub(crate) enum Done {
     Nothing,
     /// What nobody needs is gone.
     Removed,
+    /// The branch has been deleted, and this safekeeper was not told: nothing is copied of what is committed up to here.
+    BranchIsGone(Lsn),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -98,9 +102,22 @@ pub(crate) enum OffloadError {
 impl Offloader {
     pub fn new(shared: Arc<Offload>, node: NodeId, branch: BranchRef, directory: PathBuf) -> Offloader {
         let wal = shared.wal_of(&branch);
-        let (waiting, litter, not_before, running) = (None, None, None, None);
+        let (waiting, litter, gone_at, not_before, running) = (None, None, None, None, None);
         let (is_failing, backoff) = (false, FIRST_BACKOFF);
-        Offloader { shared, node, branch, wal, directory, waiting, litter, not_before, is_failing, backoff, running }
+        Offloader {
+            shared,
+            node,
+            branch,
+            wal,
+            directory,
+            waiting,
+            litter,
+            gone_at,
+            not_before,
+            is_failing,
+            backoff,
+            running,
+        }
     }
 
     /// True while the branch must stay in memory for something to be copied or removed.
@@ -124,7 +141,8 @@ impl Offloader {
     /// Starts what is due; answers when to look again, if nothing happens before. `idle`: the end of the log is copied too.
     pub fn look(&mut self, state: &AcceptorState, idle: bool) -> Option<Instant> {
         let now = Instant::now();
-        let part = part_to_copy(state, idle);
+        // Somebody who goes on writing knows better, and it is looked again.
+        let part = part_to_copy(state, idle).filter(|part| self.gone_at != Some(part.end));
         self.waiting = part.map(|part| match self.waiting {
             Some((begin, since)) if begin == part.begin => (begin, since),
             Some(_) | None => (part.begin, now),
@@ -163,6 +181,10 @@ impl Offloader {
                 if done == Done::Removed {
                     self.litter = None;
                 }
+                if let Done::BranchIsGone(end) = done {
+                    info!(branch = %self.branch, lsn = %end, "WAL of a branch that has been deleted is not copied");
+                    self.gone_at = Some(end);
+                }
                 if done == Done::Nothing {
                     // One record that is longer than a segment: its end will come.
                     self.not_before = Some(Instant::now() + FIRST_BACKOFF);
@@ -197,6 +219,9 @@ impl Offloader {
                     return Ok(Done::Stored(end));
                 }
             }
+            if !wal.branch_exists().await? {
+                return Ok(Done::BranchIsGone(part.end));
+            }
             let permit = shared.at_a_time.acquire().await.map_err(|closed| OffloadError::Local(closed.to_string()))?;
             let made = spawn_blocking(move || make_object(directory, part)).await;
             let made = made.map_err(|panic| OffloadError::Local(panic.to_string()))??;
@@ -204,6 +229,11 @@ impl Offloader {
             let stored_bytes = bytes.len();
             wal.put(&object, bytes).await?;
             drop(permit);
+            // It may have been deleted meanwhile, and all that there was of it before this.
+            if !wal.branch_exists().await? {
+                wal.delete(&object).await?;
+                return Ok(Done::BranchIsGone(part.end));
+            }
             info!(%branch, begin = %object.begin, lsn = %object.end, stored_bytes, "WAL was copied to the object store");
             Ok(Done::Stored(object.end))
         }))

@@ -213,6 +213,7 @@ async fn damaged_wal_is_not_copied() {
     fs::write(&file, bytes).expect("damage");
 
     cluster.store = Some(local(dir.path()));
+    cluster.make_branch(&cluster.branch).await;
     // Nobody asks for the branch: it has to be found.
     cluster.idle(1);
     cluster.run(0).await;
@@ -245,6 +246,42 @@ async fn a_deleted_branch_leaves_no_objects() {
     assert_eq!(objects(&cluster).await, []);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn who_was_away_when_a_branch_was_deleted_does_not_copy_its_wal() {
+    let dir = tempfile::tempdir().expect("dir");
+    let mut cluster = Cluster::offloading(3, local(dir.path())).await;
+    let mut compute = cluster.elect().await;
+    cluster.stop(2).await;
+    compute.commit(5, 3000).await;
+    // It is one of those who have it now, but has copied nothing, and is away again.
+    cluster.idle(3600);
+    cluster.run(2).await;
+    let end = compute.commit(5, 3000).await;
+    cluster.until(2, |status| status.commit_lsn == end).await;
+    cluster.stop(2).await;
+    compute.proposer.clone().finish().await;
+    stored(&cluster, end).await;
+    let token = cluster.token(Scope::Service);
+    for index in 0..2 {
+        delete_branch(&cluster.address(index), &token, &cluster.branch).await.expect("delete");
+    }
+    cluster.remove_branch(&cluster.branch).await;
+    assert_eq!(objects(&cluster).await, []);
+    assert!(cluster.wal_bytes(2) > 0);
+
+    cluster.idle(1);
+    cluster.run(2).await;
+    let loaded = async |count: u64| {
+        while node_status(&cluster.address(2), &token).await.expect("status").loaded_branches != count {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    within(loaded(1)).await;
+    within(loaded(0)).await;
+    assert_eq!(objects(&cluster).await, [], "WAL of a deleted branch was copied");
+    assert!(cluster.wal_bytes(2) > 0, "what is not told to be deleted stays");
+}
+
 /// With figures of many: `BRANCHES=10000 cargo test -p dormouse-safekeeper --release --test offload idle_branches -- --nocapture`.
 #[tokio::test(flavor = "multi_thread")]
 async fn idle_branches_take_next_to_nothing() {
@@ -255,6 +292,7 @@ async fn idle_branches_take_next_to_nothing() {
     for number in 0..count {
         let mut config = cluster.proposer_config();
         config.branch = harness::branch(&format!("branch-{number}"));
+        cluster.make_branch(&config.branch).await;
         config.token = cluster.token(Scope::Service);
         making.spawn(async move {
             let (proposer, _) = WalProposer::elect(config).await.expect("elect");

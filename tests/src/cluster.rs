@@ -1,6 +1,7 @@
 //! `dormouse up` on free ports with a data directory of its own.
 
 use std::{
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
@@ -13,6 +14,7 @@ use nix::{
 };
 
 use pageserver_client::PageserverClient;
+use types::BranchRef;
 
 use crate::{api::Api, processes, s3};
 
@@ -144,41 +146,27 @@ impl Cluster {
         Ok(wire::TokenSigner::from_pem(&pem)?.sign(wire::Scope::Service, Duration::from_secs(3600))?)
     }
 
+    /// What a compute of this branch shows to safekeepers and pageserver.
+    pub fn branch_token(&self, branch: &BranchRef) -> anyhow::Result<String> {
+        let pem = std::fs::read_to_string(self.data_dir().join("keys/token-private.pem"))?;
+        let scope = wire::Scope::Branch { branch: branch.clone() };
+        Ok(wire::TokenSigner::from_pem(&pem)?.sign(scope, Duration::from_secs(3600))?)
+    }
+
+    /// Where the three safekeepers listen that `up` runs.
+    pub fn safekeepers(&self) -> Vec<SocketAddr> {
+        (1..=3).map(|number| SocketAddr::from(([127, 0, 0, 1], self.base_port + number))).collect()
+    }
+
+    /// Others reach the safekeepers at these addresses, from the next start on.
+    pub fn reach_safekeepers_at(&mut self, addresses: &[SocketAddr]) {
+        let addresses: Vec<String> = addresses.iter().map(SocketAddr::to_string).collect();
+        self.options.arguments.extend(["--safekeepers-reached-at".to_owned(), addresses.join(",")]);
+    }
+
     /// The pageserver that `up` runs.
     pub fn pageserver(&self) -> anyhow::Result<PageserverClient> {
         Ok(PageserverClient::new(format!("127.0.0.1:{}", self.base_port), self.service_token()?))
-    }
-
-    /// Another pageserver of this installation, with the number `id`, on an empty disk and the same object store.
-    pub fn another_pageserver(&self, id: u64) -> anyhow::Result<AnotherPageserver> {
-        let disk = tempfile::tempdir()?;
-        let port = free_port()?;
-        let safekeepers: Vec<String> = (1..=3).map(|n| format!("{n}=127.0.0.1:{}", self.base_port + n)).collect();
-        let log = std::fs::File::create(self.data_dir().join(format!("logs/pageserver-{id}.log")))?;
-        let mut command = Command::new(dormouse_binary());
-        command.args(["pageserver", "--id", &id.to_string(), "--listen", &format!("127.0.0.1:{port}")]);
-        command.arg("--data-dir").arg(disk.path()).arg("--object-store").arg(self.data_dir().join("object-store"));
-        command.args(["--safekeepers", &safekeepers.join(","), "--control-plane", &self.api_url()]);
-        command.arg("--token-public-key").arg(self.data_dir().join("keys/token-public.pem"));
-        command.env("DORMOUSE_TOKEN", self.service_token()?);
-        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        let process = command.spawn().context("starting a pageserver")?;
-        let client = PageserverClient::new(format!("127.0.0.1:{port}"), self.service_token()?);
-        Ok(AnotherPageserver { process, client, _disk: disk })
-    }
-
-    /// Another safekeeper of this installation, which no branch has yet, with an empty disk.
-    pub fn another_safekeeper(&self, id: u64) -> anyhow::Result<AnotherSafekeeper> {
-        let disk = tempfile::tempdir()?;
-        let address = format!("127.0.0.1:{}", free_port()?);
-        let log = std::fs::File::create(self.data_dir().join(format!("logs/safekeeper-{id}.log")))?;
-        let mut command = Command::new(dormouse_binary());
-        command.args(["safekeeper", "--id", &id.to_string(), "--listen", &address]);
-        command.arg("--data-dir").arg(disk.path());
-        command.arg("--token-public-key").arg(self.data_dir().join("keys/token-public.pem"));
-        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        let process = command.spawn().context("starting a safekeeper")?;
-        Ok(AnotherSafekeeper { process, address, disk })
     }
 
     /// `dormouse` with these arguments, as somebody at a terminal on this machine types it: what it prints.
@@ -231,11 +219,7 @@ impl Cluster {
 
     /// A connection as the superuser, over the private socket of an awake endpoint's compute.
     pub async fn superuser(&self, endpoint: &str, database: &str) -> anyhow::Result<tokio_postgres::Client> {
-        let mut config = tokio_postgres::Config::new();
-        config.host_path(self.runtime_dir().join(endpoint)).user("dormouse_admin").dbname(database);
-        let (client, connection) = config.connect(tokio_postgres::NoTls).await?;
-        tokio::spawn(connection);
-        Ok(client)
+        crate::sql::superuser(&self.runtime_dir().join(endpoint), database).await
     }
 
     /// Process id of `dormouse up`.
@@ -285,6 +269,13 @@ impl Cluster {
         self.runtime.path().to_owned()
     }
 
+    /// The shim that computes load.
+    pub fn shim(&self) -> Option<PathBuf> {
+        let directories = [self.runtime_dir().join("lib"), self.data_dir().join("lib")];
+        let files = directories.into_iter().filter_map(|dir| std::fs::read_dir(dir).ok()).flatten().flatten();
+        files.map(|entry| entry.path()).find(|path| path.extension().is_some_and(|extension| extension == "so"))
+    }
+
     /// Kills an endpoint's compute: its agent, and its postmaster, unless that has gone with it.
     pub fn kill_compute(&self, endpoint: &str) -> anyhow::Result<()> {
         let all = processes::postgres_below(&self.runtime_dir().join(endpoint));
@@ -327,37 +318,6 @@ impl Drop for Cluster {
         }
         let _ = child.kill();
         let _ = child.wait();
-    }
-}
-
-/// A pageserver beside the one that `up` runs; killed when it is dropped.
-pub struct AnotherPageserver {
-    process: Child,
-    /// Asks it.
-    pub client: PageserverClient,
-    _disk: tempfile::TempDir,
-}
-
-impl Drop for AnotherPageserver {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-/// A safekeeper beside those that `up` runs; killed when it is dropped.
-pub struct AnotherSafekeeper {
-    process: Child,
-    /// Where it is reached.
-    pub address: String,
-    /// Where its WAL is.
-    pub disk: tempfile::TempDir,
-}
-
-impl Drop for AnotherSafekeeper {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
     }
 }
 

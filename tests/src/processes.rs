@@ -66,3 +66,25 @@ pub async fn wait_until(what: &str, limit: Duration, mut condition: impl FnMut()
     }
     Ok(())
 }
+
+/// Who has the socket of the connection that comes from this port of 127.0.0.1. A process that has just ended has none.
+pub fn owner_of_port(port: u16) -> Option<i32> {
+    let local = format!("0100007F:{port:04X}");
+    let table = std::fs::read_to_string("/proc/net/tcp").ok()?;
+    // Established: the port may be listened on too, or have been used before.
+    let connection = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).find(|fields| {
+        fields.get(1).is_some_and(|address| *address == local) && fields.get(3).is_some_and(|state| *state == "01")
+    })?;
+    let socket = PathBuf::from(format!("socket:[{}]", connection.get(9)?));
+    all().into_iter().map(|process| process.pid).find(|pid| {
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        open.into_iter().any(|entry| std::fs::read_link(entry.path()).is_ok_and(|target| target == socket))
+    })
+}
+
+/// True while there is such a process, and it has not ended.
+pub fn is_alive(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().next());
+    state.is_some_and(|state| state != "Z" && state != "X")
+}

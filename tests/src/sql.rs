@@ -1,6 +1,7 @@
 //! Clients: `tokio-postgres` over TLS, `psql` and `pgbench`.
 
 use std::{
+    path::Path,
     process::Stdio,
     sync::Arc,
     time::{Duration, Instant},
@@ -67,6 +68,15 @@ pub fn tls() -> anyhow::Result<tokio_postgres_rustls::MakeRustlsConnect> {
 /// A connection over TLS; it lives until the client is dropped.
 pub async fn connect(uri: &str) -> anyhow::Result<tokio_postgres::Client> {
     let (client, connection) = tokio_postgres::connect(uri, tls()?).await.map_err(explain)?;
+    tokio::spawn(connection);
+    Ok(client)
+}
+
+/// A connection as the superuser, over the private socket of a compute with this directory.
+pub async fn superuser(compute_dir: &Path, database: &str) -> anyhow::Result<tokio_postgres::Client> {
+    let mut config = tokio_postgres::Config::new();
+    config.host_path(compute_dir).user("dormouse_admin").dbname(database);
+    let (client, connection) = config.connect(tokio_postgres::NoTls).await?;
     tokio::spawn(connection);
     Ok(client)
 }

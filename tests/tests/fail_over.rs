@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use anyhow::{Context, ensure};
-use e2e::{Cluster, ClusterOptions, Project, cluster::AnotherPageserver, sql};
+use e2e::{Cluster, ClusterOptions, Project, beside::AnotherPageserver, sql};
 use serde_json::json;
 use types::{BranchRef, Lsn};
 

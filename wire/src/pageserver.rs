@@ -167,7 +167,7 @@ pub struct BranchInfo {
     pub generation: Generation,
     /// Sum of all relations' sizes in bytes.
     pub logical_size_bytes: u64,
-    /// Why ingestion stopped, when it did.
+    /// Why ingestion stopped, when it did: for good, or until a safekeeper gives good WAL.
     pub ingest_error: Option<String>,
 }
 

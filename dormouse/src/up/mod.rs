@@ -64,6 +64,9 @@ pub struct UpArguments {
     /// How many safekeepers to run; a majority of them holds every commit
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=9))]
     safekeepers: u16,
+    /// Where pageserver and computes reach the safekeepers, if not where these listen: tests put something in between
+    #[arg(long, value_delimiter = ',', hide = true)]
+    safekeepers_reached_at: Vec<std::net::SocketAddr>,
     /// Where computes keep their expendable files; a short path, best on tmpfs [default: /dev/shm/dormouse-<uid>]
     #[arg(long, env = "DORMOUSE_RUNTIME_DIR")]
     runtime_dir: Option<PathBuf>,

@@ -28,6 +28,8 @@ pub struct Ports {
     pub pageserver: SocketAddr,
     /// The safekeepers, the first being number 1.
     pub safekeepers: Vec<SocketAddr>,
+    /// Where others reach them.
+    safekeepers_reached_at: Vec<SocketAddr>,
 }
 
 impl Ports {
@@ -37,12 +39,20 @@ impl Ports {
             let port = arguments.base_port.checked_add(offset).context("--base-port is too large")?;
             anyhow::Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port))
         };
+        let safekeepers: Vec<SocketAddr> = (1..=arguments.safekeepers).map(internal).collect::<Result<_, _>>()?;
+        let elsewhere = &arguments.safekeepers_reached_at;
+        anyhow::ensure!(
+            elsewhere.is_empty() || elsewhere.len() == safekeepers.len(),
+            "--safekeepers-reached-at has as many addresses as there are safekeepers"
+        );
+        let safekeepers_reached_at = if elsewhere.is_empty() { safekeepers.clone() } else { elsewhere.clone() };
         Ok(Ports {
             postgres: SocketAddr::new(arguments.host, arguments.pg_port),
             http: SocketAddr::new(arguments.host, arguments.http_port),
             api: SocketAddr::new(arguments.host, arguments.api_port),
             pageserver: internal(0)?,
-            safekeepers: (1..=arguments.safekeepers).map(internal).collect::<Result<_, _>>()?,
+            safekeepers,
+            safekeepers_reached_at,
         })
     }
 
@@ -59,7 +69,8 @@ impl Ports {
     }
 
     fn safekeeper_list(&self) -> String {
-        let named = self.safekeepers.iter().enumerate().map(|(index, address)| format!("{}={address}", index + 1));
+        let named =
+            self.safekeepers_reached_at.iter().enumerate().map(|(index, address)| format!("{}={address}", index + 1));
         named.collect::<Vec<_>>().join(",")
     }
 }

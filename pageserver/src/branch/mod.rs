@@ -6,12 +6,14 @@ mod chains;
 mod collect;
 mod compaction;
 mod detach;
+mod distrust;
 mod flush;
 mod history;
 mod memory;
 mod registry;
 mod sizes;
 mod wal_feed;
+mod wal_reading;
 
 pub use background::Background;
 pub use batch::{BatchMark, Put, PutBatch, RawPlace};
@@ -216,6 +218,8 @@ struct Progress {
     last_record_lsn: Lsn,
     /// Why ingestion stopped for good.
     stopped: Option<Arc<str>>,
+    /// Why no safekeeper's WAL can be taken at the moment; it is tried again.
+    rotten: Option<Arc<str>>,
     /// What the WAL's source complains of at the moment.
     trouble: Option<Arc<str>>,
     /// The end of committed WAL, when a safekeeper has told.
@@ -262,8 +266,8 @@ impl Branch {
             gc_cutoff_lsn: manifest.gc_cutoff_lsn,
             held_lsns: manifest.held_lsns.clone(),
         };
-        let progress =
-            Progress { last_record_lsn: tip.last_record_lsn, stopped: None, trouble: None, commit_lsn: None };
+        let last_record_lsn = tip.last_record_lsn;
+        let progress = Progress { last_record_lsn, stopped: None, rotten: None, trouble: None, commit_lsn: None };
         let logical_bytes = manifest.logical_bytes;
         Arc::new(Branch {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
@@ -334,9 +338,10 @@ impl Branch {
         self.state.read().remote_consistent_lsn
     }
 
-    /// Why ingestion stopped, when it did.
+    /// Why ingestion stopped, when it did: for good, or until a safekeeper gives good WAL.
     pub fn ingest_error(&self) -> Option<String> {
-        self.progress.borrow().stopped.as_deref().map(str::to_owned)
+        let progress = self.progress.borrow();
+        progress.stopped.as_deref().or(progress.rotten.as_deref()).map(str::to_owned)
     }
 
     /// The last answer to a base files request.

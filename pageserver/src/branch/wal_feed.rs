@@ -2,10 +2,9 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use safekeeper_client::{WalReadError, WalReader, WalReaderConfig};
 use tokio::{
     sync::watch,
-    time::{Duration, Instant, MissedTickBehavior, interval, sleep},
+    time::{Duration, Instant, sleep},
 };
 use tokio_util::sync::CancellationToken;
 use types::{Lsn, Member};
@@ -16,10 +15,8 @@ use crate::{
     ingest::{Ingest, IngestError},
 };
 
-/// How often an open stream looks whether it is time to write out or to close.
-const TICK: Duration = Duration::from_millis(500);
 /// How long a stream that failed stays closed at least.
-const FAILURE_PAUSE: Duration = Duration::from_secs(1);
+pub(super) const FAILURE_PAUSE: Duration = Duration::from_secs(1);
 /// Ingestion waits while more memory layers than this have not been written out.
 const MAX_FROZEN_LAYERS: usize = 2;
 /// A branch with less than this in memory need not write it out because of others.
@@ -56,7 +53,7 @@ impl Drop for Feed {
 }
 
 /// Why a stream ended.
-enum FeedEnd {
+pub(super) enum FeedEnd {
     Idle,
     Cancelled,
     Failed(String),
@@ -144,59 +141,8 @@ impl Branch {
         }
     }
 
-    async fn feed_until_end(
-        self: &Arc<Self>,
-        source: WalSource,
-        mut reports: watch::Receiver<Lsn>,
-        cancel: &CancellationToken,
-    ) -> FeedEnd {
-        if let Err(error) = self.restart_ingest().await {
-            return FeedEnd::Failed(error.to_string());
-        }
-        let config =
-            WalReaderConfig { branch: self.name.clone(), safekeepers: source.safekeepers, token: source.token };
-        let mut reader = WalReader::new(config, self.tip().last_record_lsn);
-        // Known since ingestion was restarted; a branch that is not written to must be told too.
-        reader.report(self.forgettable_lsn());
-        let mut last_progress = Instant::now();
-        let mut tick = interval(TICK);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                () = cancel.cancelled() => return FeedEnd::Cancelled,
-                chunk = reader.next() => {
-                    let chunk = match chunk {
-                        Ok(chunk) => chunk,
-                        Err(error @ WalReadError::Trimmed { .. }) => {
-                            self.forget_if_clean().await;
-                            return FeedEnd::Failed(error.to_string());
-                        }
-                        Err(error) => return FeedEnd::Failed(error.to_string()),
-                    };
-                    if !chunk.bytes.is_empty() {
-                        last_progress = Instant::now();
-                        if let Err(error) = self.ingest_wal(chunk.begin, &chunk.bytes).await {
-                            return FeedEnd::Failed(error.to_string());
-                        }
-                    }
-                    let told = chunk.commit_lsn.is_valid().then_some(chunk.commit_lsn);
-                    self.progress.send_modify(|progress| {
-                        progress.trouble = None;
-                        progress.commit_lsn = told.or(progress.commit_lsn);
-                    });
-                }
-                Ok(()) = reports.changed() => reader.report(*reports.borrow_and_update()),
-                _ = tick.tick() => {
-                    if let Some(end) = self.tick(last_progress).await {
-                        return end;
-                    }
-                }
-            }
-        }
-    }
-
     /// Writes out when WAL has paused or too much time has passed; says so when the stream is of no use.
-    async fn tick(self: &Arc<Self>, last_progress: Instant) -> Option<FeedEnd> {
+    pub(super) async fn tick(self: &Arc<Self>, last_progress: Instant) -> Option<FeedEnd> {
         let tuning = &self.shared.tuning;
         let quiet = last_progress.elapsed();
         if !self.is_clean() {
@@ -211,7 +157,7 @@ impl Branch {
     }
 
     /// WAL that we would need was trimmed: a newer manifest must exist, which attaching again finds.
-    async fn forget_if_clean(&self) {
+    pub(super) async fn forget_if_clean(&self) {
         let _nothing_is_written = self.flush.lock().await;
         if self.is_clean() {
             self.retire();
@@ -219,7 +165,7 @@ impl Branch {
     }
 
     /// Starts to decode anew at the end of the last record.
-    async fn restart_ingest(self: &Arc<Self>) -> Result<(), StorageError> {
+    pub(super) async fn restart_ingest(self: &Arc<Self>) -> Result<(), StorageError> {
         let mut ingest = self.ingest.lock().await;
         let state = self.ingest_state(&mut ingest).await;
         self.or_stale(state).await?.restart(self.tip().last_record_lsn);
@@ -242,8 +188,8 @@ impl Branch {
         }
     }
 
-    /// Ingests WAL bytes that follow those before. Whole records are visible when it returns. WAL that can't be
-    /// understood ends ingestion for good; other errors leave everything as after the last record that was applied.
+    /// Ingests WAL bytes that follow those before. Whole records are visible when it returns. A record that
+    /// can't be understood ends ingestion for good; other errors leave everything as after the last record that was applied.
     pub async fn ingest_wal(self: &Arc<Self>, begin: Lsn, bytes: &[u8]) -> Result<(), StorageError> {
         let ingested = self.ingest_wal_here(begin, bytes).await;
         self.or_stale(ingested).await
@@ -259,6 +205,7 @@ impl Branch {
                 *slot = None;
                 return match error {
                     IngestError::Storage(error) => Err(error),
+                    IngestError::Undecodable(reason) => Err(self.undecodable(reason)),
                     IngestError::Stopped(reason) => {
                         self.stop_ingest(reason.clone());
                         Err(self.stopped(self.tip().last_record_lsn, &reason))

@@ -27,7 +27,9 @@ const BATCH_BYTES: usize = 2 << 20;
 pub enum IngestError {
     /// Something had to be read or written and was not; trying again is right.
     Storage(StorageError),
-    /// The WAL can't be understood. For good.
+    /// The bytes are no records: whoever gave them may have kept them badly, and others may have them whole.
+    Undecodable(String),
+    /// A record is whole and can't be understood. For good.
     Stopped(String),
 }
 
@@ -134,7 +136,7 @@ impl Ingest {
                 Ok(()) => break,
                 Err(ForEachError::Decode(error)) => {
                     batch.apply(branch);
-                    return Err(IngestError::Stopped(format!("WAL can't be decoded: {error}")));
+                    return Err(IngestError::Undecodable(format!("WAL can't be decoded: {error}")));
                 }
                 Err(ForEachError::Stopped(Pause::Unknown(error))) => {
                     batch.apply(branch);

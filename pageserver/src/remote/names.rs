@@ -7,6 +7,7 @@
 //! - `wal/<begin>-<end>`: committed WAL that safekeepers put there: see [`bucket::BranchWal`].
 //! - `children/<project>.<branch>.<lsn>`: empty; a branch that left this one, and where.
 
+use bucket::MANIFEST_PREFIX;
 use object_store::path::Path;
 use types::{BranchRef, Generation, Lsn, ProjectId};
 
@@ -35,7 +36,7 @@ impl BranchNames {
 
     /// The generation's manifest.
     pub fn manifest(&self, generation: Generation) -> Path {
-        self.root.clone().join(format!("manifest-{:08x}", generation.0))
+        self.root.clone().join(format!("{MANIFEST_PREFIX}{:08x}", generation.0))
     }
 
     /// A copy of the newest manifest, or of an older one.
@@ -45,7 +46,7 @@ impl BranchNames {
 
     /// The generation of a manifest's name; `None` for other objects.
     pub fn generation_of_manifest(object: &Path) -> Option<Generation> {
-        numbered(object, "manifest-")
+        numbered(object, MANIFEST_PREFIX)
     }
 
     /// The generation's claim.

@@ -12,7 +12,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 use tracing::{debug, info};
-use types::{BranchRef, Lsn, Member, Membership, MembershipGeneration};
+use types::{BranchRef, Lsn, Member, Membership, MembershipGeneration, NodeId};
 use wire::{FrameReader, FrameWriter};
 
 use crate::{
@@ -58,6 +58,8 @@ pub struct WalChunk {
     pub bytes: Bytes,
     /// What the safekeeper knows to be committed; invalid (0/0) while it has never heard of the branch.
     pub commit_lsn: Lsn,
+    /// The safekeeper that gave it.
+    pub node: NodeId,
 }
 
 /// Why a stream ended for good.
@@ -71,6 +73,9 @@ pub enum WalReadError {
         /// The earliest that is left.
         log_start_lsn: Lsn,
     },
+    /// All of the branch's safekeepers are to be avoided.
+    #[error("no other safekeeper is left to read from")]
+    NoneLeft,
     /// The token is no good.
     #[error("{0}")]
     Denied(String),
@@ -82,12 +87,17 @@ pub enum WalReadError {
 impl WalReader {
     /// Starts to read at `from`; no connection is awaited.
     pub fn new(config: WalReaderConfig, from: Lsn) -> WalReader {
+        WalReader::avoiding(config, from, Vec::new())
+    }
+
+    /// As [`WalReader::new`], from other safekeepers than these: their WAL was found to be no good.
+    pub fn avoiding(config: WalReaderConfig, from: Lsn, avoided: Vec<NodeId>) -> WalReader {
         let (sender, chunks) = mpsc::channel(READ_AHEAD_CHUNKS);
         let (report, reports) = watch::channel(Lsn::INVALID);
         let (members, known_members) = watch::channel(config.safekeepers.clone());
         let spread = tokio::spawn(spread_reports(config.clone(), known_members, reports.clone()));
         let (position, current, generation) = (from, 0, None);
-        let task = ReaderTask { config, generation, members, position, sender, reports, current };
+        let task = ReaderTask { config, generation, members, position, sender, reports, current, avoided };
         WalReader { chunks, report, tasks: [tokio::spawn(task.run()), spread] }
     }
 
@@ -126,6 +136,8 @@ struct ReaderTask {
     reports: watch::Receiver<Lsn>,
     /// Index of the safekeeper to read from.
     current: usize,
+    /// Safekeepers that are not read from.
+    avoided: Vec<NodeId>,
 }
 
 /// Why one connection ended.
@@ -154,6 +166,9 @@ impl ReaderTask {
         // What each safekeeper of the current round said for good; cleared by progress.
         let mut hopeless: Vec<Option<WalReadError>> = vec![None; count];
         loop {
+            let usable = (0..count).map(|step| (self.current + step) % count).find(|index| !self.is_avoided(*index));
+            let Some(usable) = usable else { return self.fail(WalReadError::NoneLeft).await };
+            self.current = usable;
             let before = self.position;
             let end = self.stream().await;
             if self.position > before {
@@ -182,14 +197,18 @@ impl ReaderTask {
                 }
             };
             hopeless[self.current] = verdict;
-            if hopeless.iter().all(Option::is_some) {
-                let error = hopeless.swap_remove(self.current).expect("all were checked to be there");
+            if hopeless.iter().enumerate().all(|(index, verdict)| verdict.is_some() || self.is_avoided(index)) {
+                let error = hopeless.swap_remove(self.current).expect("it was put there just now");
                 return self.fail(error).await;
             }
             self.current = next;
             sleep(backoff).await;
             backoff = (backoff * 2).min(LONGEST_BACKOFF);
         }
+    }
+
+    fn is_avoided(&self, index: usize) -> bool {
+        self.avoided.contains(&self.config.safekeepers[index].node)
     }
 
     /// Reads from members that there are now, from the same one if it is among them.
@@ -218,7 +237,7 @@ impl ReaderTask {
     }
 
     async fn stream(&mut self) -> StreamEnd {
-        let address = self.config.safekeepers[self.current].address.clone();
+        let Member { node, address } = self.config.safekeepers[self.current].clone();
         let body = RequestBody::Read { from: self.position };
         let opened = Connection::open(&address, &self.config.token, &self.config.branch, body).await;
         let Connection { mut reader, mut writer } = match opened {
@@ -230,12 +249,12 @@ impl ReaderTask {
         }
         let reports = self.reports.clone();
         tokio::select! {
-            end = self.receive(&address, &mut reader) => end,
+            end = self.receive(node, &address, &mut reader) => end,
             error = send_reports(&mut writer, reports) => StreamEnd::Lost(error),
         }
     }
 
-    async fn receive(&mut self, address: &str, reader: &mut FrameReader<OwnedReadHalf>) -> StreamEnd {
+    async fn receive(&mut self, node: NodeId, address: &str, reader: &mut FrameReader<OwnedReadHalf>) -> StreamEnd {
         match welcome(address, reader).await {
             Ok(()) => {}
             Err(error @ ConnectionError::Denied { .. }) => return StreamEnd::Denied(error.to_string()),
@@ -265,7 +284,7 @@ impl ReaderTask {
             }
             self.position += wal.len() as u64;
             let news = !wal.is_empty();
-            if self.sender.send(Ok(WalChunk { begin, bytes: wal, commit_lsn })).await.is_err() {
+            if self.sender.send(Ok(WalChunk { begin, bytes: wal, commit_lsn, node })).await.is_err() {
                 return StreamEnd::ReaderGone;
             }
             if news {
@@ -287,7 +306,8 @@ impl ReaderTask {
             // What it does not hold any more it may have from the object store.
             Some((status.commit_lsn, index))
         };
-        let others = self.config.safekeepers.iter().enumerate().filter(|(index, _)| *index != self.current);
+        let others = self.config.safekeepers.iter().enumerate();
+        let others = others.filter(|(index, _)| *index != self.current && !self.is_avoided(*index));
         let answers = join_all(others.map(|(index, member)| ask((index, &member.address)))).await;
         let (commit_lsn, index) = answers.into_iter().flatten().max()?;
         (commit_lsn > self.position).then_some(index)

@@ -10,9 +10,10 @@ use std::{
     time::Duration,
 };
 
+use bucket::{BranchWal, MANIFEST_PREFIX, branch_root};
 use bytes::Bytes;
 use dormouse_safekeeper::{Config, Server, ServerError};
-use object_store::ObjectStore;
+use object_store::{ObjectStore, ObjectStoreExt};
 use safekeeper_client::{
     BranchStatus, ProposerConfig, WalProposer, WalReader, WalReaderConfig, branch_status, set_branch_membership,
 };
@@ -69,11 +70,27 @@ impl Cluster {
     pub async fn offloading(count: usize, store: Arc<dyn ObjectStore>) -> Cluster {
         let mut cluster = Cluster::with_idle_seconds(0, 1).await;
         cluster.store = Some(store);
+        cluster.make_branch(&cluster.branch).await;
         for _ in 0..count {
             cluster.join().await;
         }
         cluster.membership = Membership::first((0..count).map(|index| cluster.member(index)).collect());
         cluster
+    }
+
+    /// The object store has a manifest of the branch, as pageservers put it there.
+    pub async fn make_branch(&self, branch: &BranchRef) {
+        self.store().put(&manifest(branch), "a manifest".into()).await.expect("put");
+    }
+
+    /// Removes it, and all WAL of the branch, as when it is deleted; safekeepers are not told.
+    pub async fn remove_branch(&self, branch: &BranchRef) {
+        self.store().delete(&manifest(branch)).await.expect("delete");
+        BranchWal::new(self.store(), branch).delete_below(Lsn::MAX).await.expect("delete");
+    }
+
+    fn store(&self) -> Arc<dyn ObjectStore> {
+        self.store.clone().expect("store")
     }
 
     async fn with_idle_seconds(count: usize, idle_seconds: u64) -> Cluster {
@@ -294,6 +311,10 @@ impl Compute {
         within(self.proposer.wait_committed(self.end)).await.expect("commit");
         self.end
     }
+}
+
+fn manifest(branch: &BranchRef) -> object_store::path::Path {
+    branch_root(branch).join(format!("{MANIFEST_PREFIX}00000001"))
 }
 
 pub fn branch(name: &str) -> BranchRef {

@@ -20,7 +20,7 @@ struct Arguments {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Name {
-    /// Safekeepers and computes.
+    /// Safekeepers and computes, and the network between them.
     Quorum,
 }
 
@@ -30,8 +30,13 @@ async fn main() -> ExitCode {
     let Name::Quorum = arguments.name;
     match e2e::chaos::run(Duration::from_secs(arguments.seconds), arguments.seed).await {
         Ok(figures) => {
-            let e2e::chaos::Figures { commits, kills, lost, phantom } = figures;
-            println!("commits={commits} kills={kills} lost={lost} phantom={phantom}");
+            let e2e::chaos::Figures { commits, kills, partitions, double_starts, second_commits, lost, phantom } =
+                figures;
+            println!("second_commits={second_commits}");
+            println!(
+                "commits={commits} kills={kills} partitions={partitions} double_starts={double_starts} lost={lost} \
+                 phantom={phantom}"
+            );
             if lost + phantom == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }
         Err(error) => {

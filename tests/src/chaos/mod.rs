@@ -1,7 +1,11 @@
-//! `make chaos`: real processes are killed and stopped at random while clients write and keep a ledger of what was acknowledged.
+//! `make chaos`: real processes are killed, stopped, cut off and doubled at random while clients write and keep a ledger of what was
+//! acknowledged.
 
+mod faults;
 pub mod history;
+mod links;
 mod quorum;
+mod second;
 mod writers;
 
 pub use quorum::{Figures, run};

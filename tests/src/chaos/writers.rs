@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -59,6 +60,11 @@ impl Ledger {
         self.numbers().acknowledged.len() + transactions
     }
 
+    /// How many numbers below this one were acknowledged.
+    pub fn acknowledged_below(&self, number: i64) -> usize {
+        self.numbers.lock().unwrap_or_else(PoisonError::into_inner).acknowledged.range(..number).count()
+    }
+
     /// What was inserted.
     pub fn numbers(&self) -> Numbers {
         self.numbers.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -100,8 +106,40 @@ impl Ledger {
     }
 }
 
-async fn connect(uri: &str) -> Option<tokio_postgres::Client> {
-    let connected = tokio::time::timeout(PATIENCE, sql::connect(uri)).await;
+/// How a client comes to a compute.
+#[derive(Clone)]
+pub enum Door {
+    /// By the proxy, which finds the right one.
+    Proxy(String),
+    /// By one compute's own socket, whatever has become of it.
+    Socket {
+        /// The directory of the socket.
+        directory: PathBuf,
+        /// The database.
+        database: String,
+        /// Set once that compute has ended.
+        closed: Arc<AtomicBool>,
+    },
+}
+
+impl Door {
+    fn is_closed(&self) -> bool {
+        match self {
+            Door::Proxy(_) => false,
+            Door::Socket { closed, .. } => closed.load(Ordering::SeqCst),
+        }
+    }
+
+    async fn open(&self) -> anyhow::Result<tokio_postgres::Client> {
+        match self {
+            Door::Proxy(uri) => sql::connect(uri).await,
+            Door::Socket { directory, database, .. } => sql::superuser(directory, database).await,
+        }
+    }
+}
+
+async fn connect(door: &Door) -> Option<tokio_postgres::Client> {
+    let connected = tokio::time::timeout(PATIENCE, door.open()).await;
     if let Ok(Ok(client)) = connected {
         return Some(client);
     }
@@ -109,19 +147,20 @@ async fn connect(uri: &str) -> Option<tokio_postgres::Client> {
     None
 }
 
-/// Inserts numbers of its own, one per transaction.
-pub async fn insert_numbers(ledger: Arc<Ledger>, uri: String, writer: i64) {
-    let mut number = writer << 32;
-    while !ledger.stopped() {
-        let Some(client) = connect(&uri).await else { continue };
-        while !ledger.stopped() {
+/// Inserts numbers of its own, one per transaction; how many were acknowledged.
+pub async fn insert_numbers(ledger: Arc<Ledger>, door: Door, writer: i64) -> usize {
+    let (mut number, mut acknowledged) = (writer << 32, 0);
+    let is_over = || ledger.stopped() || door.is_closed();
+    while !is_over() {
+        let Some(client) = connect(&door).await else { continue };
+        while !is_over() {
             number += 1;
             let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 1] = [&number];
             let insert = client.execute("insert into numbers values ($1)", &parameters);
             let ended = tokio::time::timeout(PATIENCE, insert).await;
             let mut numbers = ledger.numbers.lock().unwrap_or_else(PoisonError::into_inner);
             match ended {
-                Ok(Ok(_)) => drop(numbers.acknowledged.insert(number)),
+                Ok(Ok(_)) => acknowledged += usize::from(numbers.acknowledged.insert(number)),
                 // Refused by the server, which says so with a code: not there, and it must not be.
                 Ok(Err(error)) if was_refused(&error) => drop(numbers.refused.insert(number, said(&error))),
                 Ok(Err(_)) | Err(_) => {
@@ -131,14 +170,16 @@ pub async fn insert_numbers(ledger: Arc<Ledger>, uri: String, writer: i64) {
             }
         }
     }
+    acknowledged
 }
 
-/// Transactions that read and append to lists, at repeatable read.
-pub async fn append_to_lists(ledger: Arc<Ledger>, uri: String, writer: u64) {
-    let mut next = writer << 32;
-    while !ledger.stopped() {
-        let Some(client) = connect(&uri).await else { continue };
-        while !ledger.stopped() {
+/// Transactions that read and append to lists, at repeatable read; how many were acknowledged.
+pub async fn append_to_lists(ledger: Arc<Ledger>, door: Door, writer: u64) -> usize {
+    let (mut next, mut acknowledged) = (writer << 32, 0);
+    let is_over = || ledger.stopped() || door.is_closed();
+    while !is_over() {
+        let Some(client) = connect(&door).await else { continue };
+        while !is_over() {
             next += 1;
             let began = ledger.now();
             let mut steps = Vec::new();
@@ -151,7 +192,7 @@ pub async fn append_to_lists(ledger: Arc<Ledger>, uri: String, writer: u64) {
             };
             ledger.note(Transaction { steps, outcome, began, ended: ledger.now() });
             match outcome {
-                Outcome::Committed => {}
+                Outcome::Committed => acknowledged += 1,
                 Outcome::Aborted if client.batch_execute("rollback").await.is_ok() => {}
                 Outcome::Aborted | Outcome::Unknown => break,
             }
@@ -159,6 +200,7 @@ pub async fn append_to_lists(ledger: Arc<Ledger>, uri: String, writer: u64) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
+    acknowledged
 }
 
 async fn transaction(

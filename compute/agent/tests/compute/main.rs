@@ -5,6 +5,7 @@ mod free_space;
 mod lifetime;
 mod offload;
 mod replication;
+mod rotten;
 mod subscriptions;
 mod warm_cache;
 mod world;

@@ -5,8 +5,9 @@ mod link;
 mod stock;
 
 use std::{
+    fs::File,
     net::SocketAddr,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{FileExt, PermissionsExt},
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -15,7 +16,11 @@ use std::{
 use pageserver_client::PageserverClient;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use types::{BranchId, BranchRef, Generation, Lsn, NodeId, ProjectId};
-use wire::{Scope, TokenSigner, auth::TokenKeys, pageserver::BranchPoint};
+use wire::{
+    Scope, TokenSigner,
+    auth::TokenKeys,
+    pageserver::{BranchInfo, BranchPoint},
+};
 
 pub use compute::{Compute, ComputeOptions};
 
@@ -48,6 +53,7 @@ pub struct World {
     /// What the pageserver hears of the safekeepers goes through these.
     links: Vec<link::Link>,
     token: String,
+    service_token: String,
     /// On tmpfs, for compute directories.
     runtime: tempfile::TempDir,
     disk: tempfile::TempDir,
@@ -114,10 +120,22 @@ impl World {
         services.spawn(server.run(shutdown.clone()));
 
         let branch = branch_ref("p", "main");
-        let client = PageserverClient::new(pageserver.address.to_string(), service);
+        let client = PageserverClient::new(pageserver.address.to_string(), service.clone());
         let branch_start = client.create_branch(&branch, &template, BranchPoint::Head).await.expect("branch");
         let token = signer.sign(Scope::Branch { branch: branch.clone() }, LIFETIME).expect("token");
-        World { branch, branch_start, safekeepers, pageserver, links, token, runtime, disk, shutdown, services }
+        World {
+            branch,
+            branch_start,
+            safekeepers,
+            pageserver,
+            links,
+            token,
+            service_token: service,
+            runtime,
+            disk,
+            shutdown,
+            services,
+        }
     }
 }
 
@@ -137,12 +155,29 @@ impl World {
         self.disk.path().join("cache").join(name)
     }
 
+    fn wal_dir(&self, safekeeper: u64) -> PathBuf {
+        let directory = self.disk.path().join(format!("safekeeper-{safekeeper}"));
+        directory.join(self.branch.project.as_str()).join(self.branch.branch.as_str())
+    }
+
+    /// What the pageserver knows of the branch.
+    pub async fn branch_info(&self) -> BranchInfo {
+        let client = PageserverClient::new(self.pageserver.address.to_string(), self.service_token.clone());
+        client.branch_info(&self.branch).await.expect("branch")
+    }
+
+    /// Turns bits of a safekeeper's WAL over, in more bytes than there may be between two records; doing it twice mends it.
+    pub fn rot(&self, safekeeper: u64, at: Lsn) {
+        let file = File::options().read(true).write(true).open(self.wal_dir(safekeeper).join(at.segment_file_name()));
+        let (file, mut bytes) = (file.expect("segment"), [0; 16]);
+        file.read_exact_at(&mut bytes, at.segment_offset()).expect("read");
+        file.write_all_at(&bytes.map(|byte| byte ^ 0x40), at.segment_offset()).expect("write");
+    }
+
     /// Bytes of the branch's WAL files on the safekeeper's disk that has most.
     pub fn local_wal_bytes(&self) -> u64 {
-        let branch = Path::new(self.branch.project.as_str()).join(self.branch.branch.as_str());
         let of_one = |id: u64| {
-            let directory = self.disk.path().join(format!("safekeeper-{id}")).join(&branch);
-            let files = std::fs::read_dir(directory).into_iter().flatten().flatten();
+            let files = std::fs::read_dir(self.wal_dir(id)).into_iter().flatten().flatten();
             let wal = files.filter(|entry| entry.file_name().len() == 24);
             wal.filter_map(|entry| entry.metadata().ok()).map(|metadata| metadata.len()).sum()
         };
