@@ -47,8 +47,8 @@ async fn story(cluster: &Cluster, stock: &StockServer) -> anyhow::Result<()> {
     let lsn_before = world.subscribe(&world.project.endpoint, "theirs").await?;
     world.publish(1).await?;
     world.arrives(&world.project.uri, 1).await?;
-    world.into_a_child().await?;
-    world.into_a_restored_branch(&lsn_before).await
+    world.branch_off().await?;
+    world.restore_in_place(&lsn_before).await
 }
 
 impl World<'_> {
@@ -93,7 +93,7 @@ impl World<'_> {
         Ok(())
     }
 
-    async fn into_a_child(&self) -> anyhow::Result<()> {
+    async fn branch_off(&self) -> anyhow::Result<()> {
         let api = self.cluster.api()?;
         let slots = sql::value(&self.publisher, SLOTS).await?;
         ensure!(slots.starts_with("theirs t ") && slots.ends_with(" reserved"), "{slots}");
@@ -129,7 +129,7 @@ impl World<'_> {
     }
 
     /// The subscription goes on where the old state does.
-    async fn into_a_restored_branch(&self, lsn: &str) -> anyhow::Result<()> {
+    async fn restore_in_place(&self, lsn: &str) -> anyhow::Result<()> {
         let (api, id, main) = (self.cluster.api()?, &self.project.id, &self.project.branch);
         let body = json!({"source_branch_id": main, "source_lsn": lsn, "preserve_under_name": "old"});
         let restored = api.ok(Method::POST, &format!("/projects/{id}/branches/{main}/restore"), Some(body)).await?;
