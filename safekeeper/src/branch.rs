@@ -84,8 +84,8 @@ pub(crate) struct Settings {
     pub lock: Arc<File>,
     pub health: Arc<Health>,
     pub shelf: Arc<Shelf>,
-    /// So many of the runtime's threads may wait for the disk themselves: two threads less that have to be woken for a commit. Others
-    /// are left for the network, however slow the disk is.
+    /// A permit for each of the runtime's threads that may wait for the disk itself, so that no other has to be woken for a commit.
+    /// The rest is left for the network, however slow the disk is.
     pub in_place: Arc<Semaphore>,
 }
 
@@ -348,10 +348,8 @@ impl BranchActor {
         let durable = open.store.durable_lsn();
         let acknowledged = open.acceptor.state().flush_lsn;
         let needs_disk = effects.iter().any(needs_disk);
-        let performed = if let Some(_place) = self.in_place.try_acquire().ok().filter(|_| needs_disk) {
-            let replies = open.store.perform(effects, acknowledged);
-            Ok((open, replies))
-        } else if needs_disk {
+        let place = needs_disk.then(|| Arc::clone(&self.in_place).try_acquire_owned().ok()).flatten();
+        let performed = if needs_disk && place.is_none() {
             let lock = Arc::clone(&self.lock);
             spawn_blocking(move || {
                 let _lock = lock;
@@ -366,7 +364,8 @@ impl BranchActor {
         match performed {
             Ok((mut open, (replies, Ok(())))) => {
                 open.store.set_durable(open.acceptor.state().flush_lsn);
-                if self.send(replies) {
+                self.send(replies);
+                if place.is_some() {
                     // They go out before this thread waits for the disk again.
                     yield_now().await;
                 }
@@ -384,16 +383,13 @@ impl BranchActor {
         }
     }
 
-    /// False when there are none.
-    fn send(&mut self, replies: Vec<(ConnectionId, AcceptorMessage)>) -> bool {
-        let any = !replies.is_empty();
+    fn send(&mut self, replies: Vec<(ConnectionId, AcceptorMessage)>) {
         for (to, message) in replies {
             // A proposer that does not read its answers is cut off.
             if self.links.get(&to).is_some_and(|link| link.try_send(message).is_err()) {
                 self.links.remove(&to);
             }
         }
-        any
     }
 
     fn end_links(&mut self, message: AcceptorMessage) {

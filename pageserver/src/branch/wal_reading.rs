@@ -74,8 +74,10 @@ impl Branch {
                     FAILURE_PAUSE
                 }
                 ReaderEnd::NoneLeft => {
+                    if !self.complain(&std::mem::take(&mut distrust)) {
+                        continue;
+                    }
                     // Files may be repaired, and who is away may come back.
-                    self.complain(&std::mem::take(&mut distrust));
                     DISTRUST
                 }
             };
@@ -95,9 +97,9 @@ impl Branch {
         distrust.note(tip, &givers, reason);
     }
 
-    /// Tells that no safekeeper gives WAL that is any, if it is so; who waits for it waits on.
-    fn complain(&self, distrust: &Distrust) {
-        let Some(complaint) = distrust.complaint(self.tip().last_record_lsn) else { return };
+    /// Tells that no safekeeper gives WAL that is any, and answers whether it is so; who waits for it waits on.
+    fn complain(&self, distrust: &Distrust) -> bool {
+        let Some(complaint) = distrust.complaint(self.tip().last_record_lsn) else { return false };
         let complaint: Arc<str> = complaint.into();
         let known = self.progress.borrow().rotten.clone();
         if known.is_none() {
@@ -107,6 +109,7 @@ impl Branch {
             progress.rotten = Some(Arc::clone(&complaint));
             progress.trouble = Some(complaint);
         });
+        true
     }
 
     /// Takes what one reader gives; for so long only, while somebody is avoided.

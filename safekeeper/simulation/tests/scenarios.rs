@@ -751,3 +751,45 @@ fn a_change_can_be_taken_back() {
     story.change(1, &joint.abandoned());
     assert_eq!((story.commit(1), story.established(1, 3)), (Lsn(1050), true));
 }
+
+#[test]
+fn a_commit_is_told_with_the_next_wal_or_when_it_is_time() {
+    let mut story = Story::new();
+    story.compute(1, &[1, 2, 3]);
+    let start = story.started(1).expect("started").1;
+    let Story { safekeepers, computes } = &mut story;
+    let proposer = &mut computes.get_mut(&1).expect("compute").proposer;
+    // One round trip of each safekeeper; what comes of it.
+    let mut write = |proposer: &mut Proposer<SimScanner>, number: u32| {
+        let mut actions = proposer.append([make_record(Term(1), number, 50).into()]);
+        let sent = std::mem::take(&mut actions).into_iter().filter_map(|action| match action {
+            Action::Send { to, message } => Some((to, message)),
+            _ => None,
+        });
+        for (to, message) in sent {
+            let told = match &message {
+                ProposerMessage::Append(append) => append.commit_lsn,
+                other => panic!("{other:?}"),
+            };
+            for answer in safekeepers.get_mut(&to).expect("safekeeper").tell(message) {
+                actions.extend(proposer.handle(to, answer));
+            }
+            actions.retain(|action| matches!(action, Action::Send { .. }));
+            assert!(told < proposer.end_lsn());
+        }
+        actions
+    };
+    assert!(!proposer.has_untold_commit());
+    assert_eq!(write(proposer, 1), [], "the commit is not told by itself");
+    let first = proposer.commit_lsn();
+    assert!(first > start && first == proposer.end_lsn() && proposer.has_untold_commit());
+    assert_eq!(write(proposer, 2), []);
+    assert_eq!(proposer.tell_commits(first), [], "all have heard of it with the WAL that came next");
+    assert!(safekeepers.values().all(|safekeeper| safekeeper.acceptor.state().commit_lsn == first));
+    let second = proposer.commit_lsn();
+    let told = proposer.tell_commits(second);
+    let all_tell = told.iter().all(
+        |action| matches!(action, Action::Send { message: ProposerMessage::Append(append), .. } if append.commit_lsn == second && append.wal.is_empty()),
+    );
+    assert!(told.len() == 3 && all_tell && !proposer.has_untold_commit(), "{told:?}");
+}

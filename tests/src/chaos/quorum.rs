@@ -49,7 +49,8 @@ pub struct Figures {
     pub phantom: usize,
 }
 
-/// Runs an installation for so long. `seed` decides what happens, but not when clients write.
+/// Runs an installation for so long, or up to thrice as long until each kind of misfortune has happened. `seed` decides what happens,
+/// but not when clients write.
 pub async fn run(duration: Duration, seed: u64) -> anyhow::Result<Figures> {
     let mut cluster = Cluster::prepare(ClusterOptions::default())?;
     let links = Links::to(&cluster.safekeepers()).await?;
@@ -75,7 +76,7 @@ async fn disturb(cluster: &Cluster, links: &Links, duration: Duration, seed: u64
     }
     let mut disturbance = Disturbance::new(cluster, links, &project, ledger.clone(), seed)?;
     let began = Instant::now();
-    while began.elapsed() < duration {
+    while began.elapsed() < duration || (!disturbance.has_seen_all() && began.elapsed() < 3 * duration) {
         disturbance.next().await?;
     }
     ledger.stop();
@@ -120,6 +121,10 @@ impl<'a> Disturbance<'a> {
         let (rng, deck, bitten) = (StdRng::seed_from_u64(seed), Deck::default(), Bitten::default());
         let (double_starts, second_commits) = (0, 0);
         Ok(Disturbance { cluster, links, ledger, branch, database, rng, deck, bitten, double_starts, second_commits })
+    }
+
+    fn has_seen_all(&self) -> bool {
+        self.bitten.kills > 0 && self.bitten.partitions > 0 && self.second_commits > 0
     }
 
     async fn next(&mut self) -> anyhow::Result<()> {

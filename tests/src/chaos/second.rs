@@ -92,7 +92,6 @@ async fn spec(
     };
     let is_root = nix::unistd::Uid::effective().is_root();
     Ok(ComputeSpec {
-        disable_subscriptions: false,
         branch: branch.clone(),
         endpoint: EndpointId::new(&format!("ep-{name}"))?,
         branch_start_lsn,
@@ -106,6 +105,7 @@ async fn spec(
         postgres_user: is_root.then(|| "postgres".to_owned()),
         settings: BTreeMap::new(),
         catalog: None,
+        disable_subscriptions: false,
         page_cache_bytes: 64 << 20,
         kept_pages_bytes: 256 << 20,
         sleeping_caches_bytes: 0,

@@ -325,12 +325,12 @@ impl<S: RecordScanner> Proposer<S> {
         actions
     }
 
-    /// True while a follower has not been told that everything up to here is committed. It hears of it with the next WAL, with a
-    /// heartbeat, or by [`Proposer::tell_commits`].
+    /// True while a follower of this leader has not been told of everything that is committed. It hears of it with the next WAL,
+    /// with a heartbeat, or by [`Proposer::tell_commits`].
     pub fn has_untold_commit(&self) -> bool {
-        self.peers
-            .values()
-            .any(|peer| matches!(peer, Peer::Following(follower) if !follower.knows_commit(self.commit_lsn)))
+        let lacks =
+            |peer: &Peer<S>| matches!(peer, Peer::Following(follower) if !follower.knows_commit(self.commit_lsn));
+        matches!(self.phase, Phase::Leader(_)) && self.peers.values().any(lacks)
     }
 
     /// Tells what is committed to those followers that don't know it even up to `lsn`. Call a moment after [`Action::Committed`],
