@@ -410,16 +410,17 @@ impl BranchActor {
         state
     }
 
-    /// Of a branch without WAL only a record in a file stays that all such branches share.
+    /// Of a branch without WAL only a record in a file stays that all such branches share; of another its WAL, and no room ahead of it.
     async fn shelve(&mut self, state: State) -> State {
         let State::Open(mut open) = state else { return state };
-        if !open.acceptor.holds_nothing() || open.acceptor.state() != open.store.stored() {
+        let holds_nothing = open.acceptor.holds_nothing() && open.acceptor.state() == open.store.stored();
+        if !holds_nothing && !open.store.has_room_ahead() {
             return State::Open(open);
         }
         let lock = Arc::clone(&self.lock);
         let shelved = spawn_blocking(move || {
             let _lock = lock;
-            let shelved = open.store.shelve();
+            let shelved = if holds_nothing { open.store.shelve() } else { open.store.trim() };
             (open, shelved)
         });
         match shelved.await {

@@ -180,9 +180,9 @@ async fn a_torn_tail_is_cut_to_the_last_whole_record() {
     drop(compute.proposer);
     let segment = |cluster: &Cluster, index| cluster.branch_dir(index).join(START.segment_file_name());
     File::options()
-        .append(true)
+        .write(true)
         .open(segment(&cluster, 0))
-        .and_then(|mut file| file.write_all(&[0x5A; 5000]))
+        .and_then(|file| file.write_all_at(&[0x5A; 5000], end.segment_offset()))
         .expect("garbage");
     let cut = File::options().write(true).open(segment(&cluster, 1)).expect("open");
     cut.set_len(end.segment_offset() - 100).expect("cut");

@@ -132,6 +132,16 @@ impl BranchStore {
         Ok(())
     }
 
+    /// True while the last file is longer than its WAL.
+    pub fn has_room_ahead(&self) -> bool {
+        self.segments.has_room_ahead()
+    }
+
+    /// Gives the room ahead of the WAL back: nothing will be written for a while.
+    pub fn trim(&mut self) -> Result<(), StorageError> {
+        self.segments.trim()
+    }
+
     /// The state as last stored.
     pub fn stored(&self) -> &AcceptorState {
         &self.stored

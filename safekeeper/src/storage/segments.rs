@@ -1,7 +1,8 @@
 //! WAL by position, in files named and sized as Postgres's segments.
 //!
-//! A file is as long as what has been written to it. One whose WAL starts in its middle (the log was restarted there)
-//! has a hole before.
+//! While WAL comes in small pieces, a file is made longer ahead of it with zeroes ([`AHEAD_BYTES`]): a sync then has only the bytes to
+//! write, and not the file's new length too, which file systems write to a journal. So a file may be longer than its WAL; zeroes are no
+//! record, and a restart finds the end by decoding. A file whose WAL starts in its middle (the log was restarted there) has a hole before.
 
 use std::{
     fs::{self, File},
@@ -14,10 +15,19 @@ use types::{Lsn, WAL_SEGMENT_BYTES};
 
 use super::{StorageError, sync_dir};
 
+/// By so much a file is made longer than what is written to it.
+const AHEAD_BYTES: u64 = 512 * 1024;
+/// Larger pieces make a file longer by themselves only: the zeroes would be as much to write as the WAL.
+const SMALL_PIECE_BYTES: usize = 64 * 1024;
+
 pub(super) struct Segments {
     directory: PathBuf,
     /// The file written to last.
     current: Option<(u64, File)>,
+    /// Bytes in that file, with those that are ahead of the WAL.
+    current_length: u64,
+    /// Up to where WAL was written since this was opened or cut; what is in files beyond is ahead of it.
+    written_end: Option<Lsn>,
     /// Files written to before it since the last flush.
     unflushed: Vec<(u64, File)>,
     current_unflushed: bool,
@@ -27,7 +37,15 @@ pub(super) struct Segments {
 
 impl Segments {
     pub fn new(directory: PathBuf) -> Segments {
-        Segments { directory, current: None, unflushed: Vec::new(), current_unflushed: false, directory_changed: false }
+        Segments {
+            directory,
+            current: None,
+            current_length: 0,
+            written_end: None,
+            unflushed: Vec::new(),
+            current_unflushed: false,
+            directory_changed: false,
+        }
     }
 
     /// Writes bytes; durable after [`Segments::flush`].
@@ -40,10 +58,53 @@ impl Segments {
             let file = self.open(at.segment_number())?;
             file.write_all_at(part, at.segment_offset()).map_err(StorageError::io("write", &path))?;
             self.current_unflushed = true;
+            self.lengthen(at.segment_offset() + part.len() as u64, part.len(), &path)?;
             at += part.len() as u64;
+            self.written_end = self.written_end.max(Some(at));
             rest = later;
         }
         Ok(())
+    }
+
+    /// Makes the current file longer than the `written` bytes, if these have reached its end with a small piece.
+    fn lengthen(&mut self, written: u64, piece: usize, path: &Path) -> Result<(), StorageError> {
+        if written <= self.current_length {
+            return Ok(());
+        }
+        self.current_length = written;
+        let until = (written + 1).next_multiple_of(AHEAD_BYTES).min(WAL_SEGMENT_BYTES);
+        let Some((_, file)) = self.current.as_ref().filter(|_| piece <= SMALL_PIECE_BYTES && written < until) else {
+            return Ok(());
+        };
+        match file.write_all_at(&vec![0; (until - written) as usize], written) {
+            Ok(()) => self.current_length = until,
+            // The WAL itself has found room.
+            Err(error) if matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {}
+            Err(source) => return Err(StorageError::Io { action: "lengthen", path: path.to_owned(), source }),
+        }
+        Ok(())
+    }
+
+    /// True while the last file is longer than its WAL.
+    pub fn has_room_ahead(&self) -> bool {
+        self.current.as_ref().is_some_and(|(number, _)| self.written_in(*number) < self.current_length)
+    }
+
+    /// Gives back what the last file has ahead of its WAL.
+    pub fn trim(&mut self) -> Result<(), StorageError> {
+        if !self.has_room_ahead() {
+            return Ok(());
+        }
+        let Some((number, file)) = &self.current else { return Ok(()) };
+        let length = self.written_in(*number);
+        file.set_len(length).map_err(StorageError::io("truncate", &self.path(*number)))?;
+        self.current_length = length;
+        Ok(())
+    }
+
+    /// Bytes of WAL that a segment's file holds at most, by what was written since this was opened or cut.
+    fn written_in(&self, number: u64) -> u64 {
+        self.written_end.map_or(WAL_SEGMENT_BYTES, |end| end.0.saturating_sub(number * WAL_SEGMENT_BYTES))
     }
 
     /// Makes everything written durable.
@@ -65,6 +126,7 @@ impl Segments {
     pub fn truncate(&mut self, at: Lsn) -> Result<(), StorageError> {
         self.flush()?;
         self.current = None;
+        self.written_end = None;
         let mut removed = false;
         for number in self.numbers()? {
             let path = self.path(number);
@@ -85,7 +147,7 @@ impl Segments {
     /// Removes files that hold nothing at or beyond `lsn`.
     pub fn drop_below(&mut self, lsn: Lsn) -> Result<(), StorageError> {
         for number in self.numbers()? {
-            if number * WAL_SEGMENT_BYTES + self.length(number)? <= lsn.0 {
+            if number * WAL_SEGMENT_BYTES + self.length(number)?.min(self.written_in(number)) <= lsn.0 {
                 if self.current.as_ref().is_some_and(|(current, _)| *current == number) {
                     self.current = None;
                     self.current_unflushed = false;
@@ -152,6 +214,7 @@ impl Segments {
             let existed = path.exists();
             let opened = File::options().write(true).create(true).truncate(false).open(&path);
             let file = opened.map_err(StorageError::io("open", &path))?;
+            self.current_length = file.metadata().map_err(StorageError::io("stat", &path))?.len();
             self.directory_changed |= !existed;
             let before = self.current.replace((number, file));
             if let (Some(before), true) = (before, self.current_unflushed) {
