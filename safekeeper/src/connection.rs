@@ -269,14 +269,19 @@ async fn stream(writer: &mut Writer, handle: &BranchHandle, from: Lsn) -> Result
         }
         if position < commit_lsn {
             let end = commit_lsn.min(position + MAX_WAL_BYTES_PER_MESSAGE as u64);
-            let read = spawn_blocking(move || {
-                let wal = segments.read(position, end);
-                (segments, wal)
-            });
-            let (returned, wal) = read.await.map_err(|_| ConnectionEnd::Stopping)?;
-            segments = returned;
-            // A file may have been trimmed meanwhile: the reader comes back and is told so.
-            let wal = wal.map_err(|e| ConnectionEnd::Refused(e.to_string()))?;
+            let wal = match segments.read_cached(position, end) {
+                Some(wal) => wal,
+                None => {
+                    let read = spawn_blocking(move || {
+                        let wal = segments.read(position, end);
+                        (segments, wal)
+                    });
+                    let (returned, wal) = read.await.map_err(|_| ConnectionEnd::Stopping)?;
+                    segments = returned;
+                    // A file may have been trimmed meanwhile: the reader comes back and is told so.
+                    wal.map_err(|e| ConnectionEnd::Refused(e.to_string()))?
+                }
+            };
             writer.send(&ReaderReply::Wal { begin: position, wal: Bytes::from(wal), commit_lsn }).await?;
             position = end;
             heartbeat = FIRST_HEARTBEAT;

@@ -6,11 +6,12 @@
 
 use std::{
     fs::{self, File},
-    io::ErrorKind,
+    io::{ErrorKind, IoSliceMut},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
+use rustix::io::{ReadWriteFlags, preadv2};
 use types::{Lsn, WAL_SEGMENT_BYTES};
 
 use super::{StorageError, sync_dir};
@@ -54,11 +55,11 @@ impl Segments {
         while !rest.is_empty() {
             let room = (WAL_SEGMENT_BYTES - at.segment_offset()) as usize;
             let (part, later) = rest.split_at(rest.len().min(room));
-            let path = self.path(at.segment_number());
-            let file = self.open(at.segment_number())?;
-            file.write_all_at(part, at.segment_offset()).map_err(StorageError::io("write", &path))?;
+            let number = at.segment_number();
+            let written = self.open(number)?.write_all_at(part, at.segment_offset());
+            written.map_err(|source| StorageError::io("write", &self.path(number))(source))?;
             self.current_unflushed = true;
-            self.lengthen(at.segment_offset() + part.len() as u64, part.len(), &path)?;
+            self.lengthen(at.segment_offset() + part.len() as u64, part.len())?;
             at += part.len() as u64;
             self.written_end = self.written_end.max(Some(at));
             rest = later;
@@ -67,20 +68,21 @@ impl Segments {
     }
 
     /// Makes the current file longer than the `written` bytes, if these have reached its end with a small piece.
-    fn lengthen(&mut self, written: u64, piece: usize, path: &Path) -> Result<(), StorageError> {
+    fn lengthen(&mut self, written: u64, piece: usize) -> Result<(), StorageError> {
         if written <= self.current_length {
             return Ok(());
         }
         self.current_length = written;
         let until = (written + 1).next_multiple_of(AHEAD_BYTES).min(WAL_SEGMENT_BYTES);
-        let Some((_, file)) = self.current.as_ref().filter(|_| piece <= SMALL_PIECE_BYTES && written < until) else {
+        let Some((number, file)) = self.current.as_ref().filter(|_| piece <= SMALL_PIECE_BYTES && written < until)
+        else {
             return Ok(());
         };
         match file.write_all_at(&vec![0; (until - written) as usize], written) {
             Ok(()) => self.current_length = until,
             // The WAL itself has found room.
             Err(error) if matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {}
-            Err(source) => return Err(StorageError::Io { action: "lengthen", path: path.to_owned(), source }),
+            Err(source) => return Err(StorageError::Io { action: "lengthen", path: self.path(*number), source }),
         }
         Ok(())
     }
@@ -111,7 +113,7 @@ impl Segments {
     pub fn flush(&mut self) -> Result<(), StorageError> {
         let current = self.current.iter().filter(|_| self.current_unflushed);
         for (number, file) in self.unflushed.iter().chain(current) {
-            file.sync_data().map_err(StorageError::io("fdatasync", &self.path(*number)))?;
+            file.sync_data().map_err(|source| StorageError::io("fdatasync", &self.path(*number))(source))?;
         }
         self.unflushed.clear();
         self.current_unflushed = false;
@@ -269,6 +271,29 @@ impl SegmentReader {
 
     /// Bytes from `begin` to `end`, which must all have been written.
     pub fn read(&mut self, begin: Lsn, end: Lsn) -> Result<Vec<u8>, StorageError> {
+        self.read_by(begin, end, |file, part, at| file.read_exact_at(part, at))
+    }
+
+    /// [`SegmentReader::read`] if the kernel has it all in memory, as it has WAL that was just written; does not wait for the disk.
+    pub fn read_cached(&mut self, begin: Lsn, end: Lsn) -> Option<Vec<u8>> {
+        let cached = self.read_by(begin, end, |file, part, at| {
+            let length = part.len();
+            match preadv2(file, &mut [IoSliceMut::new(part)], at, ReadWriteFlags::NOWAIT) {
+                Ok(read) if read == length => Ok(()),
+                Ok(_) => Err(ErrorKind::WouldBlock.into()),
+                Err(error) => Err(error.into()),
+            }
+        });
+        // Whatever else is wrong, an ordinary read tells.
+        cached.ok()
+    }
+
+    fn read_by(
+        &mut self,
+        begin: Lsn,
+        end: Lsn,
+        read: impl Fn(&File, &mut [u8], u64) -> std::io::Result<()>,
+    ) -> Result<Vec<u8>, StorageError> {
         let mut bytes = vec![0; end.0.saturating_sub(begin.0) as usize];
         let (mut at, mut rest) = (begin, bytes.as_mut_slice());
         while !rest.is_empty() {
@@ -276,12 +301,13 @@ impl SegmentReader {
             let length = rest.len().min(room);
             let (part, later) = rest.split_at_mut(length);
             let number = at.segment_number();
-            let path = segment_path(&self.directory, number);
+            let path = || segment_path(&self.directory, number);
             if self.current.as_ref().is_none_or(|(current, _)| *current != number) {
-                self.current = Some((number, File::open(&path).map_err(StorageError::io("open", &path))?));
+                let opened = File::open(path()).map_err(|source| StorageError::io("open", &path())(source))?;
+                self.current = Some((number, opened));
             }
             let (_, file) = self.current.as_ref().expect("opened above");
-            file.read_exact_at(part, at.segment_offset()).map_err(StorageError::io("read", &path))?;
+            read(file, part, at.segment_offset()).map_err(|source| StorageError::io("read", &path())(source))?;
             at += length as u64;
             rest = later;
         }
