@@ -2,6 +2,10 @@
 
 use std::ffi::CStr;
 
+use types::PAGE_BYTES;
+
+use crate::Page;
+
 /// An error number of the operating system (`EIO`, `ENOSPC`, ...).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Errno(pub i32);
@@ -73,6 +77,22 @@ pub fn write_all_at(fd: i32, buf: &[u8], offset: u64) -> Result<(), Errno> {
         }
     }
     Ok(())
+}
+
+/// Writes pages one behind the other from `offset` on: at most `UIO_MAXIOV` (1024).
+pub fn write_pages_at(fd: i32, pages: &[&Page], offset: u64) -> Result<(), Errno> {
+    let part = |page: &&Page| libc::iovec { iov_base: page.as_ptr().cast_mut().cast(), iov_len: PAGE_BYTES };
+    let parts: Vec<libc::iovec> = pages.iter().map(part).collect();
+    // SAFETY: each part describes a page, which is only read.
+    let put =
+        unsafe { libc::syscall(libc::SYS_pwritev, fd, parts.as_ptr(), parts.len(), offset as libc::off_t, 0_usize) };
+    let whole = match check(put) {
+        Ok(bytes) => bytes / PAGE_BYTES,
+        Err(Errno(libc::EINTR)) => 0,
+        Err(errno) => return Err(errno),
+    };
+    let mut rest = pages.iter().enumerate().skip(whole);
+    rest.try_for_each(|(index, page)| write_all_at(fd, *page, offset + (index * PAGE_BYTES) as u64))
 }
 
 /// Gives `len` bytes of a file from `offset` on real storage, so that touching its mapping can't fail.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use tokio::sync::{Semaphore, watch};
-use types::{BlockNumber, PageTag, RelTag};
+use types::{BlockNumber, PAGE_BYTES, PageTag, RelTag};
 
 use crate::{PageCache, backend::ShimBackend};
 
@@ -109,14 +109,15 @@ impl ReadAhead {
         let cache = self.cache.clone();
         // Writing pages to the cache's file may wait for the disk.
         let deposited = tokio::task::spawn_blocking(move || {
-            for (tag, page) in pages {
-                let Ok(page) = page.as_ref().try_into() else {
-                    tracing::warn!(%tag, bytes = page.len(), "a page of odd length");
-                    continue;
-                };
-                if let Err(error) = cache.deposit(tag, page, as_of) {
-                    return tracing::warn!(%tag, %error, "cannot put a page into the page cache");
+            let mut whole: Vec<(PageTag, &[u8; PAGE_BYTES])> = Vec::with_capacity(pages.len());
+            for (tag, page) in &pages {
+                match page.as_ref().try_into() {
+                    Ok(page) => whole.push((*tag, page)),
+                    Err(_) => tracing::warn!(%tag, bytes = page.len(), "a page of odd length"),
                 }
+            }
+            if let Err(error) = cache.deposit_many(&whole, as_of) {
+                tracing::warn!(%error, "cannot put pages into the page cache");
             }
         });
         if let Err(error) = deposited.await {

@@ -35,6 +35,9 @@ pub struct Wanted {
 /// Blocks that are read in one piece at most.
 const BLOCKS_PER_READ: usize = 128;
 
+/// So many blocks in one read are of a scan, which comes back to the outer ones at most: those between don't go to the cache.
+const BLOCKS_OF_A_SCAN: usize = 4;
+
 /// One layer; its index is loaded at the first look into it and then kept.
 pub struct Layer {
     /// What the manifest says.
@@ -215,7 +218,10 @@ impl Layer {
                 numbers[at..at + run].iter().take(BLOCKS_PER_READ).map(|number| &index.blocks[*number]).collect();
             for (offset, stored) in self.read_blocks(remote, &handles).await?.into_iter().enumerate() {
                 let block = Arc::new(stored.block);
-                remote.blocks.insert((self.id, numbers[at + offset] as u32), block.clone()).await;
+                let outer = offset == 0 || offset + 1 == handles.len();
+                if outer || handles.len() < BLOCKS_OF_A_SCAN {
+                    remote.blocks.insert((self.id, numbers[at + offset] as u32), block.clone()).await;
+                }
                 blocks[at + offset] = Some(block);
             }
             at += handles.len().max(1);

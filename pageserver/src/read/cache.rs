@@ -1,6 +1,7 @@
 //! Pages as they were last made, to start from.
 
 use bytes::Bytes;
+use rustc_hash::FxBuildHasher;
 use types::{Lsn, PAGE_BYTES};
 
 use crate::storage::Key;
@@ -10,14 +11,15 @@ const OVERHEAD_BYTES: u32 = 160;
 
 /// The newest version that was made of each page, within a bound of memory.
 pub struct PageCache {
-    pages: moka::sync::Cache<(u64, Key), (Lsn, Bytes)>,
+    pages: moka::sync::Cache<(u64, Key), (Lsn, Bytes), FxBuildHasher>,
 }
 
 impl PageCache {
     /// Bounded by `bytes`.
     pub fn new(bytes: u64) -> PageCache {
         let weigh = |_: &(u64, Key), _: &(Lsn, Bytes)| PAGE_BYTES as u32 + OVERHEAD_BYTES;
-        PageCache { pages: moka::sync::Cache::builder().max_capacity(bytes).weigher(weigh).build() }
+        let pages = moka::sync::Cache::builder().max_capacity(bytes).weigher(weigh);
+        PageCache { pages: pages.build_with_hasher(FxBuildHasher) }
     }
 
     /// The version that is kept: as of which LSN, and the page.

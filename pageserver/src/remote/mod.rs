@@ -41,7 +41,7 @@ pub struct Remote {
     /// Whole layers on the local disk.
     pub disk: DiskCache,
     /// Decompressed blocks of layers by (layer id, block number).
-    pub blocks: moka::future::Cache<(u64, u32), Arc<Block>>,
+    pub blocks: moka::future::Cache<(u64, u32), Arc<Block>, rustc_hash::FxBuildHasher>,
     downloads: Arc<tokio::sync::Semaphore>,
     downloading: Arc<Mutex<HashSet<Path>>>,
     layer_numbers: AtomicU64,
@@ -65,7 +65,7 @@ impl Remote {
         let blocks = moka::future::Cache::builder()
             .max_capacity(block_cache_bytes)
             .weigher(|_, block: &Arc<Block>| u32::try_from(block.weight()).unwrap_or(u32::MAX))
-            .build();
+            .build_with_hasher(rustc_hash::FxBuildHasher);
         let downloads = Arc::new(tokio::sync::Semaphore::new(DOWNLOADS));
         Remote {
             store,

@@ -341,8 +341,17 @@ impl Conversation {
     }
 
     /// Tells the client what other connections' parameters it has not been told.
-    fn announce(&mut self, server: &ServerState, to_client: &mut Vec<u8>) {
+    fn announce(&mut self, server: &mut ServerState, to_client: &mut Vec<u8>) {
         if Arc::ptr_eq(&self.told, &server.reported) {
+            return;
+        }
+        if self.told == server.reported {
+            // One of the two for both, always the same one: in the end all that are equal are one, and need not be compared.
+            if Arc::as_ptr(&self.told) < Arc::as_ptr(&server.reported) {
+                server.reported = self.told.clone();
+            } else {
+                self.told = server.reported.clone();
+            }
             return;
         }
         for (name, value) in server.reported.iter().filter(|(name, value)| self.told.get(*name) != Some(value)) {
