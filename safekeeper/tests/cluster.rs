@@ -4,7 +4,6 @@ mod harness;
 
 use std::{
     fs::{self, File},
-    io::Write,
     os::unix::fs::FileExt,
     time::{Duration, Instant},
 };

@@ -224,17 +224,25 @@ fn many_pages_are_deposited_as_single_ones_are() {
         assert!(found.is_none() || found == Some((block - 100) as u8), "{block}: {found:?}");
     }
     assert!(owner.stats().clean_bytes <= 8 * PAGE && read(&shared, 3) == Some(1));
-    // And older ones than what was dropped are refused.
+}
+
+#[test]
+fn of_many_pages_older_versions_than_the_dropped_ones_are_refused() {
+    let (owner, shared) = cache(1, 1, 16);
     shared.keep(&tag(0), &filled(1), Keep { lsn: 100, insert: 200, soft: false }).expect("room");
     owner.set_horizon(Lsn(300));
     shared.keep(&tag(1), &filled(1), Keep::FOR_EVER).expect("room");
-    owner.deposit_many(&batch, Lsn(300)).expect("room");
-    while read(&shared, 0).is_some() {
-        owner.deposit_many(&batch, Lsn(300)).expect("room");
+    // Page 0 is clean now, and leaves for another.
+    let page = filled(2);
+    for block in 50..60 {
+        owner.deposit_many(&[(tag(block), &page)], Lsn(300)).expect("deposit");
     }
-    let old = filled(9);
-    assert_eq!(owner.deposit_many(&[(tag(0), &old)], Lsn(199)).expect("readable"), 0);
-    assert_eq!(owner.deposit_many(&[(tag(0), &old)], Lsn(200)).expect("room"), 1);
+    assert_eq!(read(&shared, 0), None);
+    let batch = [(tag(0), &page), (tag(70), &page)];
+    owner.deposit_many(&batch, Lsn(199)).expect("deposit");
+    assert_eq!(read(&shared, 0), None, "asked for before the page was dropped");
+    assert_eq!(owner.deposit_many(&batch[..1], Lsn(200)).expect("deposit"), 1);
+    assert_eq!(read(&shared, 0), Some(2));
 }
 
 #[test]

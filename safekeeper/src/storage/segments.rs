@@ -336,3 +336,44 @@ fn parse_segment_name(name: &str) -> Option<u64> {
     let number = u64::from_str_radix(high, 16).ok()? * per_id + u64::from_str_radix(low, 16).ok()?;
     (Lsn(number.checked_mul(WAL_SEGMENT_BYTES)?).segment_file_name() == name).then_some(number)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_is_made_ahead_of_small_pieces_only_and_given_back() {
+        let directory = tempfile::tempdir().expect("directory");
+        let mut segments = Segments::new(directory.path().to_owned());
+        let start = Lsn(3 * WAL_SEGMENT_BYTES + 1000);
+        let length = |segments: &Segments| segments.length(3).expect("length");
+        segments.write(start, &[7; 500]).and_then(|()| segments.flush()).expect("write");
+        assert_eq!((length(&segments), segments.has_room_ahead()), (AHEAD_BYTES, true));
+        segments.write(start + 500, &[8; 500]).and_then(|()| segments.flush()).expect("write");
+        assert_eq!(length(&segments), AHEAD_BYTES);
+        assert_eq!(segments.read(start + 499, start + 502).expect("read"), [7, 8, 8]);
+        let mut reader = SegmentReader::new(directory.path().to_owned());
+        assert_eq!(reader.read_cached(start + 499, start + 502), Some(vec![7, 8, 8]));
+        assert_eq!(reader.read_cached(start, Lsn(5 * WAL_SEGMENT_BYTES)), None);
+
+        segments.trim().expect("trim");
+        assert_eq!((length(&segments), segments.has_room_ahead()), (2000, false));
+        let large = vec![9; SMALL_PIECE_BYTES + 1];
+        segments.write(start + 1000, &large).expect("write");
+        assert_eq!(length(&segments), 2000 + large.len() as u64);
+
+        // To the segment's end and a little into the next: no file is longer than a segment.
+        let end = Lsn(4 * WAL_SEGMENT_BYTES + 10);
+        let at = start + 1000 + large.len() as u64;
+        segments.write(at, &vec![1; (end.0 - at.0 - 30) as usize]).expect("write");
+        segments.write(Lsn(end.0 - 30), &[2; 30]).and_then(|()| segments.flush()).expect("write");
+        assert_eq!((length(&segments), segments.length(4).expect("length")), (WAL_SEGMENT_BYTES, AHEAD_BYTES));
+        segments.drop_below(Lsn(end.0 - 1)).expect("drop");
+        assert_eq!(segments.numbers().expect("list"), [4]);
+        assert_eq!(segments.read(Lsn(end.0 - 1), end).expect("read"), [2]);
+        segments.drop_below(end).expect("drop");
+        assert!(segments.numbers().expect("list").is_empty(), "what is ahead of the WAL does not keep a file");
+        segments.write(end, &[3; 5]).and_then(|()| segments.truncate(end + 2)).expect("write");
+        assert_eq!(segments.length(4).expect("length"), 12);
+    }
+}
