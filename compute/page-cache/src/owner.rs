@@ -2,7 +2,7 @@
 
 use std::{
     ffi::CString,
-    io,
+    io::{self, IoSlice},
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering::*},
@@ -14,7 +14,9 @@ use crate::{
     Page,
     asleep::{self, Entry},
     layout::{DEFAULT_MAX_RELS, Sizes},
+    pages::slot_offset,
     shared::Shared,
+    sys,
 };
 
 /// Where the cache lives and how large it may grow.
@@ -162,9 +164,32 @@ impl PageCache {
         Ok(self.shared.deposit(&tag, page, as_of.0)?)
     }
 
-    /// [`PageCache::deposit`] for many pages (at most 1024) in fewer writes; answers how many were taken.
+    /// [`PageCache::deposit`] for many pages (at most 1024); those whose slots lie together are written together. Answers how
+    /// many were taken.
     pub fn deposit_many(&self, pages: &[(PageTag, &Page)], as_of: Lsn) -> io::Result<usize> {
-        Ok(self.shared.deposit_many(pages, as_of.0)?)
+        let shared = &*self.shared;
+        let mut slots: Vec<(u32, &PageTag, &Page)> = Vec::with_capacity(pages.len());
+        let mut outcome = Ok(0);
+        for (tag, page) in pages {
+            let taken = slots.len();
+            match shared.contains(tag).and_then(|there| if there { Ok(None) } else { shared.slot_for_clean(taken) }) {
+                Ok(slot) => slots.extend(slot.map(|slot| (slot, tag, *page))),
+                Err(errno) => {
+                    outcome = Err(errno);
+                    break;
+                }
+            }
+        }
+        slots.sort_unstable_by_key(|(slot, ..)| *slot);
+        for run in slots.chunk_by(|(before, ..), (slot, ..)| before + 1 == *slot) {
+            let parts: Vec<IoSlice<'_>> = run.iter().map(|(_, _, page)| IoSlice::new(*page)).collect();
+            let stored = sys::write_parts_at(shared.pages_fd, &parts, slot_offset(run[0].0)).is_ok();
+            for (slot, tag, page) in run {
+                let linked = shared.link_deposit(*slot, tag, page, stored, as_of.0);
+                outcome = outcome.and_then(|taken| linked.map(|linked| taken + usize::from(linked)));
+            }
+        }
+        Ok(outcome?)
     }
 
     /// The pages that WAL does not fully tell, as Postgres left them: of sequences (main forks) or of free space maps. For

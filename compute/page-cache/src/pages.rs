@@ -82,36 +82,15 @@ impl Shared {
         self.link_deposit(fresh, tag, page, stored, as_of)
     }
 
-    /// [`Shared::deposit`] for many pages; those whose slots lie together are written together. Returns how many were taken.
-    pub fn deposit_many(&self, pages: &[(PageTag, &Page)], as_of: u64) -> Result<usize, Errno> {
-        let mut slots: Vec<(u32, &PageTag, &Page)> = Vec::with_capacity(pages.len());
-        let mut found = Ok(());
-        for (tag, page) in pages {
-            match self.contains(tag).and_then(|there| if there { Ok(None) } else { self.slot_for_clean(slots.len()) }) {
-                Ok(slot) => slots.extend(slot.map(|slot| (slot, tag, *page))),
-                Err(errno) => {
-                    found = Err(errno);
-                    break;
-                }
-            }
-        }
-        slots.sort_unstable_by_key(|(slot, ..)| *slot);
-        let mut taken = 0;
-        for run in slots.chunk_by(|(before, ..), (slot, ..)| before + 1 == *slot) {
-            let pages: Vec<&Page> = run.iter().map(|(_, _, page)| *page).collect();
-            let stored = sys::write_pages_at(self.pages_fd, &pages, slot_offset(run[0].0)).is_ok();
-            for (slot, tag, page) in run {
-                match self.link_deposit(*slot, tag, page, stored, as_of) {
-                    Ok(linked) => taken += usize::from(linked),
-                    Err(errno) => found = found.and(Err(errno)),
-                }
-            }
-        }
-        found.map(|()| taken)
-    }
-
     /// Makes a slot that a clean page was to be written to that page's, or nobody's when it was not, or is known better by now.
-    fn link_deposit(&self, fresh: u32, tag: &PageTag, page: &Page, stored: bool, as_of: u64) -> Result<bool, Errno> {
+    pub(crate) fn link_deposit(
+        &self,
+        fresh: u32,
+        tag: &PageTag,
+        page: &Page,
+        stored: bool,
+        as_of: u64,
+    ) -> Result<bool, Errno> {
         let bucket = self.bucket_of(hash_page(tag));
         let guard = self.lock_bucket(bucket)?;
         let newest_dropped = self.drop_mark(tag).load(Relaxed);
@@ -398,8 +377,8 @@ impl Shared {
         Ok(Some(fresh))
     }
 
-    /// `taken` have been answered before and are not counted yet.
-    fn slot_for_clean(&self, taken: usize) -> Result<Option<u32>, Errno> {
+    /// A slot for a clean page, if there is room. `taken` have been answered before and are not counted yet.
+    pub(crate) fn slot_for_clean(&self, taken: usize) -> Result<Option<u32>, Errno> {
         let clean = self.header().clean_count.load(Relaxed).saturating_add(taken as u32);
         if clean < self.header().clean_bound.load(Relaxed)
             && let Some(slot) = self.unused_slot()?
@@ -587,6 +566,6 @@ impl Shared {
     }
 }
 
-fn slot_offset(index: u32) -> u64 {
+pub(crate) fn slot_offset(index: u32) -> u64 {
     u64::from(index) * PAGE_BYTES as u64
 }

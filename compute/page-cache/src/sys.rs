@@ -1,10 +1,6 @@
 //! System calls, made raw: inside `postgres` libc's own names lead into the shim.
 
-use std::ffi::CStr;
-
-use types::PAGE_BYTES;
-
-use crate::Page;
+use std::{ffi::CStr, io::IoSlice};
 
 /// An error number of the operating system (`EIO`, `ENOSPC`, ...).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,20 +75,24 @@ pub fn write_all_at(fd: i32, buf: &[u8], offset: u64) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Writes pages one behind the other from `offset` on: at most `UIO_MAXIOV` (1024).
-pub fn write_pages_at(fd: i32, pages: &[&Page], offset: u64) -> Result<(), Errno> {
-    let part = |page: &&Page| libc::iovec { iov_base: page.as_ptr().cast_mut().cast(), iov_len: PAGE_BYTES };
-    let parts: Vec<libc::iovec> = pages.iter().map(part).collect();
-    // SAFETY: each part describes a page, which is only read.
+/// Writes all parts, one behind the other, from `offset` on: at most `UIO_MAXIOV` (1024) of them.
+pub fn write_parts_at(fd: i32, parts: &[IoSlice<'_>], offset: u64) -> Result<(), Errno> {
+    // SAFETY: an `IoSlice` is laid out as an `iovec`; pointer and length describe `parts`.
     let put =
         unsafe { libc::syscall(libc::SYS_pwritev, fd, parts.as_ptr(), parts.len(), offset as libc::off_t, 0_usize) };
-    let whole = match check(put) {
-        Ok(bytes) => bytes / PAGE_BYTES,
+    let mut done = match check(put) {
         Err(Errno(libc::EINTR)) => 0,
-        Err(errno) => return Err(errno),
+        outcome => outcome?,
     };
-    let mut rest = pages.iter().enumerate().skip(whole);
-    rest.try_for_each(|(index, page)| write_all_at(fd, *page, offset + (index * PAGE_BYTES) as u64))
+    // What a short write left.
+    let mut at = offset;
+    for part in parts {
+        let there = done.min(part.len());
+        write_all_at(fd, &part[there..], at + there as u64)?;
+        done -= there;
+        at += part.len() as u64;
+    }
+    Ok(())
 }
 
 /// Gives `len` bytes of a file from `offset` on real storage, so that touching its mapping can't fail.

@@ -273,7 +273,7 @@ fn cut_at_end(segments: &mut Segments, state: &AcceptorState, log: &LogEnd) -> R
     segments.drop_below(state.log_start_lsn)?;
     let LogEnd { end, available } = *log;
     if available > end {
-        info!(lsn = %end, bytes = available.0 - end.0, "cutting off the tail of the log, which is not whole records");
+        info!(lsn = %end, bytes = available.0 - end.0, "cutting off what follows the last whole record: room made ahead, or a torn write");
     }
     segments.truncate(end)?;
     // It may be in the page cache only, written by a process that died before its fsync.

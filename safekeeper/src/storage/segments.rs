@@ -94,10 +94,7 @@ impl Segments {
 
     /// Gives back what the last file has ahead of its WAL.
     pub fn trim(&mut self) -> Result<(), StorageError> {
-        if !self.has_room_ahead() {
-            return Ok(());
-        }
-        let Some((number, file)) = &self.current else { return Ok(()) };
+        let Some((number, file)) = self.current.as_ref().filter(|_| self.has_room_ahead()) else { return Ok(()) };
         let length = self.written_in(*number);
         file.set_len(length).map_err(StorageError::io("truncate", &self.path(*number)))?;
         self.current_length = length;
