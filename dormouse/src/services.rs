@@ -33,11 +33,11 @@ pub enum ServiceCommand {
 /// Runs a service to its end.
 pub fn main(command: ServiceCommand, format: LogFormat) -> anyhow::Result<ExitCode> {
     logging::start(format, "info");
-    let mut builder = tokio::runtime::Builder::new_multi_thread();
-    if matches!(command, ServiceCommand::Compute) {
-        // There are many computes on a host, each with one Postgres to serve.
-        builder.worker_threads(2);
-    }
+    let mut builder = match command {
+        // Commits pass from task to task there, which costs least within one thread.
+        ServiceCommand::Compute => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
     if matches!(command, ServiceCommand::Safekeeper(_)) {
         // They wait for the disk, too.
         builder.worker_threads(safekeeper::USUAL_THREADS);

@@ -167,6 +167,10 @@ impl BranchActor {
                         state = self.load().await;
                     }
                     state = self.take(state, &mut batch).await;
+                    if !commands.is_empty() {
+                        // Answers go out before this thread waits for the disk again.
+                        yield_now().await;
+                    }
                     continue;
                 }
                 Event::Offload(done) => state = self.offloaded(state, done).await,
@@ -365,10 +369,6 @@ impl BranchActor {
             Ok((mut open, (replies, Ok(())))) => {
                 open.store.set_durable(open.acceptor.state().flush_lsn);
                 self.send(replies);
-                if place.is_some() {
-                    // They go out before this thread waits for the disk again.
-                    yield_now().await;
-                }
                 State::Open(open)
             }
             Ok((_, (replies, Err(failure)))) => {

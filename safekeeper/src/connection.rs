@@ -22,7 +22,7 @@ use tokio::{
     },
     sync::{mpsc, oneshot},
     task::spawn_blocking,
-    time::timeout,
+    time::{Instant, sleep_until, timeout},
 };
 use tracing::{debug, info, warn};
 use types::{Lsn, Membership, MembershipGeneration};
@@ -42,6 +42,10 @@ const LINK_MESSAGES: usize = 1024;
 /// A reader hears this soon after the last WAL that there is no more, then at growing intervals.
 const FIRST_HEARTBEAT: Duration = Duration::from_millis(100);
 const LONGEST_HEARTBEAT: Duration = Duration::from_secs(1);
+/// A reader is not sent small pieces of WAL more often than this: what each costs is taken from those who commit.
+const PIECE_INTERVAL: Duration = Duration::from_millis(3);
+/// From here on a piece of WAL is not small.
+const SMALL_PIECE_BYTES: u64 = 64 * 1024;
 
 type Reader = FrameReader<OwnedReadHalf>;
 type Writer = FrameWriter<OwnedWriteHalf>;
@@ -240,6 +244,7 @@ async fn stream(writer: &mut Writer, handle: &BranchHandle, from: Lsn) -> Result
     let mut position = from;
     let mut heartbeat = FIRST_HEARTBEAT;
     let mut told: Option<MembershipGeneration> = None;
+    let mut next_piece = Instant::now();
     loop {
         let current = view.borrow_and_update().clone();
         let status = match current {
@@ -267,6 +272,11 @@ async fn stream(writer: &mut Writer, handle: &BranchHandle, from: Lsn) -> Result
             position = end;
             continue;
         }
+        let is_small = commit_lsn.0.saturating_sub(position.0) < SMALL_PIECE_BYTES;
+        if position < commit_lsn && is_small && Instant::now() < next_piece {
+            sleep_until(next_piece).await;
+            continue;
+        }
         if position < commit_lsn {
             let end = commit_lsn.min(position + MAX_WAL_BYTES_PER_MESSAGE as u64);
             let wal = match segments.read_cached(position, end) {
@@ -285,6 +295,7 @@ async fn stream(writer: &mut Writer, handle: &BranchHandle, from: Lsn) -> Result
             writer.send(&ReaderReply::Wal { begin: position, wal: Bytes::from(wal), commit_lsn }).await?;
             position = end;
             heartbeat = FIRST_HEARTBEAT;
+            next_piece = Instant::now() + PIECE_INTERVAL;
             continue;
         }
         match timeout(heartbeat, view.changed()).await {

@@ -28,6 +28,8 @@ pub struct AgentBackend {
     pub branch: BranchRef,
     /// Where its pages are.
     pub pageserver: PageserverClient,
+    /// The same by a connection of its own, for what is read ahead: by other threads, and long answers hold up nothing else.
+    pub pageserver_ahead: PageserverClient,
     /// The term's proposer.
     pub proposer: WalProposer,
     /// What the compute knows of pages and sizes.
@@ -95,11 +97,15 @@ impl AgentBackend {
     }
 
     /// The page and those behind it, all as of one position: the position and the pages.
-    async fn read_pages(&self, tags: &[PageTag]) -> Result<(Lsn, Vec<Bytes>), BackendError> {
+    async fn read_pages(
+        &self,
+        pageserver: &PageserverClient,
+        tags: &[PageTag],
+    ) -> Result<(Lsn, Vec<Bytes>), BackendError> {
         let last_change = tags.iter().map(|tag| self.last_written.page(tag)).max().unwrap_or(Lsn::INVALID);
         let at = self.read_at(last_change);
         let what = tags.first().map_or_else(String::new, PageTag::to_string);
-        let call = || self.pageserver.get_pages(&self.branch, tags.to_vec(), at);
+        let call = || pageserver.get_pages(&self.branch, tags.to_vec(), at);
         let pages = self.retrying(&what, call).await?;
         Ok((at.request, pages))
     }
@@ -108,13 +114,13 @@ impl AgentBackend {
 #[async_trait]
 impl ShimBackend for AgentBackend {
     async fn get_page(&self, tag: PageTag) -> Result<Bytes, BackendError> {
-        let (_, pages) = self.read_pages(&[tag]).await?;
+        let (_, pages) = self.read_pages(&self.pageserver, &[tag]).await?;
         let page = pages.into_iter().next();
         page.ok_or_else(|| BackendError::Storage(format!("{tag}: the pageserver sent no page")))
     }
 
     async fn get_pages_ahead(&self, tags: Vec<PageTag>) -> Result<Vec<(PageTag, Bytes)>, BackendError> {
-        let (as_of, pages) = self.read_pages(&tags).await?;
+        let (as_of, pages) = self.read_pages(&self.pageserver_ahead, &tags).await?;
         // A page that another backend may have changed meanwhile, or that does not exist yet, is not sent ahead.
         let current = |tag: &PageTag| self.last_written.page(tag) <= as_of;
         let useful = |(tag, page): &(PageTag, Bytes)| current(tag) && page.iter().any(|byte| *byte != 0);

@@ -63,6 +63,8 @@ pub struct Batch {
     pub begin: Lsn,
     /// They end with a record.
     pub bytes: Bytes,
+    /// There may be more behind, that was there before.
+    pub more: bool,
 }
 
 /// Why decoding paused.
@@ -112,9 +114,14 @@ impl LocalWal {
         let begin = self.position();
         let mut wal = BytesMut::new();
         let mut doubted = None;
+        let mut more = false;
         loop {
             let error = match self.decode_into(begin, &mut wal)? {
-                Pause::BatchFull | Pause::NoBytes => break,
+                Pause::BatchFull => {
+                    more = true;
+                    break;
+                }
+                Pause::NoBytes => break,
                 Pause::NoRecord(error) => error,
             };
             let next_page = Lsn(self.decoder.fed_until().0.next_multiple_of(XLOG_PAGE_BYTES));
@@ -132,7 +139,7 @@ impl LocalWal {
         let length = (self.position().0 - begin.0) as usize;
         // Behind a segment switch nothing counts: zeroes stand for whatever fills the segment.
         wal.resize(length, 0);
-        Ok((length > 0).then(|| Batch { begin, bytes: wal.freeze() }))
+        Ok((length > 0).then(|| Batch { begin, bytes: wal.freeze(), more }))
     }
 
     /// Reads and decodes on from where the decoder is; the bytes read are appended to `wal`, which starts at `begin`.

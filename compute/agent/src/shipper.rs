@@ -73,7 +73,10 @@ impl WalShipper {
         let (end, horizon) = {
             let mut local = self.local.lock().await;
             self.check(&local)?;
-            while let Some(batch) = local.wal.read_new()? {
+            // Postgres has written what it wants synced before it asks: where there was no more, nothing can have been missed.
+            let mut more = true;
+            while more && let Some(batch) = local.wal.read_new()? {
+                more = batch.more;
                 self.append(&mut local, batch.begin, batch.bytes)?;
             }
             (local.wal.position(), local.wal.horizon())

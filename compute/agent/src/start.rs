@@ -323,6 +323,7 @@ fn backend(
     Arc::new(AgentBackend {
         branch: spec.branch.clone(),
         pageserver,
+        pageserver_ahead: PageserverClient::new(spec.pageserver.clone(), spec.token.clone()),
         proposer: proposer.clone(),
         cache: cache.clone(),
         shipper: WalShipper::new(wal, proposer.clone(), cache.clone()),

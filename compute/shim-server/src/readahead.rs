@@ -2,10 +2,14 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    thread::available_parallelism,
 };
 
-use tokio::sync::{Semaphore, watch};
+use tokio::{
+    runtime::{Builder, Runtime},
+    sync::{Semaphore, watch},
+};
 use types::{BlockNumber, PAGE_BYTES, PageTag, RelTag};
 
 use crate::{PageCache, backend::ShimBackend};
@@ -22,6 +26,9 @@ const MAX_BATCHES: usize = 32;
 /// Readers that are remembered; others begin anew.
 const MAX_STREAMS: usize = 64;
 
+/// Threads that fetch ahead at most.
+const MAX_THREADS: usize = 4;
+
 /// A batch: fork and number.
 type Batch = (RelTag, u32);
 
@@ -32,7 +39,12 @@ pub struct ReadAhead {
     cache: PageCache,
     state: Arc<Mutex<State>>,
     places: Arc<Semaphore>,
+    threads: Arc<Threads>,
 }
+
+/// A runtime for reading ahead, made when something first is: a scan must not hold up commits.
+#[derive(Default)]
+struct Threads(OnceLock<Option<Runtime>>);
 
 #[derive(Default)]
 struct State {
@@ -46,7 +58,8 @@ struct State {
 impl ReadAhead {
     /// Pages of `backend` go to `cache`.
     pub fn new(backend: Arc<dyn ShimBackend>, cache: PageCache) -> ReadAhead {
-        ReadAhead { backend, cache, state: Arc::default(), places: Arc::new(Semaphore::new(MAX_BATCHES)) }
+        let places = Arc::new(Semaphore::new(MAX_BATCHES));
+        ReadAhead { backend, cache, state: Arc::default(), places, threads: Arc::default() }
     }
 
     /// A backend reads this fork in order and is about to read this block: what follows is fetched. Returns at once.
@@ -77,13 +90,14 @@ impl ReadAhead {
     }
 
     fn fetch(&self, batch: Batch, blocks: BlockNumber) {
+        let Some(runtime) = self.threads.get() else { return };
         let Ok(place) = self.places.clone().try_acquire_owned() else { return };
         let (arrived, arrival) = watch::channel(());
         if self.state().on_their_way.insert(batch, arrival).is_some() {
             return;
         }
         let this = self.clone();
-        tokio::spawn(async move {
+        runtime.spawn(async move {
             let first = batch.1 * BATCH_PAGES;
             let last = first.saturating_add(BATCH_PAGES).min(blocks);
             let missing = |block| {
@@ -106,22 +120,38 @@ impl ReadAhead {
             // Whoever needs one of them asks for it, and is told.
             Err(error) => return tracing::debug!(%error, "cannot read ahead"),
         };
-        let cache = self.cache.clone();
-        // Writing pages to the cache's file may wait for the disk.
-        let deposited = tokio::task::spawn_blocking(move || {
-            let mut whole: Vec<(PageTag, &[u8; PAGE_BYTES])> = Vec::with_capacity(pages.len());
-            for (tag, page) in &pages {
-                match page.as_ref().try_into() {
-                    Ok(page) => whole.push((*tag, page)),
-                    Err(_) => tracing::warn!(%tag, bytes = page.len(), "a page of odd length"),
-                }
+        let mut whole: Vec<(PageTag, &[u8; PAGE_BYTES])> = Vec::with_capacity(pages.len());
+        for (tag, page) in &pages {
+            match page.as_ref().try_into() {
+                Ok(page) => whole.push((*tag, page)),
+                Err(_) => tracing::warn!(%tag, bytes = page.len(), "a page of odd length"),
             }
-            if let Err(error) = cache.deposit_many(&whole, as_of) {
-                tracing::warn!(%error, "cannot put pages into the page cache");
-            }
+        }
+        // This may wait for the disk: the thread is for nothing but reading ahead.
+        if let Err(error) = self.cache.deposit_many(&whole, as_of) {
+            tracing::warn!(%error, "cannot put pages into the page cache");
+        }
+    }
+}
+
+impl Threads {
+    /// `None` when there can be no threads: then nothing is read ahead.
+    fn get(&self) -> Option<&Runtime> {
+        let made = self.0.get_or_init(|| {
+            let threads = available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
+            let made =
+                Builder::new_multi_thread().worker_threads(threads).thread_name("read-ahead").enable_all().build();
+            made.inspect_err(|error| tracing::warn!(%error, "no threads for reading ahead")).ok()
         });
-        if let Err(error) = deposited.await {
-            tracing::warn!(%error, "depositing pages");
+        made.as_ref()
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        // The last owner may be a task, which must not wait for threads.
+        if let Some(runtime) = self.0.take().flatten() {
+            runtime.shutdown_background();
         }
     }
 }

@@ -42,7 +42,7 @@ struct Service {
 
 impl ShimServer {
     /// Binds the socket, replacing a left-over one; must be called within a tokio runtime. Backends can connect from now
-    /// on and are answered once [`ShimServer::run`] runs.
+    /// on and are answered once [`ShimServer::run`] runs. What is read ahead of them is fetched by threads of its own.
     pub fn bind(socket_path: &Path, backend: Arc<dyn ShimBackend>, cache: PageCache) -> io::Result<ShimServer> {
         match std::fs::remove_file(socket_path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

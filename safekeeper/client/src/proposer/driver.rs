@@ -45,6 +45,23 @@ pub(super) enum Command {
     Membership(oneshot::Sender<MembershipStatus>),
 }
 
+/// What handles hear from the driver.
+pub(super) struct Told {
+    pub progress: watch::Sender<Progress>,
+    pub fence: watch::Sender<Option<Arc<str>>>,
+}
+
+impl Told {
+    fn committed(&self, lsn: Lsn) {
+        self.progress.send_modify(|progress| progress.commit_lsn = lsn);
+    }
+
+    fn fenced(&self, reason: &Arc<str>) {
+        self.progress.send_modify(|progress| progress.fenced = Some(Arc::clone(reason)));
+        self.fence.send_replace(Some(Arc::clone(reason)));
+    }
+}
+
 /// A member that is connected, or being connected to.
 struct Connecting {
     /// Has it connect without a pause.
@@ -57,7 +74,7 @@ pub(super) struct Driver {
     branch: BranchRef,
     proposer: Proposer<WalScanner>,
     links: BTreeMap<NodeId, (u64, mpsc::UnboundedSender<ProposerMessage>)>,
-    progress: watch::Sender<Progress>,
+    told: Told,
     /// Taken once the election is decided.
     result: Option<oneshot::Sender<Result<Elected, ElectError>>>,
     events: mpsc::UnboundedReceiver<PeerEvent>,
@@ -79,11 +96,7 @@ pub(super) struct Driver {
 }
 
 impl Driver {
-    pub fn new(
-        config: ProposerConfig,
-        progress: watch::Sender<Progress>,
-        result: oneshot::Sender<Result<Elected, ElectError>>,
-    ) -> Driver {
+    pub fn new(config: ProposerConfig, told: Told, result: oneshot::Sender<Result<Elected, ElectError>>) -> Driver {
         let settings = ProposerSettings {
             id: ProposerId(rand::random()),
             membership: config.membership,
@@ -99,7 +112,7 @@ impl Driver {
             branch: config.branch,
             proposer: Proposer::new(settings),
             links: BTreeMap::new(),
-            progress,
+            told,
             result: Some(result),
             events,
             event_sender,
@@ -329,12 +342,12 @@ impl Driver {
                 }
                 Action::Started { term, start_lsn } => {
                     info!(branch = %self.branch, %term, lsn = %start_lsn, "term won");
-                    self.progress.send_modify(|p| p.commit_lsn = start_lsn);
+                    self.told.committed(start_lsn);
                     if let Some(result) = self.result.take() {
                         let _ = result.send(Ok(Elected { term, start_lsn }));
                     }
                 }
-                Action::Committed { lsn } => self.progress.send_modify(|p| p.commit_lsn = lsn),
+                Action::Committed { lsn } => self.told.committed(lsn),
                 Action::Reelected { term, start_lsn } => {
                     info!(branch = %self.branch, %term, lsn = %start_lsn, "a higher term won, for a safekeeper that had been left behind");
                 }
@@ -373,7 +386,7 @@ impl Driver {
                 Arc::from(error.to_string())
             }
         };
-        self.progress.send_modify(|p| p.fenced = Some(reason));
+        self.told.fenced(&reason);
         if let Some(result) = self.result.take() {
             let _ = result.send(Err(error));
         }

@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep};
 use types::{BranchRef, Lsn, Membership, MembershipGeneration, NodeId, Term};
 
-use self::driver::{Command, Driver};
+use self::driver::{Command, Driver, Told};
 
 /// How often it is looked whether safekeepers have caught up.
 const CATCH_UP_INTERVAL: Duration = Duration::from_millis(20);
@@ -24,6 +24,8 @@ const CATCH_UP_INTERVAL: Duration = Duration::from_millis(20);
 pub struct WalProposer {
     commands: mpsc::UnboundedSender<Command>,
     progress: watch::Receiver<Progress>,
+    /// Only says whether and why it is fenced, so that who waits for that is not woken by each commit.
+    fence: watch::Receiver<Option<Arc<str>>>,
     end_lsn: Arc<Mutex<Lsn>>,
 }
 
@@ -112,12 +114,13 @@ impl WalProposer {
         check(&config)?;
         let (commands, command_queue) = mpsc::unbounded_channel();
         let (progress, watcher) = watch::channel(Progress::default());
+        let (fence, fence_watcher) = watch::channel(None);
         let (result, elected) = oneshot::channel();
-        tokio::spawn(Driver::new(config, progress, result).run(command_queue));
+        tokio::spawn(Driver::new(config, Told { progress, fence }, result).run(command_queue));
         let elected =
             elected.await.unwrap_or_else(|_| Err(ElectError::Config("the proposer's task ended".to_owned())))?;
         let end_lsn = Arc::new(Mutex::new(elected.start_lsn));
-        Ok((WalProposer { commands, progress: watcher, end_lsn }, elected))
+        Ok((WalProposer { commands, progress: watcher, fence: fence_watcher, end_lsn }, elected))
     }
 
     /// Takes WAL to be shipped and returns at once. It must follow on what was appended before (first: on
@@ -161,8 +164,8 @@ impl WalProposer {
 
     /// Waits until this proposer is fenced. Cancel-safe.
     pub async fn wait_fenced(&self) -> Fenced {
-        let mut progress = self.progress.clone();
-        let fenced = progress.wait_for(|p| p.fenced.is_some()).await.ok().and_then(|p| p.fenced.clone());
+        let mut fence = self.fence.clone();
+        let fenced = fence.wait_for(Option::is_some).await.ok().and_then(|fenced| fenced.clone());
         fenced.map_or_else(|| self.stopped(), |reason| Fenced(reason.to_string()))
     }
 
