@@ -148,4 +148,10 @@ impl ShimBackend for AgentBackend {
             }
         }
     }
+
+    async fn wal_written(&self) {
+        if let Err(error) = self.shipper.ship_ahead().await {
+            tracing::debug!(%error, "cannot ship WAL ahead of its sync");
+        }
+    }
 }

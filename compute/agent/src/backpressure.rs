@@ -79,6 +79,11 @@ impl Backpressure {
         self.written.notify_one();
     }
 
+    /// Whether a sync would wait now.
+    pub fn holds_back(&self) -> bool {
+        !self.delay().is_zero()
+    }
+
     /// Waits as the lag asks for; called before more WAL is made durable.
     pub async fn wait(&self) {
         let delay = self.delay();

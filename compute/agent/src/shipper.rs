@@ -70,23 +70,34 @@ impl WalShipper {
     /// Returns when a quorum holds every whole record in the local files: its end.
     pub async fn sync(&self) -> Result<Lsn, ShipError> {
         self.backpressure.wait().await;
-        let (end, horizon) = {
-            let mut local = self.local.lock().await;
-            self.check(&local)?;
-            // Postgres has written what it wants synced before it asks: where there was no more, nothing can have been missed.
-            let mut more = true;
-            while more && let Some(batch) = local.wal.read_new()? {
-                more = batch.more;
-                self.append(&mut local, batch.begin, batch.bytes)?;
-            }
-            (local.wal.position(), local.wal.horizon())
-        };
+        let (end, horizon) = self.ship().await?;
         self.wait(end).await?;
         self.cache.set_shipped(end);
         self.cache.set_horizon(horizon);
         self.backpressure.note_committed(end);
         tracing::trace!(lsn = %end, %horizon, "WAL is committed");
         Ok(end)
+    }
+
+    /// Sends on what is in the local files, ahead of the sync that will wait for it; not while WAL is held back.
+    pub async fn ship_ahead(&self) -> Result<(), ShipError> {
+        if self.backpressure.holds_back() {
+            return Ok(());
+        }
+        self.ship().await.map(drop)
+    }
+
+    /// Hands every whole record in the local files to the proposer: their end, and the horizon there.
+    async fn ship(&self) -> Result<(Lsn, Lsn), ShipError> {
+        let mut local = self.local.lock().await;
+        self.check(&local)?;
+        // Postgres has written what it wants synced before it asks: where there was no more, nothing can have been missed.
+        let mut more = true;
+        while more && let Some(batch) = local.wal.read_new()? {
+            more = batch.more;
+            self.append(&mut local, batch.begin, batch.bytes)?;
+        }
+        Ok((local.wal.position(), local.wal.horizon()))
     }
 
     /// Writes records of the agent's own behind everything that Postgres, which has ended, has written. Returns their end

@@ -1,4 +1,4 @@
-//! What shim and agent say to each other over the Unix socket: one request, one response (but for read-ahead), in turn.
+//! What shim and agent say to each other over the Unix socket: one request, one response (but for what is only announced), in turn.
 
 use types::{BlockNumber, ForkNumber, PAGE_BYTES, RelTag};
 
@@ -28,6 +28,8 @@ pub enum Op {
     SyncWal = 4,
     /// Pages from this one on will probably be wanted soon. There is no answer.
     ReadAhead = 5,
+    /// Much WAL has been written since the last sync or the last such message. There is no answer.
+    WalWritten = 6,
 }
 
 /// A request.
@@ -56,7 +58,7 @@ impl Request {
 
     /// `None` when it is none of ours.
     pub fn decode(bytes: &[u8; REQUEST_BYTES]) -> Option<Request> {
-        let op = [Op::GetPage, Op::RelSize, Op::ListRels, Op::SyncWal, Op::ReadAhead]
+        let op = [Op::GetPage, Op::RelSize, Op::ListRels, Op::SyncWal, Op::ReadAhead, Op::WalWritten]
             .into_iter()
             .find(|op| *op as u8 == bytes[0])?;
         let fork = ForkNumber::try_from(bytes[1]).ok()?;
@@ -100,7 +102,7 @@ impl ResponseHead {
         let payload = head.payload_bytes as usize;
         let fits = match op {
             Op::GetPage => payload == PAGE_BYTES,
-            Op::RelSize | Op::SyncWal | Op::ReadAhead => payload == 0,
+            Op::RelSize | Op::SyncWal | Op::ReadAhead | Op::WalWritten => payload == 0,
             Op::ListRels => payload.is_multiple_of(LISTED_REL_BYTES) && payload / LISTED_REL_BYTES <= MAX_LISTED_RELS,
         };
         (if head.errno == 0 { fits } else { payload == 0 }).then_some(head)

@@ -26,6 +26,9 @@ pub trait ShimBackend: Send + Sync + 'static {
     /// Returns when a quorum holds every whole record that Postgres has written to `pg_wal` so far. Before it returns, the
     /// page cache's horizon is up to date with those records.
     async fn sync_wal(&self) -> Result<(), BackendError>;
+
+    /// Much WAL has been written that nobody has asked to be synced yet: it may be sent on by now. Errors are for the next sync.
+    async fn wal_written(&self);
 }
 
 /// Waiting does not help: the shim turns it into an errno.

@@ -132,6 +132,10 @@ impl Service {
                 self.ahead.hint(&tag);
                 return Ok(None);
             }
+            Op::WalWritten => {
+                self.backend.wal_written().await;
+                return Ok(None);
+            }
         };
         Ok(Some(answer))
     }

@@ -38,6 +38,7 @@ fn a_battery_of_sql_gives_the_same_results() {
     compare("battery", &plain.script(&script), &shimmed.server.script(&script));
     assert_eq!(real_relation_files(&shimmed.server.pgdata), Vec::<std::path::PathBuf>::new());
     assert!(shimmed.cache.stats().kept_bytes > 1 << 20 && shimmed.backend.wal_syncs.load(Relaxed) > 10);
+    assert!(shimmed.backend.wal_announced.load(Relaxed) > 0, "the WAL of bulk loads is announced before it is synced");
     for word in ["PANIC", "invalid page", "could not read"] {
         assert!(!shimmed.server.log().contains(word), "{}", shimmed.server.log());
     }

@@ -22,6 +22,9 @@ static OWNER: AtomicI32 = AtomicI32::new(0);
 /// it is gone, so is every hope of an answer.
 const ATTEMPTS: u32 = 2;
 
+/// In requests that are about none.
+const NO_REL: RelTag = RelTag { spc: 0, db: 0, rel: 0, fork: ForkNumber::Main };
+
 /// Pause before another try when the agent's backlog is full.
 const BACKLOG_PAUSE_MICROS: u32 = 2000;
 
@@ -31,9 +34,18 @@ pub fn get_page(socket: &CStr, tag: &PageTag, page: &mut Page) -> Result<(), Err
     call(socket, &request, |fd, _| receive(fd, page)).map(drop)
 }
 
-/// Says that pages from this one on will probably be wanted. Nobody answers, and nothing is lost when it is not heard.
+/// Says that pages from this one on will probably be wanted.
 pub fn read_ahead(socket: &CStr, tag: &PageTag) {
-    let request = Request { op: Op::ReadAhead, rel: tag.rel, block: tag.block };
+    announce(socket, &Request { op: Op::ReadAhead, rel: tag.rel, block: tag.block });
+}
+
+/// Says that there is WAL to be sent on.
+pub fn wal_written(socket: &CStr) {
+    announce(socket, &Request { op: Op::WalWritten, rel: NO_REL, block: 0 });
+}
+
+/// Nobody answers, and nothing is lost when it is not heard.
+fn announce(socket: &CStr, request: &Request) {
     if let Ok(fd) = connected(socket)
         && send(fd, &request.encode()).is_err()
     {
@@ -60,8 +72,7 @@ pub fn list_rels(socket: &CStr, spc: Oid, db: Oid) -> Result<Vec<u8>, Errno> {
 
 /// Returns when a quorum holds the WAL written so far.
 pub fn sync_wal(socket: &CStr) -> Result<(), Errno> {
-    let rel = RelTag { spc: 0, db: 0, rel: 0, fork: ForkNumber::Main };
-    call(socket, &Request { op: Op::SyncWal, rel, block: 0 }, |_, _| Ok(())).map(drop)
+    call(socket, &Request { op: Op::SyncWal, rel: NO_REL, block: 0 }, |_, _| Ok(())).map(drop)
 }
 
 /// One question and its answer. Every failure of the connection is `EIO`.

@@ -18,3 +18,4 @@ mod readahead;
 mod real;
 mod relation;
 mod runtime;
+mod wal_ahead;

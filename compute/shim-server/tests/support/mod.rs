@@ -122,6 +122,7 @@ pub struct PlainDirectory {
     pub fail_pages: AtomicBool,
     pub pages_read: AtomicU64,
     pub wal_syncs: AtomicU64,
+    pub wal_announced: AtomicU64,
 }
 
 impl PlainDirectory {
@@ -132,6 +133,7 @@ impl PlainDirectory {
             fail_pages: AtomicBool::new(false),
             pages_read: AtomicU64::new(0),
             wal_syncs: AtomicU64::new(0),
+            wal_announced: AtomicU64::new(0),
         }
     }
 
@@ -199,6 +201,10 @@ impl ShimBackend for PlainDirectory {
     async fn sync_wal(&self) -> Result<(), BackendError> {
         self.wal_syncs.fetch_add(1, Relaxed);
         if self.fail_wal.load(Relaxed) { Err(BackendError::Fenced("term 2".to_owned())) } else { Ok(()) }
+    }
+
+    async fn wal_written(&self) {
+        self.wal_announced.fetch_add(1, Relaxed);
     }
 }
 

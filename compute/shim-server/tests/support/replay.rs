@@ -239,4 +239,6 @@ impl ShimBackend for Replayed {
         }
         result
     }
+
+    async fn wal_written(&self) {}
 }

@@ -13,7 +13,8 @@ use crate::{
     fds::{self, Fd},
     path::Named,
     real,
-    runtime::named,
+    runtime::{named, runtime},
+    wal_ahead,
 };
 
 /// # Safety
@@ -124,13 +125,22 @@ pub unsafe extern "C" fn write(fd: c_int, buf: *const c_void, count: size_t) -> 
     result.libc()
 }
 
+/// Postgres writes WAL by `pwrite` alone (`XLogWrite` in `xlog.c`).
+fn note_wal(fd: c_int, written: ssize_t) {
+    if let (Fd::Wal, Ok(bytes), Some(runtime)) = (fds::get(fd), usize::try_from(written), runtime()) {
+        wal_ahead::written(runtime.socket, bytes);
+    }
+}
+
 /// # Safety
 /// As libc's.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pwrite(fd: c_int, buf: *const c_void, count: size_t, at: off_t) -> ssize_t {
     let Some((runtime, segment, _)) = segment_of(fd) else {
         // SAFETY: the caller's promises are libc's.
-        return unsafe { real::pwrite(fd, buf, count, at) };
+        let written = unsafe { real::pwrite(fd, buf, count, at) };
+        note_wal(fd, written);
+        return written;
     };
     // SAFETY: the caller promises `count` readable bytes.
     let data = unsafe { bytes(buf, count) };

@@ -10,13 +10,17 @@ use crate::{
     fds::{self, Fd},
     kept_files, real,
     runtime::runtime,
+    wal_ahead,
 };
 
 /// The WAL went through the kernel's cache into a file that the agent reads; whether it reached this disk is no matter.
 fn sync(fd: c_int) -> Option<c_int> {
     let runtime = runtime()?;
     Some(match fds::get(fd) {
-        Fd::Wal => agent::sync_wal(runtime.socket).libc(),
+        Fd::Wal => {
+            wal_ahead::synced();
+            agent::sync_wal(runtime.socket).libc()
+        }
         Fd::Other => kept_files::before_sync(fd).libc(),
         Fd::Segment(..) => 0,
     })
