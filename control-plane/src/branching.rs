@@ -17,7 +17,7 @@ use crate::{
     store::{
         Store,
         branches::{self, BranchRow, NewBranch},
-        catalog, endpoints, memberships,
+        catalog, endpoints, leftovers, memberships,
         operations::{self, Action},
         projects,
     },
@@ -153,12 +153,13 @@ pub async fn finish_deletion(app: &App, branch: &BranchRef) -> Result<(), Proble
     let Some(row) = row else { return Ok(()) };
     let timeline = row.timeline.branch.clone();
     let safekeepers = app.store.call(move |db| memberships::everybody(db, &timeline)).await?;
-    app.storage.delete_branch(&row.timeline, &safekeepers).await?;
+    let left = app.storage.delete_branch(&row.timeline, &safekeepers).await?;
     let wanted = branch.clone();
     let endpoint: Option<EndpointId> = app
         .store
         .call(move |db| {
             let endpoint = endpoints::of_branch(db, &wanted.branch)?.map(|row| row.id);
+            leftovers::note(db, &row.timeline, &left)?;
             branches::remove(db, &wanted)?;
             Ok(endpoint)
         })

@@ -16,6 +16,7 @@ mod history;
 pub mod host;
 pub mod http;
 pub mod keys;
+mod leftovers;
 mod membership;
 mod names;
 mod placement;

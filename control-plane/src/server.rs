@@ -26,7 +26,7 @@ use crate::{
     config::{Config, api_url_path},
     garbage, host, http,
     keys::{self, InstallationKeys},
-    membership,
+    leftovers, membership,
     storage::{Services, Storage},
     store::{Store, generations, memberships, operations},
 };
@@ -111,6 +111,7 @@ impl Server {
         let cleaning = tokio::spawn(clean_up(Arc::clone(&self.app), self.interrupted));
         let moving = tokio::spawn(membership::run(Arc::clone(&self.app)));
         let collecting = tokio::spawn(garbage::run(Arc::clone(&self.app), self.gc_interval));
+        let deleting = tokio::spawn(leftovers::run(Arc::clone(&self.app), leftovers::PERIOD));
         let stop = shutdown.clone();
         let serving = axum::serve(self.listener, http::router(Arc::clone(&self.app)))
             .with_graceful_shutdown(async move { stop.cancelled().await });
@@ -119,6 +120,7 @@ impl Server {
         cleaning.abort();
         moving.abort();
         collecting.abort();
+        deleting.abort();
         if self.stop_computes_at_exit {
             self.app.computes.stop_all().await;
         }

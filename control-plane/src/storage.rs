@@ -56,8 +56,12 @@ pub trait Storage: Send + Sync + 'static {
         leases: Vec<Lsn>,
     ) -> Result<GarbageReport, Problem>;
 
-    /// Removes a branch from pageserver and safekeepers, as far as these answer. Repeating it is harmless.
-    async fn delete_branch(&self, branch: &BranchRef, safekeepers: &[Member]) -> Result<(), Problem>;
+    /// Removes a branch from the pageserver and from safekeepers: answers which of these did not say that it is done. Repeating
+    /// it is harmless.
+    async fn delete_branch(&self, branch: &BranchRef, safekeepers: &[Member]) -> Result<Vec<NodeId>, Problem>;
+
+    /// Removes a branch, of which nothing else is left, from one safekeeper. Repeating it is harmless.
+    async fn delete_from_safekeeper(&self, branch: &BranchRef, safekeeper: &Member) -> Result<(), Problem>;
 
     /// The last position whose commits are all at or before `timestamp_us` (microseconds since 2000), in a history that ends
     /// at `head`.
@@ -198,25 +202,29 @@ impl Storage for Services {
         self.pageserver(branch).collect_garbage(branch, since_us, leases).await.map_err(problem)
     }
 
-    async fn delete_branch(&self, branch: &BranchRef, safekeepers: &[Member]) -> Result<(), Problem> {
+    async fn delete_branch(&self, branch: &BranchRef, safekeepers: &[Member]) -> Result<Vec<NodeId>, Problem> {
         match self.pageserver(branch).delete_branch(branch).await {
             Ok(()) => {}
             Err(ClientError::Pageserver(error)) if error.kind == ErrorKind::NotFound => {}
             Err(error) => return Err(problem(error)),
         }
-        // A safekeeper that is away keeps a few bytes of a branch that no one will ask for again.
         let deletions = safekeepers.iter().map(|safekeeper| async move {
-            let deletion = safekeeper_client::delete_branch(&safekeeper.address, &self.token, branch);
-            match tokio::time::timeout(SAFEKEEPER_DELETE_TIMEOUT, deletion).await {
-                Ok(Ok(_)) => {}
-                Ok(Err(error)) => {
-                    tracing::warn!(%branch, safekeeper = %safekeeper.node, %error, "safekeeper did not delete the branch");
-                }
-                Err(_) => tracing::warn!(%branch, safekeeper = %safekeeper.node, "safekeeper did not answer a deletion"),
-            }
+            let deleted = self.delete_from_safekeeper(branch, safekeeper).await;
+            let failed = deleted.err().inspect(|error| {
+                tracing::warn!(%branch, safekeeper = %safekeeper.node, %error, "it will be asked again");
+            });
+            failed.map(|_| safekeeper.node)
         });
-        join_all(deletions).await;
-        Ok(())
+        Ok(join_all(deletions).await.into_iter().flatten().collect())
+    }
+
+    async fn delete_from_safekeeper(&self, branch: &BranchRef, safekeeper: &Member) -> Result<(), Problem> {
+        let deletion = safekeeper_client::delete_branch(&safekeeper.address, &self.token, branch);
+        match tokio::time::timeout(SAFEKEEPER_DELETE_TIMEOUT, deletion).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(Problem::Unavailable(format!("safekeeper did not delete the branch: {error}"))),
+            Err(_) => Err(Problem::Unavailable("safekeeper did not answer a deletion".into())),
+        }
     }
 
     async fn lsn_by_timestamp(&self, branch: &BranchRef, timestamp_us: i64, head: Lsn) -> Result<Lsn, Problem> {

@@ -62,6 +62,8 @@ struct FakeStorage {
     /// Safekeepers that don't answer, and such that are slow to have what is committed.
     silent: Mutex<BTreeSet<NodeId>>,
     slow: Mutex<BTreeSet<NodeId>>,
+    /// What safekeepers have deleted.
+    deleted: Mutex<BTreeSet<(BranchRef, NodeId)>>,
     /// The last membership that a safekeeper was told of.
     told: Mutex<BTreeMap<(BranchRef, NodeId), Membership>>,
     /// Elections under joint memberships.
@@ -121,12 +123,26 @@ impl Storage for FakeStorage {
         Ok(GarbageReport { start_lsn, last_record_lsn, is_held: false, removed_layers: 2, removed_bytes: 100 })
     }
 
-    async fn delete_branch(&self, branch: &BranchRef, _safekeepers: &[Member]) -> Result<(), Problem> {
+    async fn delete_branch(&self, branch: &BranchRef, safekeepers: &[Member]) -> Result<Vec<NodeId>, Problem> {
         let child = self.branches.lock().iter().find(|(_, (ancestor, _))| ancestor == branch).map(|(b, _)| b.clone());
         if let Some(child) = child {
             return Err(Problem::Conflict { code: "STORAGE_CONFLICT", message: format!("it has a child: {child}") });
         }
         self.branches.lock().remove(branch);
+        let mut left = Vec::new();
+        for safekeeper in safekeepers {
+            if self.delete_from_safekeeper(branch, safekeeper).await.is_err() {
+                left.push(safekeeper.node);
+            }
+        }
+        Ok(left)
+    }
+
+    async fn delete_from_safekeeper(&self, branch: &BranchRef, safekeeper: &Member) -> Result<(), Problem> {
+        if self.silent.lock().contains(&safekeeper.node) {
+            return Err(Problem::Unavailable("it does not answer".into()));
+        }
+        self.deleted.lock().insert((branch.clone(), safekeeper.node));
         Ok(())
     }
 
@@ -322,6 +338,7 @@ impl World {
             gc_slack_seconds: 0,
         });
         tokio::spawn(crate::membership::run(Arc::clone(&app)));
+        tokio::spawn(crate::leftovers::run(Arc::clone(&app), Duration::from_millis(50)));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
         let url = format!("http://{}", listener.local_addr().expect("address"));
         tokio::spawn(async move { axum::serve(listener, super::router(app)).await });

@@ -10,6 +10,7 @@ pub mod endpoints;
 pub mod generations;
 pub mod jwks;
 pub mod leases;
+pub mod leftovers;
 pub mod memberships;
 pub mod operations;
 pub mod projects;
@@ -203,9 +204,19 @@ ALTER TABLE branches ADD COLUMN inherits_subscriptions INTEGER NOT NULL DEFAULT 
 UPDATE branches SET inherits_subscriptions = 1 WHERE settled_lsn = start_lsn;
 ";
 
+/// Version 10: deleted timelines of which a safekeeper has not said that it has deleted them.
+const SCHEMA_10: &str = "
+CREATE TABLE leftovers (
+    project_id TEXT NOT NULL,
+    timeline TEXT NOT NULL,
+    node INTEGER NOT NULL,
+    PRIMARY KEY (timeline, node)
+) STRICT;
+";
+
 /// What brings an older database up to date, in order; `user_version` counts those done.
-const MIGRATIONS: [&str; 9] =
-    [SCHEMA_1, SCHEMA_2, SCHEMA_3, SCHEMA_4, SCHEMA_5, SCHEMA_6, SCHEMA_7, SCHEMA_8, SCHEMA_9];
+const MIGRATIONS: [&str; 10] =
+    [SCHEMA_1, SCHEMA_2, SCHEMA_3, SCHEMA_4, SCHEMA_5, SCHEMA_6, SCHEMA_7, SCHEMA_8, SCHEMA_9, SCHEMA_10];
 
 /// The metadata store; cheap to clone.
 #[derive(Clone)]

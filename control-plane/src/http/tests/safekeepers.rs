@@ -108,3 +108,31 @@ async fn a_new_safekeeper_that_does_not_answer_holds_nobody_up() {
     let (status, _) = world.api(Method::DELETE, "/safekeepers/4", Value::Null).await;
     assert_eq!(status, 200, "it will not come back to be told");
 }
+
+#[tokio::test]
+async fn a_safekeeper_that_was_away_deletes_a_branch_later() {
+    let world = World::new().await;
+    let made = world.project().await;
+    let project = text(&made["project"]["id"]);
+    let child = world.post(&format!("/projects/{project}/branches"), json!({ "branch": { "name": "child" } })).await;
+    let id = text(&child["branch"]["id"]);
+    let timeline = BranchRef { project: project.parse().expect("id"), branch: id.parse().expect("id") };
+    let has_deleted = |node| world.storage.deleted.lock().contains(&(timeline.clone(), NodeId(node)));
+    world.storage.silent.lock().insert(NodeId(2));
+    let (status, answer) = world.api(Method::DELETE, &format!("/projects/{project}/branches/{id}"), Value::Null).await;
+    assert_eq!(status, 200, "{answer}");
+    assert!(has_deleted(1) && has_deleted(3));
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(!has_deleted(2));
+
+    world.storage.silent.lock().clear();
+    let waited = async {
+        while !has_deleted(2) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), waited).await.expect("asked again");
+    world.storage.deleted.lock().clear();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(world.storage.deleted.lock().is_empty(), "it is not asked a third time");
+}
