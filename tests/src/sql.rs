@@ -56,13 +56,16 @@ impl ServerCertVerifier for AnyCertificate {
 
 /// TLS that encrypts and asks for no name, as `sslmode=require`.
 pub fn tls() -> anyhow::Result<tokio_postgres_rustls::MakeRustlsConnect> {
+    Ok(tokio_postgres_rustls::MakeRustlsConnect::new(tls_config()?))
+}
+
+/// Settings of [`tls`].
+pub fn tls_config() -> anyhow::Result<rustls::ClientConfig> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider.clone())
-        .with_safe_default_protocol_versions()?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
-        .with_no_client_auth();
-    Ok(tokio_postgres_rustls::MakeRustlsConnect::new(config))
+    let versions =
+        rustls::ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()?;
+    let verifier = Arc::new(AnyCertificate(provider));
+    Ok(versions.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth())
 }
 
 /// A connection over TLS; it lives until the client is dropped.
