@@ -6,7 +6,7 @@ use bytes::Bytes;
 use page_cache::PageCache;
 use parking_lot::Mutex as SyncMutex;
 use safekeeper_client::WalProposer;
-use tokio::{sync::Mutex, time::Instant};
+use tokio::{sync::Mutex, task::yield_now, time::Instant};
 use types::Lsn;
 use wal::encode::{RecordToWrite, encode_record};
 
@@ -96,6 +96,10 @@ impl WalShipper {
         while more && let Some(batch) = local.wal.read_new()? {
             more = batch.more;
             self.append(&mut local, batch.begin, batch.bytes)?;
+            if more {
+                // A MiB takes some milliseconds, in which nobody else's page is read.
+                yield_now().await;
+            }
         }
         Ok((local.wal.position(), local.wal.horizon()))
     }
