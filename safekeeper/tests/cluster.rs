@@ -250,11 +250,15 @@ async fn lost_bytes_below_what_was_promised_are_an_error() {
     next.proposer.finish().await;
     cluster.kill(0).await;
     let path = cluster.branch_dir(0).join(START.segment_file_name());
-    File::options().write(true).open(path).and_then(|file| file.set_len(end.segment_offset() - 1000)).expect("cut");
+    let length = end.segment_offset() - 1000;
+    File::options().write(true).open(&path).and_then(|file| file.set_len(length)).expect("cut");
     cluster.run(0).await;
     let token = cluster.token(Scope::Service);
-    let error = safekeeper_client::branch_status(&cluster.address(0), &token, &cluster.branch).await;
-    assert!(error.expect_err("must fail").to_string().contains("has been acknowledged"));
+    let status = safekeeper_client::branch_status(&cluster.address(0), &token, &cluster.branch).await;
+    let now = std::fs::metadata(&path).map(|file| file.len());
+    let error =
+        status.expect_err(&format!("of a log that ended at {end}, cut to {length} bytes of the file, {now:?} now"));
+    assert!(error.to_string().contains("has been acknowledged"), "{error}");
     // The other two go on without it.
     assert_eq!(within(settle(cluster.proposer_config())).await.expect("settle"), end);
 }

@@ -138,7 +138,7 @@ mod tests {
         let request = Request { op: Op::ListRels, rel: REL, block: 7 };
         let bytes = request.encode();
         assert_eq!(Request::decode(&bytes), Some(request));
-        for (at, value) in [(0, 0), (0, 6), (1, 4)] {
+        for (at, value) in [(0, 0), (0, 7), (1, 4)] {
             let mut bad = bytes;
             bad[at] = value;
             assert_eq!(Request::decode(&bad), None);
