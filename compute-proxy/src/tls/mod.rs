@@ -33,6 +33,10 @@ use crate::{
     config::Config,
 };
 
+/// Bytes of a TLS record, as Postgres's own are at most: libpq makes room for so many before it reads. What it does not take of a longer
+/// one stays within OpenSSL, where programs that wait for the socket with `select` (`pg_basebackup`, `pg_receivewal`) do not see it.
+const RECORD_MAX_BYTES: usize = 8 * 1024;
+
 /// The application protocol that a client names when it begins with TLS at once.
 const ALPN: &[u8] = b"postgresql";
 
@@ -217,6 +221,7 @@ impl Certificate {
             .with_safe_default_protocol_versions()?
             .with_no_client_auth()
             .with_cert_resolver(Arc::new(Resolver { ordinary, challenges: challenges.cloned() }));
+        config.max_fragment_size = Some(RECORD_MAX_BYTES);
         let mut http = config.clone();
         config.alpn_protocols = vec![ALPN.to_vec()];
         http.alpn_protocols = [ALPN_HTTP_2, ALPN_HTTP_1, ALPN].map(<[u8]>::to_vec).into();
