@@ -4,6 +4,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
     net::SocketAddr,
     path::PathBuf,
     sync::{Arc, Mutex},
@@ -162,11 +163,19 @@ impl Cluster {
         self.nodes[index].running = Some((shutdown, task));
     }
 
-    /// Ends a safekeeper wherever it stands.
+    /// Ends a safekeeper wherever it stands. Nothing writes to its files any more, as after the end of a process.
     pub async fn kill(&mut self, index: usize) {
         if let Some((_, task)) = self.nodes[index].running.take() {
             task.abort();
             let _ = task.await;
+            // Whatever it has begun to write on another thread holds the lock.
+            let lock = File::open(self.data_dir(index).join("lock")).expect("its lock");
+            within(async {
+                while lock.try_lock().is_err() {
+                    sleep(Duration::from_millis(5)).await;
+                }
+            })
+            .await;
         }
     }
 
