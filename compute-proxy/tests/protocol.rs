@@ -2,14 +2,15 @@
 
 mod support;
 
-use std::sync::Arc;
+use std::{net::SocketAddr, sync::Arc};
 
 use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
 use rustls_pki_types::{CertificateDer, pem::PemObject};
 use support::World;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
+    task::JoinHandle,
 };
 use tokio_rustls::TlsConnector;
 
@@ -98,4 +99,46 @@ async fn a_cancel_request_inside_tls_ends_in_order() {
     let mut stream = connector(&world, &[b"postgresql"]).connect(name, tcp).await.expect("TLS");
     stream.write_all(&[0, 0, 0, 16, 4, 210, 22, 46, 0, 0, 0, 1, 0, 0, 0, 2]).await.expect("written");
     assert_eq!(stream.read(&mut [0; 1]).await.expect("no error of TLS"), 0);
+}
+
+/// Passes one connection on to `to`; the port, and all that came back once it has ended.
+async fn tapped(to: SocketAddr) -> (u16, JoinHandle<Vec<u8>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+    let port = listener.local_addr().expect("an address").port();
+    let passing = tokio::spawn(async move {
+        let (client, _) = listener.accept().await.expect("accepted");
+        let (mut client_in, mut client_out) = client.into_split();
+        let (mut proxy_in, mut proxy_out) = TcpStream::connect(to).await.expect("connected").into_split();
+        tokio::spawn(async move { tokio::io::copy(&mut client_in, &mut proxy_out).await });
+        let mut all = Vec::new();
+        let mut buffer = [0; 16 * 1024];
+        // Whoever closes first may do so with a reset.
+        while let Ok(bytes @ 1..) = proxy_in.read(&mut buffer).await {
+            all.extend_from_slice(&buffer[..bytes]);
+            client_out.write_all(&buffer[..bytes]).await.expect("written");
+        }
+        all
+    });
+    (port, passing)
+}
+
+#[tokio::test]
+async fn tls_records_are_no_longer_than_libpq_reads_at_once() {
+    let world = World::start(&[]).await;
+    for endpoint in ["ep-a", "ep-a-pooler"] {
+        let (port, passing) = tapped(world.address).await;
+        let rest = format!("port={port} sslmode=require options=endpoint={endpoint}");
+        let said = world.psql(&rest, support::PASSWORD, "select repeat('x', 1000) from generate_series(1, 300)").await;
+        assert_eq!(said.expect("rows").len(), 300 * 1001 - 1);
+        let came = passing.await.expect("no panic");
+        // Behind the answer that there is TLS: type, version, length, and so many bytes.
+        let (mut rest, mut longest) = (came.strip_prefix(b"S").expect("TLS"), 0);
+        while let [_, _, _, high, low, later @ ..] = rest {
+            let length = usize::from(u16::from_be_bytes([*high, *low]));
+            longest = longest.max(length);
+            rest = later.get(length..).unwrap_or_default();
+        }
+        // With what encryption adds.
+        assert!((8000..=8192 + 32).contains(&longest), "{endpoint}: {longest}");
+    }
 }

@@ -33,8 +33,8 @@ use crate::{
     config::Config,
 };
 
-/// Bytes of a TLS record, as Postgres's own are at most: libpq makes room for so many before it reads. What it does not take of a longer
-/// one stays within OpenSSL, where programs that wait for the socket with `select` (`pg_basebackup`, `pg_receivewal`) do not see it.
+/// Bytes of a TLS record. libpq makes room for so many before it reads (`pqReadData` in `fe-misc.c`). What it does not take of a longer
+/// one stays within OpenSSL, and programs that then wait for the socket with `select` (`CopyStreamPoll` in `receivelog.c`) wait for ever.
 const RECORD_MAX_BYTES: usize = 8 * 1024;
 
 /// The application protocol that a client names when it begins with TLS at once.
