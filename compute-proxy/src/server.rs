@@ -90,12 +90,18 @@ pub struct Shared {
     /// The proxy has waited long enough: no more sessions.
     pub kill: CancellationToken,
     slots: Arc<Semaphore>,
+    tunnel_slots: Arc<Semaphore>,
 }
 
 impl Shared {
     /// Leave for one session; `None` when there are as many as there may be.
     pub fn session_slot(&self) -> Option<OwnedSemaphorePermit> {
         self.slots.clone().try_acquire_owned().ok()
+    }
+
+    /// Leave for one WebSocket, logged in or not: a connection of HTTP/2 may have many.
+    pub fn tunnel_slot(&self) -> Option<OwnedSemaphorePermit> {
+        self.tunnel_slots.clone().try_acquire_owned().ok()
     }
 }
 
@@ -121,6 +127,7 @@ impl Server {
             draining: CancellationToken::new(),
             kill: CancellationToken::new(),
             slots: Arc::new(Semaphore::new(config.max_connections)),
+            tunnel_slots: Arc::new(Semaphore::new(connection_limit(&config))),
             config,
         };
         Ok(Self { listener, address, http_listener, http_address, acme, shared: Arc::new(shared) })
@@ -145,7 +152,7 @@ impl Server {
         let renewing = tokio::spawn(renew_certificate(shared.clone(), shutdown.clone()));
         let getting = acme.map(|acme| tokio::spawn(get_certificates(acme, shared.clone(), shutdown.clone())));
         {
-            let limit = shared.config.max_connections.saturating_add(SPARE_CONNECTIONS);
+            let limit = connection_limit(&shared.config);
             let postgres = accept(&listener, limit, &sessions, |tcp, peer| session::serve(shared.clone(), tcp, peer));
             let http = accept(&http_listener, limit, &sessions, |tcp, peer| http::serve(shared.clone(), tcp, peer));
             tokio::select! {
@@ -174,6 +181,11 @@ impl Server {
         }
         Ok(())
     }
+}
+
+/// Clients that there may be, with and without a session.
+fn connection_limit(config: &Config) -> usize {
+    config.max_connections.saturating_add(SPARE_CONNECTIONS)
 }
 
 async fn listen(address: SocketAddr, flag: &'static str) -> Result<(TcpListener, SocketAddr), BindError> {

@@ -9,13 +9,18 @@ use std::{
 
 use axum::body::{Body, to_bytes};
 use futures::future::join_all;
-use hyper::{Request, StatusCode, client::conn::http2::SendRequest, rt::Executor};
+use hyper::{
+    Method, Request, StatusCode, client::conn::http2::SendRequest, ext::Protocol, rt::Executor, upgrade::Upgraded,
+};
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
 use rustls_pki_types::{CertificateDer, pem::PemObject};
 use serde_json::{Value, json};
-use support::{Http, World, connection};
+use support::{
+    Http, World, connection,
+    raw_websocket::{BINARY, RawWebSocket, frame, message, query},
+};
 use tokio::{
     net::TcpStream,
     task::{AbortHandle, JoinHandle},
@@ -81,6 +86,34 @@ impl Http2 {
         let status = response.status();
         let body = to_bytes(Body::new(response.into_body()), usize::MAX).await.expect("a body");
         Ok((status, serde_json::from_slice(&body).unwrap_or_default()))
+    }
+
+    /// What a request for a WebSocket is answered with, and the WebSocket.
+    async fn websocket(
+        &self,
+        host: &str,
+        protocol: Option<&'static str>,
+        version: &str,
+    ) -> (StatusCode, Option<RawWebSocket<TokioIo<Upgraded>>>) {
+        let mut request = Request::builder().method(Method::CONNECT).uri(format!("https://{host}/v2"));
+        request = request.header("Sec-WebSocket-Version", version);
+        if let Some(protocol) = protocol {
+            request = request.extension(Protocol::from_static(protocol));
+        }
+        let mut sender = self.sender.clone();
+        sender.ready().await.expect("the connection goes on");
+        let request = request.body(Body::empty()).expect("a request");
+        let response = sender.send_request(request).await.expect("an answer");
+        let status = response.status();
+        if status != StatusCode::OK {
+            return (status, None);
+        }
+        let stream = hyper::upgrade::on(response).await.expect("a stream");
+        (status, Some(RawWebSocket::over(TokioIo::new(stream))))
+    }
+
+    async fn open(&self, host: &str) -> RawWebSocket<TokioIo<Upgraded>> {
+        self.websocket(host, Some("websocket"), "13").await.1.expect("a WebSocket")
     }
 
     async fn query(&self, text: &str, params: Value) -> (StatusCode, Value) {
@@ -180,6 +213,103 @@ async fn a_proxy_that_stops_lets_requests_end() {
     };
     let ((status, answer), ()) = tokio::join!(http.query("select 5 n from pg_sleep(0.8)", json!([])), stop);
     assert_eq!((status, &answer["rows"][0]["n"]), (StatusCode::OK, &json!(5)));
+    timeout(Duration::from_secs(5), http.task)
+        .await
+        .expect("the connection ends")
+        .expect("no panic")
+        .expect("in peace");
+}
+
+#[tokio::test]
+async fn websockets_are_streams_of_the_connection() {
+    let world = World::start(&["--pool-size", "2"]).await;
+    let http = Http2::connect(&world).await;
+    // It has heard that the proxy takes them.
+    http.query("select 1", json!([])).await;
+    let mut sockets = Vec::new();
+    for number in 0..20 {
+        let host = if number % 2 == 0 { "ep-a-pooler.localhost" } else { "ep-a.localhost:443" };
+        sockets.push(http.open(host).await.logged_in().await);
+    }
+    let asked = join_all(sockets.iter_mut().map(async |socket| {
+        socket.send(&frame(BINARY, &query("select repeat('x', 200000)"))).await;
+        socket.until_ready().await
+    }));
+    let (kinds, (status, _)) = tokio::join!(asked, http.query("select 1", json!([])));
+    assert_eq!(status, StatusCode::OK);
+    assert!(kinds.iter().all(|kinds| kinds == b"TDCZ"), "{kinds:?}");
+    for mut socket in sockets {
+        socket.send(&frame(BINARY, &message(b'X', b""))).await;
+        assert_eq!(socket.close_code().await, Some(1000));
+    }
+
+    // One that goes away in the middle takes its query with it, and nothing else.
+    let mut gone = http.open("ep-a-pooler.localhost").await.logged_in().await;
+    gone.send(&frame(BINARY, &query("select pg_sleep(63)"))).await;
+    sleep(Duration::from_millis(100)).await;
+    drop(gone);
+    nothing_runs(&Http::new(&world), "pg_sleep(63)").await;
+    assert_eq!(http.query("select 1 n", json!([])).await.1["rows"][0]["n"], 1);
+}
+
+#[tokio::test]
+async fn other_tunnels_are_refused() {
+    let world = World::start(&[]).await;
+    let http = Http2::connect(&world).await;
+    http.query("select 1", json!([])).await;
+    for (protocol, version, status) in [
+        (Some("websocket"), "12", StatusCode::UPGRADE_REQUIRED),
+        (Some("connect-udp"), "13", StatusCode::UPGRADE_REQUIRED),
+    ] {
+        assert_eq!(http.websocket("ep-a.localhost", protocol, version).await.0, status, "{protocol:?} {version}");
+    }
+    let get = Request::get("https://ep-a.localhost/v2").body(Body::empty()).expect("a request");
+    let answer = http.sender.clone().send_request(get).await.expect("an answer");
+    assert_eq!(answer.status(), StatusCode::METHOD_NOT_ALLOWED);
+    assert_eq!(http.query("select 1 n", json!([])).await.1["rows"][0]["n"], 1, "the connection goes on");
+}
+
+#[tokio::test]
+async fn websockets_have_a_limit_whatever_carries_them() {
+    // One session, and 128 that have none.
+    let world = World::start(&["--max-connections", "1"]).await;
+    let (first, second) = (Http2::connect(&world).await, Http2::connect(&world).await);
+    for http in [&first, &second] {
+        assert_eq!(http.query("select 1", json!([])).await.0, StatusCode::OK);
+    }
+    let mut sockets = Vec::new();
+    for number in 0..129 {
+        sockets.push(if number < 90 { &first } else { &second }.open("ep-a-pooler.localhost").await);
+    }
+    let refused = second.websocket("ep-a-pooler.localhost", Some("websocket"), "13").await.0;
+    assert_eq!(refused, StatusCode::SERVICE_UNAVAILABLE);
+    drop(sockets.pop());
+    let begun = Instant::now();
+    let mut free = loop {
+        if let (StatusCode::OK, Some(socket)) = second.websocket("ep-a-pooler.localhost", Some("websocket"), "13").await
+        {
+            break socket.logged_in().await;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(10), "the place is not free again");
+        sleep(Duration::from_millis(20)).await;
+    };
+    free.send(&frame(BINARY, &query("select 1"))).await;
+    assert_eq!(free.until_ready().await, b"TDCZ");
+}
+
+#[tokio::test]
+async fn a_proxy_that_stops_lets_sessions_in_websockets_end() {
+    let world = World::start(&[]).await;
+    let http = Http2::connect(&world).await;
+    http.query("select 1", json!([])).await;
+    let mut socket = http.open("ep-a.localhost").await.logged_in().await;
+    socket.send(&frame(BINARY, &query("select pg_sleep(0.8)"))).await;
+    sleep(Duration::from_millis(300)).await;
+    world.shutdown.cancel();
+    assert_eq!(socket.until_ready().await, b"TDCZ");
+    socket.send(&frame(BINARY, &message(b'X', b""))).await;
+    assert_eq!(socket.close_code().await, Some(1000));
+    drop(socket);
     timeout(Duration::from_secs(5), http.task)
         .await
         .expect("the connection ends")

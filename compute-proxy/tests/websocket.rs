@@ -117,10 +117,10 @@ async fn clients_may_go_in_the_middle() {
                 assert_eq!(socket.close_code().await, Some(1001));
             }
             "a reset" => {
-                socket.tcp.set_zero_linger().expect("set");
+                socket.stream.set_zero_linger().expect("set");
                 drop(socket);
             }
-            _ => socket.tcp.shutdown().await.expect("half closed"),
+            _ => socket.stream.shutdown().await.expect("half closed"),
         }
         check_clean(&http, how).await;
     }

@@ -4,6 +4,7 @@
 //! A connection's TLS ends here. Then [`routes`] takes its requests; a client that named Postgres's own protocol in TLS is
 //! passed on to `session`.
 
+mod activity;
 mod again;
 mod answer;
 mod budget;

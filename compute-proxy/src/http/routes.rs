@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use axum::{
     body::Body,
-    http::{HeaderValue, Method, Request, StatusCode, header},
+    http::{HeaderValue, Method, Request, StatusCode, Version, header},
     response::{IntoResponse, Response},
 };
 use hyper::body::Incoming;
 
 use super::{
     Visitor,
+    activity::Activity,
     error::SqlError,
     last_login::LastLogin,
     sql,
@@ -36,14 +37,16 @@ pub struct Context {
     pub visitor: Visitor,
     /// Whose login was good.
     pub last_login: LastLogin,
-    /// What becomes of the connection when it is a WebSocket.
+    /// Its WebSockets.
     pub upgraded: Upgraded,
+    /// How many requests are open.
+    pub activity: Arc<Activity>,
 }
 
 impl Context {
     /// Of a new connection.
-    pub fn new(shared: Arc<Shared>, visitor: Visitor) -> Self {
-        Self { shared, visitor, last_login: LastLogin::default(), upgraded: Upgraded::default() }
+    pub fn new(shared: Arc<Shared>, visitor: Visitor, upgraded: Upgraded) -> Self {
+        Self { shared, visitor, last_login: LastLogin::default(), upgraded, activity: Arc::default() }
     }
 }
 
@@ -55,6 +58,10 @@ pub async fn answer(context: Arc<Context>, request: Request<Incoming>) -> Respon
         (&Method::POST, "/sql") => sql::answer(&context, request).await,
         (&Method::OPTIONS, "/sql") => StatusCode::NO_CONTENT.into_response(),
         (_, "/sql") => wrong_method("queries are sent with POST", "POST, OPTIONS"),
+        (&Method::CONNECT, "/v2") => websocket::upgrade(&context, request),
+        (_, "/v2") if request.version() == Version::HTTP_2 => {
+            wrong_method("a WebSocket in HTTP/2 begins with CONNECT", "CONNECT")
+        }
         (&Method::GET, "/v2") => websocket::upgrade(&context, request),
         (_, "/v2") => wrong_method("a WebSocket begins with GET", "GET"),
         _ => SqlError::new("08P01", "there are only POST /sql and the WebSocket /v2")

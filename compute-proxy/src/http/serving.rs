@@ -15,13 +15,13 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use parking_lot::Mutex;
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 
 use super::{
     Visitor,
     again::Again,
     routes::{self, Context},
+    websocket::Upgraded,
 };
 use crate::server::{ByteStream, Shared};
 
@@ -51,7 +51,7 @@ const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// Serves HTTP/1.1, and what a WebSocket makes of it.
 pub async fn version_1(shared: Arc<Shared>, stream: Box<dyn ByteStream>, visitor: Visitor) {
     let peer = visitor.peer;
-    let context = Arc::new(Context::new(shared.clone(), visitor));
+    let context = Arc::new(Context::new(shared.clone(), visitor, Upgraded::afterwards()));
     let answering = context.clone();
     let service = service_fn(move |request| answer(answering.clone(), request));
     let connection = http1::Builder::new()
@@ -67,15 +67,14 @@ pub async fn version_1(shared: Arc<Shared>, stream: Box<dyn ByteStream>, visitor
     context.upgraded.serve().await;
 }
 
-/// Serves HTTP/2.
+/// Serves HTTP/2, and WebSockets within it.
 pub async fn version_2(shared: Arc<Shared>, stream: Box<dyn ByteStream>, visitor: Visitor) {
     let peer = visitor.peer;
-    let activity = Arc::new(Activity::default());
-    let context = Arc::new(Context::new(shared.clone(), visitor));
-    let counted = activity.clone();
+    let context = Arc::new(Context::new(shared.clone(), visitor, Upgraded::beside()));
+    let answers = context.clone();
     let service = service_fn(move |request| {
-        let open = Open::begin(counted.clone());
-        let answering = answer(context.clone(), request);
+        let open = answers.activity.begin();
+        let answering = answer(answers.clone(), request);
         async move {
             let answer = answering.await;
             drop(open);
@@ -91,11 +90,13 @@ pub async fn version_2(shared: Arc<Shared>, stream: Box<dyn ByteStream>, visitor
         .max_send_buf_size(STREAM_SEND_BYTES)
         .keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_TIMEOUT)
+        .enable_connect_protocol()
         .serve_connection(TokioIo::new(stream), service);
-    let silence = || activity.silence(IDLE_TIMEOUT);
+    let silence = || context.activity.silence(IDLE_TIMEOUT);
     if let Err(error) = serve(&shared, connection, |connection| connection.graceful_shutdown(), silence).await {
         tracing::debug!(%peer, %error, "HTTP/2 connection ended");
     }
+    context.upgraded.serve().await;
 }
 
 async fn answer(context: Arc<Context>, request: Request<Incoming>) -> Result<Response, Infallible> {
@@ -135,67 +136,5 @@ where
         ended = Again::new(connection.as_mut()) => ended,
         () = shared.kill.cancelled() => Ok(()),
         () = stalled => Ok(()),
-    }
-}
-
-/// What a connection is doing.
-struct Activity {
-    state: Mutex<(usize, Instant)>,
-}
-
-impl Default for Activity {
-    fn default() -> Self {
-        Self { state: Mutex::new((0, Instant::now())) }
-    }
-}
-
-impl Activity {
-    /// Returns when no request has been open for so long.
-    async fn silence(&self, limit: Duration) {
-        loop {
-            let (open, since) = *self.state.lock();
-            let silent = if open > 0 { Duration::ZERO } else { since.elapsed() };
-            match limit.checked_sub(silent) {
-                None | Some(Duration::ZERO) => return,
-                Some(rest) => sleep(rest).await,
-            }
-        }
-    }
-}
-
-/// A request is open.
-struct Open(Arc<Activity>);
-
-impl Open {
-    fn begin(activity: Arc<Activity>) -> Self {
-        activity.state.lock().0 += 1;
-        Self(activity)
-    }
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        let (open, since) = &mut *self.0.state.lock();
-        *open -= 1;
-        *since = Instant::now();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_connection_is_silent_when_no_request_was_open_for_long() {
-        const LIMIT: Duration = Duration::from_millis(100);
-        let activity = Arc::new(Activity::default());
-        let begun = Instant::now();
-        let request = Open::begin(activity.clone());
-        let answered = async {
-            sleep(3 * LIMIT).await;
-            drop(request);
-        };
-        tokio::join!(activity.silence(LIMIT), answered);
-        assert!(begun.elapsed() >= 4 * LIMIT);
     }
 }

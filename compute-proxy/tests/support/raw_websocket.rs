@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::TcpStream,
     time::timeout,
 };
@@ -17,8 +17,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub const BINARY: u8 = 0x82;
 
 /// A client that masks its frames, as it must, with zeroes.
-pub struct RawWebSocket {
-    pub tcp: TcpStream,
+pub struct RawWebSocket<S = TcpStream> {
+    pub stream: S,
     /// Bytes of Postgres's protocol that came and were not yet read.
     inside: Vec<u8>,
 }
@@ -83,23 +83,34 @@ impl RawWebSocket {
         }
         let head = String::from_utf8(head).expect("text");
         assert!(head.starts_with("HTTP/1.1 101") && head.contains("s3pPLMBiTxaQ9kYGzzhZRbK+xOo="), "{head}");
-        Self { tcp, inside: Vec::new() }
+        Self::over(tcp)
     }
 
     /// A session of `alice` that waits for a query.
     pub async fn log_in(world: &World, host: &str) -> Self {
-        let mut socket = Self::open(world, host).await;
+        Self::open(world, host).await.logged_in().await
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> RawWebSocket<S> {
+    /// A WebSocket whose handshake is done.
+    pub fn over(stream: S) -> Self {
+        Self { stream, inside: Vec::new() }
+    }
+
+    /// The session of `alice`, waiting for a query.
+    pub async fn logged_in(mut self) -> Self {
         let mut startup = [&(3_u32 << 16).to_be_bytes()[..], b"user\0alice\0database\0postgres\0\0"].concat();
         startup.splice(0..0, (startup.len() as u32 + 4).to_be_bytes());
         let password = message(b'p', &[PASSWORD.as_bytes(), b"\0"].concat());
-        socket.send(&frame(BINARY, &[startup, password].concat())).await;
-        assert_eq!(socket.until_ready().await.last(), Some(&b'Z'));
-        socket
+        self.send(&frame(BINARY, &[startup, password].concat())).await;
+        assert_eq!(self.until_ready().await.last(), Some(&b'Z'));
+        self
     }
 
     pub async fn send(&mut self, bytes: &[u8]) {
         // The proxy may have hung up already.
-        let _ = self.tcp.write_all(bytes).await;
+        let _ = self.stream.write_all(bytes).await;
     }
 
     /// The next frame.
@@ -108,14 +119,14 @@ impl RawWebSocket {
     }
 
     async fn read_frame(&mut self) -> std::io::Result<Frame> {
-        let first = self.tcp.read_u8().await?;
-        let length = match self.tcp.read_u8().await? {
-            126 => u64::from(self.tcp.read_u16().await?),
-            127 => self.tcp.read_u64().await?,
+        let first = self.stream.read_u8().await?;
+        let length = match self.stream.read_u8().await? {
+            126 => u64::from(self.stream.read_u16().await?),
+            127 => self.stream.read_u64().await?,
             short => u64::from(short),
         };
         let mut payload = vec![0; length as usize];
-        self.tcp.read_exact(&mut payload).await?;
+        self.stream.read_exact(&mut payload).await?;
         Ok(match first {
             BINARY => Frame::Binary(payload),
             0x8a => Frame::Pong(payload),
