@@ -10,7 +10,7 @@
 #   make chaos NAME=quorum [SECONDS=1800]   safekeepers and computes killed, stopped, doubled and cut off at random; nothing acknowledged is lost
 #   make model [ARGS=...]        the safekeeper protocol in a model checker, larger than in `make test` (minutes)
 #   make clients                 psql, JDBC, node, Python and other clients, direct and pooled, with and without TLS: docs/clients.md
-#   make bench [NAME=wake]       every benchmark, or one
+#   make bench [NAME=wake] [ARGS=...]   every benchmark, or one; ARGS=--help tells what can be set
 #   make lint                    formatting and lints
 
 OBJECT_STORE ?= local
@@ -30,7 +30,7 @@ build:
 
 release:
 	@scripts/setup.sh $(SETUP)
-	cargo build --release --locked -p dormouse -p dormouse-tests -p dormouse-bench
+	cargo build --release --locked -p dormouse -p dormouse-tests -p dormouse-bench -p dormouse-bench-disk
 
 demo: release
 	target/release/demo --object-store $(OBJECT_STORE)
@@ -68,7 +68,7 @@ chaos: release
 	@target/release/chaos $(if $(NAME),--name $(NAME),) --seconds $(SECONDS)
 
 bench: release
-	target/release/bench $(if $(NAME),--name $(NAME),)
+	target/release/bench $(if $(NAME),--name $(NAME),) $(ARGS)
 
 lint:
 	cargo fmt --all --check

@@ -54,8 +54,8 @@ pub async fn run(rounds: usize, seconds: u32) -> anyhow::Result<()> {
     let held = Arc::new(connect(&config).await?.0);
     let [mut fresh_ratios, mut held_ratios, mut http_rates, mut cached_rates] = [const { Vec::new() }; 4];
     for round in 0..=rounds {
-        // In a task of its own: this one's thread runs no others, so that whatever it waits for would have to wake it.
         let kept = Kept::connect(cluster.http_port(), &project.uri).await?;
+        // In a task of its own: this one's thread runs no others, so that whatever it waits for would have to wake it.
         let timing = tokio::spawn(single(kept, config.clone(), held.clone()));
         let [by_http, by_fresh, by_held] = timing.await??;
         let requests = rate(&cluster, &http, &[], seconds).await?;
@@ -102,7 +102,7 @@ async fn connect(config: &Config) -> anyhow::Result<(Client, JoinHandle<()>)> {
 }
 
 /// One kept connection for requests, with no more around it than `tokio_postgres` has: what a larger HTTP client does for each
-/// request (150 us of `reqwest`'s here) says nothing of the proxy.
+/// request says nothing of the proxy.
 struct Kept {
     requests: SendRequest<Full<Bytes>>,
     connection_string: HeaderValue,

@@ -8,6 +8,7 @@ mod density;
 mod http;
 mod ingest;
 mod oltp;
+mod own_disks;
 mod pages;
 mod peer;
 mod pool;
@@ -63,6 +64,10 @@ struct Arguments {
     /// WAL of each round of `commit`, MiB.
     #[arg(long, default_value_t = 256)]
     wal_mib: usize,
+    /// Keep all data in memory, and have each sync take so many microseconds longer: as if each process had a disk of its own, where this
+    /// machine has one for all.
+    #[arg(long)]
+    sync_us: Option<u32>,
     /// Idle clients whose memory `pool` measures.
     #[arg(long, default_value_t = 2000)]
     idle_clients: usize,
@@ -102,6 +107,14 @@ enum Name {
 #[tokio::main]
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if let Some(micros) = arguments.sync_us
+        && !own_disks::are_there()
+    {
+        return own_disks::run_again(micros).unwrap_or_else(|error| {
+            eprintln!("--sync-us: {error:#}");
+            ExitCode::FAILURE
+        });
+    }
     for name in Name::value_variants().iter().copied() {
         if arguments.name.is_some_and(|only| only != name) {
             continue;
