@@ -1,6 +1,7 @@
 //! The control file: what an acceptor must remember.
 //!
-//! Two slots of [`SLOT_BYTES`], written in turn, so that a torn write leaves the other and each update costs one fdatasync.
+//! Two slots of [`SLOT_BYTES`], written in turn, so that a torn write leaves the other and each update costs one fdatasync. Once that is
+//! done the other slot gets the same, which is not synced by itself: if one of them rots later, nothing that was promised is forgotten.
 //! A slot: magic (u32), format version (u32), sequence number (u64), length of the body (u32), CRC32C of sequence, length
 //! and body (u32), body (postcard of `AcceptorState`); integers little-endian. The valid slot with the highest sequence
 //! counts.
@@ -16,6 +17,7 @@ use std::{
 
 use safekeeper_protocol::{AcceptorState, ProposerId, TermHistory};
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 use types::{Lsn, MembershipGeneration, Term};
 
 use super::{StorageError, sync_dir};
@@ -67,10 +69,13 @@ impl ControlFile {
         let (first, second) = bytes.split_at(bytes.len().min(SLOT_BYTES as usize));
         let (first, second) = (decode(first), decode(second));
         let best = [&first, &second].into_iter().flatten().max_by_key(|(sequence, _)| *sequence).cloned();
+        let reason = || format!("first slot: {}; second slot: {}", error_of(&first), error_of(&second));
         let Some((sequence, state)) = best else {
-            let reason = format!("first slot: {}; second slot: {}", error_of(&first), error_of(&second));
-            return Err(StorageError::Corrupt { path, reason });
+            return Err(StorageError::Corrupt { path, reason: reason() });
         };
+        if first.is_err() || second.is_err() {
+            warn!(path = %path.display(), reason = reason(), "one slot of the control file is torn or damaged, the other is used");
+        }
         Ok(Some((ControlFile { file, path, sequence }, state)))
     }
 
@@ -79,9 +84,14 @@ impl ControlFile {
         let sequence = self.sequence + 1;
         let slot =
             encode(sequence, state).map_err(|reason| StorageError::Corrupt { path: self.path.clone(), reason })?;
-        let written = self.file.write_all_at(&slot, (sequence % 2) * SLOT_BYTES).and_then(|()| self.file.sync_data());
+        let [this, other] = [sequence % 2, (sequence + 1) % 2].map(|number| number * SLOT_BYTES);
+        let written = self.file.write_all_at(&slot, this).and_then(|()| self.file.sync_data());
         written.map_err(StorageError::io("write", &self.path))?;
         self.sequence = sequence;
+        // The next state is written to the other slot: until that is durable, this one is not touched.
+        if let Err(error) = self.file.write_all_at(&slot, other) {
+            warn!(path = %self.path.display(), %error, "the control file's second copy was not written");
+        }
         Ok(())
     }
 
@@ -210,6 +220,10 @@ mod tests {
         AcceptorState { term: Term(term), flush_lsn: Lsn(term * 8), ..AcceptorState::default() }
     }
 
+    fn loaded(directory: &Path) -> (ControlFile, AcceptorState) {
+        ControlFile::load(directory).expect("load").expect("there")
+    }
+
     #[test]
     fn a_torn_write_leaves_the_state_before() {
         let dir = tempfile::tempdir().expect("dir");
@@ -217,17 +231,37 @@ mod tests {
         let mut control = ControlFile::create(dir.path(), &state(1)).expect("create");
         for term in 2..=5 {
             control.store(&state(term)).expect("store");
-            let (_, loaded) = ControlFile::load(dir.path()).expect("load").expect("there");
-            assert_eq!(loaded, state(term));
+            assert_eq!(loaded(dir.path()).1, state(term));
         }
-        let last = encode(5, &state(5)).expect("encode");
-        control.file.write_all_at(&[0xEE; 3], SLOT_BYTES + last.len() as u64 - 3).expect("damage");
-        let (mut control, loaded) = ControlFile::load(dir.path()).expect("load").expect("there");
-        assert_eq!(loaded, state(4));
-        control.store(&state(6)).expect("store");
-        assert_eq!(ControlFile::load(dir.path()).expect("load").expect("there").1, state(6));
+        // The sixth, as far as it came.
+        let next = encode(6, &state(6)).expect("encode");
+        control.file.write_all_at(&next[..HEADER_BYTES], 0).expect("torn");
+        let (mut control, last) = loaded(dir.path());
+        assert_eq!(last, state(5));
+        control.store(&state(7)).expect("store");
+        assert_eq!(loaded(dir.path()).1, state(7));
+    }
 
+    #[test]
+    fn one_slot_may_rot() {
+        let dir = tempfile::tempdir().expect("dir");
+        let mut control = ControlFile::create(dir.path(), &state(1)).expect("create");
+        for term in 2..=5 {
+            control.store(&state(term)).expect("store");
+            for at in [0, SLOT_BYTES] {
+                let path = dir.path().join(NAME);
+                let good = fs::read(&path).expect("read");
+                control.file.write_all_at(&[0xEE; 3], at + HEADER_BYTES as u64).expect("damage");
+                assert_eq!(loaded(dir.path()).1, state(term), "what was promised is not forgotten");
+                fs::write(&path, good).expect("write");
+            }
+        }
+        // One that has rotted is written again.
+        control.file.write_all_at(&[0xEE; 32], SLOT_BYTES).expect("damage");
+        let (mut control, _) = loaded(dir.path());
+        control.store(&state(6)).expect("store");
         control.file.write_all_at(&[0xEE; 32], 0).expect("damage");
+        assert_eq!(loaded(dir.path()).1, state(6));
         control.file.write_all_at(&[0xEE; 32], SLOT_BYTES).expect("damage");
         assert!(matches!(ControlFile::load(dir.path()), Err(StorageError::Corrupt { .. })));
     }
