@@ -18,7 +18,7 @@ use crate::{
 
 /// Finds the records in a run of WAL bytes. Pure: it is fed bytes and polled for records.
 ///
-/// Contract: `new` with a position between two records, then `feed` bytes that continue at [`fed_until`](Self::fed_until),
+/// Contract: `new` with a position between two records, or `at_page` with any page's start, then `feed` bytes that continue at [`fed_until`](Self::fed_until),
 /// and poll until `None` before feeding more (what is fed and not yet polled is buffered). An error stays until
 /// [`rewind`](Self::rewind); `rewind` also serves a reader of a file that is still being written: it reads again from
 /// [`position`](Self::position).
@@ -37,6 +37,8 @@ pub struct WalStreamDecoder {
     partial: Option<Partial>,
     /// What there is of `partial`; of a record that lay whole on one page and in the buffer nothing is collected.
     collected: Vec<u8>,
+    /// A page that may start inside a record whose beginning was never fed.
+    joins_at: Option<Lsn>,
     failed: Option<WalDecodeError>,
 }
 
@@ -82,6 +84,8 @@ struct Partial {
     start: Lsn,
     total: usize,
     header_checked: bool,
+    /// It is the rest of a record that began before [`WalStreamDecoder::at_page`].
+    is_rest: bool,
 }
 
 /// A whole record of good checksum.
@@ -115,8 +119,14 @@ impl WalStreamDecoder {
             cursor: start.align_up(),
             partial: None,
             collected: Vec::new(),
+            joins_at: None,
             failed: None,
         }
+    }
+
+    /// A decoder that starts at the start of a page. The rest of a record that began before is passed over, unchecked.
+    pub fn at_page(page: Lsn) -> Self {
+        WalStreamDecoder { joins_at: Some(page), ..WalStreamDecoder::new(page) }
     }
 
     /// Adds bytes, which must continue at [`fed_until`](Self::fed_until); if not, the next poll is an error.
@@ -314,8 +324,13 @@ impl WalStreamDecoder {
         if self.collected.len() < partial.total {
             return Ok(Step::Again);
         }
-        let (start, end) = (partial.start, self.cursor);
+        let (start, end, is_rest) = (partial.start, self.cursor, partial.is_rest);
         self.partial = None;
+        if is_rest {
+            self.cursor = end.align_up();
+            self.position = self.cursor;
+            return Ok(Step::Again);
+        }
         finish_record(start, end, &self.collected, None)
     }
 
@@ -344,7 +359,12 @@ impl WalStreamDecoder {
             }
         }
         if self.partial.is_none() && continues {
-            return Err(invalid("the page starts inside a record".to_owned()));
+            if self.joins_at != Some(at) {
+                return Err(invalid("the page starts inside a record".to_owned()));
+            }
+            let total = header.xlp_rem_len as usize;
+            self.collected.clear();
+            self.partial = Some(Partial { start: at, total, header_checked: true, is_rest: true });
         }
         self.cursor += length as u64;
         Ok(Step::Again)
@@ -376,7 +396,7 @@ impl WalStreamDecoder {
         // A length is believed only as far as its bytes have come.
         self.collected.clear();
         self.collected.shrink_to(COLLECTED_KEEP_BYTES);
-        self.partial = Some(Partial { start: at, total, header_checked: false });
+        self.partial = Some(Partial { start: at, total, header_checked: false, is_rest: false });
         Ok(Step::Again)
     }
 }

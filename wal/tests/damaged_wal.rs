@@ -8,7 +8,7 @@ use dormouse_wal::{
     v15::{rmgr, xlog},
 };
 use proptest::prelude::*;
-use types::{Lsn, PAGE_BYTES, PageTag, RelTag, WAL_SEGMENT_BYTES};
+use types::{Lsn, PAGE_BYTES, PageTag, RelTag, WAL_SEGMENT_BYTES, XLOG_PAGE_BYTES};
 
 const SYSTEM: u64 = 42;
 const BEGIN: Lsn = Lsn(3 * WAL_SEGMENT_BYTES - 40_000);
@@ -164,6 +164,33 @@ fn bytes_for_another_place_are_refused() {
     let mut decoder = WalStreamDecoder::new(Lsn(0x2000));
     decoder.feed(Lsn(0x2008), &[0; 8]);
     assert!(matches!(decoder.poll_record(), Err(WalDecodeError::Invalid { .. })));
+}
+
+#[test]
+fn records_are_found_from_any_page_on() {
+    let (bytes, ends) = wal();
+    let whole = drain(&mut WalStreamDecoder::new(BEGIN), &bytes).0;
+    let end = BEGIN.0 + bytes.len() as u64;
+    let mut joined = 0;
+    for page in (BEGIN.0.next_multiple_of(XLOG_PAGE_BYTES)..end).step_by(XLOG_PAGE_BYTES as usize).map(Lsn) {
+        let rest = &bytes[(page.0 - BEGIN.0) as usize..];
+        let expected: Vec<_> = whole.iter().filter(|record| record.start_lsn > page).collect();
+        let mut decoder = WalStreamDecoder::at_page(page);
+        // Cut within what is passed over, and read again.
+        decoder.feed(page, &rest[..rest.len().min(100)]);
+        assert!(decoder.poll_record().expect("valid").is_none());
+        decoder.rewind();
+        let read = (decoder.fed_until().0 - page.0) as usize;
+        let (found, error) = drain(&mut decoder, &rest[read..]);
+        assert_eq!(error, None, "from {page}");
+        assert!(found.iter().eq(expected), "from {page}");
+        assert_eq!(decoder.position(), ends[ends.len() - 1]);
+        let in_record = whole.iter().any(|record| record.start_lsn < page && record.end_lsn > page);
+        joined += usize::from(in_record);
+        // Without being told that it may, it does not start inside a record.
+        assert_eq!(drain(&mut WalStreamDecoder::new(page), rest).1.is_some(), in_record, "from {page}");
+    }
+    assert!(joined >= 5, "{joined}");
 }
 
 #[test]

@@ -6,9 +6,12 @@
 
 use std::time::Duration;
 
-use safekeeper_client::{WalReadError, WalReader, WalReaderConfig};
-use types::Lsn;
-use wal::v15::{replication::SlotState, wal::page_header};
+use safekeeper_client::{Distrust, WalReadError, WalReader, WalReaderConfig};
+use types::{Lsn, NodeId, XLOG_PAGE_BYTES};
+use wal::{
+    WalStreamDecoder,
+    v15::{replication::SlotState, wal::page_header},
+};
 use wire::pageserver::BaseFile;
 
 use crate::data_dir::{DataDir, DataDirError};
@@ -19,6 +22,9 @@ const MAX_WAL_BYTES: u64 = 2 << 30;
 
 /// Longest wait for the next piece of it.
 const PIECE_LIMIT: Duration = Duration::from_secs(30);
+
+/// How often WAL that is none may come from several safekeepers at once, so that nobody can be avoided, at one place.
+const ATTEMPTS: u32 = 10;
 
 /// The slots of a branch. They are written into the data directory with [`Slots::files`].
 #[derive(Debug, Default)]
@@ -39,6 +45,14 @@ pub enum SlotWalError {
     /// They say nothing.
     #[error("fetching the WAL that replication slots need: nothing came for {} s", PIECE_LIMIT.as_secs())]
     Slow,
+    /// No safekeeper has it as it was written.
+    #[error("the WAL that replication slots need is damaged behind {at} on all safekeepers: {reason}")]
+    Damaged {
+        /// The end of the last whole record.
+        at: Lsn,
+        /// What is wrong there.
+        reason: String,
+    },
     /// The local disk.
     #[error(transparent)]
     DataDir(#[from] DataDirError),
@@ -91,6 +105,12 @@ impl Slots {
                     kept_from = log_start_lsn;
                     self.lose_before(kept_from);
                 }
+                Err(SlotWalError::Damaged { at, reason }) => {
+                    tracing::error!(lsn = %at, reason, "WAL is damaged on all safekeepers: no replication slot can have it");
+                    // What is whole behind it is found from the next page on.
+                    kept_from = at.page_start() + XLOG_PAGE_BYTES;
+                    self.lose_before(kept_from);
+                }
                 fetched => return fetched,
             }
         }
@@ -112,7 +132,8 @@ impl Slots {
     }
 }
 
-/// Writes the WAL from `from` to `end` into its segments.
+/// Writes the WAL from `from`, a record's end or a page's start, to `end` into its segments. It is checked; where one safekeeper's is no
+/// good, another is asked.
 async fn fetch(
     config: &WalReaderConfig,
     data: &DataDir,
@@ -120,13 +141,28 @@ async fn fetch(
     from: Lsn,
     end: Lsn,
 ) -> Result<(), SlotWalError> {
-    let mut reader = WalReader::new(config.clone(), from);
-    let mut at = from;
-    while at < end {
-        let chunk = tokio::time::timeout(PIECE_LIMIT, reader.next()).await.map_err(|_| SlotWalError::Slow)??;
-        let length = chunk.bytes.len().min((end.0 - at.0) as usize);
-        data.write_wal(at, &chunk.bytes[..length])?;
-        at += length as u64;
+    let is_page = from == from.page_start();
+    let mut decoder = if is_page { WalStreamDecoder::at_page(from) } else { WalStreamDecoder::new(from) };
+    let (mut distrust, mut attempts) = (Distrust::default(), 0);
+    while decoder.position() < end {
+        let at = decoder.position();
+        let mut reader = WalReader::avoiding(config.clone(), decoder.fed_until(), distrust.nodes().to_vec());
+        let Bad { givers, reason } = match take(&mut reader, &mut decoder, data, end).await {
+            Ok(Some(bad)) => bad,
+            Ok(None) => continue,
+            Err(SlotWalError::Read(WalReadError::NoneLeft)) => {
+                return Err(SlotWalError::Damaged { at, reason: distrust.complaint(at).unwrap_or_default() });
+            }
+            Err(error) => return Err(error),
+        };
+        let now = decoder.position();
+        tracing::warn!(lsn = %now, safekeepers = ?givers, reason, "bad WAL for replication slots, others are asked for it");
+        attempts = if now > at { 1 } else { attempts + 1 };
+        if attempts > ATTEMPTS {
+            return Err(SlotWalError::Damaged { at: now, reason });
+        }
+        distrust.note(now, &givers, reason);
+        decoder.rewind();
     }
     // Where the WAL begins inside a page or a segment, whoever reads it wants to see their headers all the same.
     for page in [from.segment_start(), from.page_start()] {
@@ -136,6 +172,46 @@ async fn fetch(
     }
     tracing::info!(lsn = %from, bytes = end.0.saturating_sub(from.0), "WAL for replication slots was fetched");
     Ok(())
+}
+
+/// Bytes that are no WAL.
+struct Bad {
+    /// Who gave them, or some of them.
+    givers: Vec<NodeId>,
+    reason: String,
+}
+
+/// Writes what a reader gives up to `end`, or to what is no WAL.
+async fn take(
+    reader: &mut WalReader,
+    decoder: &mut WalStreamDecoder,
+    data: &DataDir,
+    end: Lsn,
+) -> Result<Option<Bad>, SlotWalError> {
+    // Of the record that is not whole yet.
+    let mut givers = Vec::new();
+    while decoder.fed_until() < end {
+        let chunk = tokio::time::timeout(PIECE_LIMIT, reader.next()).await.map_err(|_| SlotWalError::Slow)??;
+        if chunk.bytes.is_empty() {
+            continue;
+        }
+        let length = chunk.bytes.len().min((end.0 - chunk.begin.0) as usize);
+        let bytes = &chunk.bytes[..length];
+        data.write_wal(chunk.begin, bytes)?;
+        if !givers.contains(&chunk.node) {
+            givers.push(chunk.node);
+        }
+        decoder.feed(chunk.begin, bytes);
+        loop {
+            match decoder.poll_record() {
+                Ok(Some(_)) => givers = vec![chunk.node],
+                Ok(None) => break,
+                Err(error) => return Ok(Some(Bad { givers, reason: error.to_string() })),
+            }
+        }
+    }
+    let reason = || format!("a record goes on beyond {end}, where one ends");
+    Ok((decoder.position() < end).then(|| Bad { givers, reason: reason() }))
 }
 
 #[cfg(test)]

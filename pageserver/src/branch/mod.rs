@@ -6,7 +6,6 @@ mod chains;
 mod collect;
 mod compaction;
 mod detach;
-mod distrust;
 mod flush;
 mod history;
 mod memory;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use safekeeper_client::{WalChunk, WalReadError, WalReader, WalReaderConfig};
+use safekeeper_client::{Distrust, WalChunk, WalReadError, WalReader, WalReaderConfig};
 use tokio::{
     sync::watch,
     time::{Duration, Instant, MissedTickBehavior, interval, sleep},
@@ -12,7 +12,6 @@ use types::{Lsn, NodeId};
 
 use super::{
     Branch,
-    distrust::Distrust,
     wal_feed::{FAILURE_PAUSE, FeedEnd, WalSource},
 };
 use crate::error::StorageError;

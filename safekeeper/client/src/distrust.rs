@@ -4,7 +4,7 @@ use types::{Lsn, NodeId};
 
 /// About one place of a branch's WAL: the end of the last good record. Safekeepers keep WAL as files, and files rot.
 #[derive(Debug, Default)]
-pub(super) struct Distrust {
+pub struct Distrust {
     at: Lsn,
     nodes: Vec<NodeId>,
     reason: String,

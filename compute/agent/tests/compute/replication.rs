@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::world::{self, Compute, ComputeOptions, World, WorldOptions};
 use tokio_postgres::Client;
+use types::Lsn;
 
 /// Everything that is waited for comes within this.
 const A_WHILE: Duration = Duration::from_secs(60);
@@ -232,5 +233,56 @@ async fn a_slot_whose_wal_is_gone_says_so() {
     let message = refused.as_db_error().expect("an answer").message().to_owned();
     assert_eq!(message, "can no longer get changes from replication slot \"s\"");
     run(&sql, &["SELECT pg_drop_replication_slot('s')", "SELECT pg_drop_replication_slot('standby')"]).await;
+    compute.stop().await;
+}
+
+/// Two slots, then parts of a table whose WAL they need; a place in the middle of each part. The compute is stopped.
+async fn slots_that_need(world: &World, parts: usize) -> Vec<Lsn> {
+    let mut compute = wake(world).await;
+    let sql = compute.connect("postgres").await;
+    // A standby's slot needs WAL from the start of the last checkpoint's segment on; of the first segment the branch has only a part.
+    run(&sql, &["CREATE TABLE t (i bigint, filler text)", "SELECT pg_switch_wal()", "CHECKPOINT"]).await;
+    run(&sql, &["SELECT pg_create_logical_replication_slot('s', 'test_decoding')"]).await;
+    run(&sql, &["SELECT pg_create_physical_replication_slot('standby', true)"]).await;
+    let mut places = Vec::new();
+    for part in 0..parts {
+        let begin = compute.status().await.commit_lsn;
+        let insert = format!("INSERT INTO t SELECT {part}, repeat('x', 1000) FROM generate_series(1, 1000)");
+        run(&sql, &[&insert]).await;
+        let end = compute.status().await.commit_lsn;
+        places.push(Lsn(begin.0.midpoint(end.0)));
+    }
+    compute.stop().await;
+    places
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn slots_get_wal_from_whoever_has_it_whole() {
+    let world = World::start().await;
+    let places = slots_that_need(&world, 3).await;
+    // Whomever it comes from has bad WAL somewhere.
+    for (index, place) in places.iter().enumerate() {
+        world.rot(index as u64 + 1, *place);
+    }
+    let mut compute = wake(&world).await;
+    let sql = compute.connect("postgres").await;
+    let changes = "SELECT count(*) FROM pg_logical_slot_get_changes('s', NULL, NULL, 'skip-empty-xacts', '1') \
+        WHERE data LIKE 'table public.t: INSERT:%'";
+    assert_eq!(world::row(&sql, changes).await, [3000]);
+    let kept = "SELECT count(*), count(restart_lsn) FROM pg_replication_slots WHERE wal_status <> 'lost'";
+    assert_eq!(world::row(&sql, kept).await, [2, 2]);
+    compute.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_whose_wal_has_rotted_everywhere_is_lost_and_the_compute_starts() {
+    let world = World::start().await;
+    let places = slots_that_need(&world, 2).await;
+    (1..=3).for_each(|safekeeper| world.rot(safekeeper, places[0]));
+    let mut compute = wake(&world).await;
+    let sql = compute.connect("postgres").await;
+    let lost = "SELECT count(*) FROM pg_replication_slots WHERE wal_status = 'lost'";
+    assert_eq!(world::row(&sql, lost).await, [2]);
+    assert_eq!(world::row(&sql, "SELECT count(*) FROM t").await, [2000]);
     compute.stop().await;
 }
