@@ -1,7 +1,11 @@
 //! The proxy's pool and PgBouncer, in turn, in front of the same compute: `pgbench -S` over 20 server connections, the memory
-//! of idle clients, ten thousand that are connected at a time, and what the proxy adds to a direct connection.
+//! of idle clients, ten thousand that are connected at a time, and what the proxy adds to a direct connection, beside what anything in
+//! its place would.
 
 use std::{
+    io::{Read, Write},
+    net::TcpListener,
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -108,7 +112,7 @@ pub async fn run(rounds: usize, seconds: u32, idle_clients: usize, connected_cli
         }
         figures.push(format!("{}_ratio={:.2}", load.name, median(ratios)));
     }
-    figures.push(format!("proxy_added_us={:.1}", added_us(&cluster, &project, &config, rounds).await?));
+    figures.push(added_us(&cluster, &project, &config, &pools[0], rounds).await?);
     figures.push(pools[1].all_at_once(connected_clients).await?);
     cluster.down().await?;
     println!("{}", figures.join(" "));
@@ -287,24 +291,70 @@ fn resident_kib(pid: i32) -> anyhow::Result<u64> {
     Ok(line.trim().trim_end_matches("kB").trim().parse()?)
 }
 
-/// Microseconds that a query takes longer over a direct connection through the proxy than over the compute's own socket,
-/// at the median.
-async fn added_us(cluster: &Cluster, project: &Project, config: &Config, rounds: usize) -> anyhow::Result<f64> {
+/// Microseconds that a query takes longer than over the compute's own socket, at the median: over a direct connection through the proxy,
+/// through PgBouncer, and through a relay that does nothing but read and write.
+async fn added_us(
+    cluster: &Cluster,
+    project: &Project,
+    config: &Config,
+    pgbouncer: &Pool,
+    rounds: usize,
+) -> anyhow::Result<String> {
+    let socket_dir = cluster.runtime_dir().join(&project.endpoint);
+    let relay = start_relay(socket_dir.join(".s.PGSQL.5432"))?;
     let mut plain = Config::new();
-    plain.host_path(cluster.runtime_dir().join(&project.endpoint));
     plain.user(config.get_user().unwrap_or_default()).dbname(config.get_dbname().unwrap_or_default());
-    let (own, connection) = plain.connect(NoTls).await?;
-    tokio::spawn(connection);
-    let proxied = direct(cluster, project, config)?.connect().await?;
-    let mut added = Vec::new();
+    let (mut own, mut relayed) = (plain.clone(), plain);
+    own.host_path(socket_dir);
+    relayed.host("127.0.0.1").port(relay);
+    let mut clients = vec![direct(cluster, project, config)?.connect().await?, pgbouncer.connect().await?];
+    for config in [relayed, own] {
+        let (client, connection) = config.connect(NoTls).await?;
+        tokio::spawn(connection);
+        clients.push(client);
+    }
+    let mut added = [const { Vec::new() }; 3];
     for round in 0..=rounds {
-        let [own, proxied] = [single_us(&own).await?, single_us(&proxied).await?];
+        let mut took = Vec::new();
+        for client in &clients {
+            took.push(single_us(client).await?);
+        }
+        let [proxied, bounced, relayed, own] = took[..] else { continue };
         if round > 0 {
-            println!("one query: {own:.1} us over the compute's socket, {proxied:.1} us through the proxy");
-            added.push(proxied - own);
+            println!(
+                "one query: {own:.1} us over the compute's socket, {relayed:.1} through a bare relay, {bounced:.1} through PgBouncer, {proxied:.1} through the proxy"
+            );
+            [proxied, bounced, relayed].iter().zip(&mut added).for_each(|(time, added)| added.push(time - own));
         }
     }
-    Ok(median(added))
+    let [proxy, bouncer, relay] = added.map(median);
+    Ok(format!("proxy_added_us={proxy:.1} pgbouncer_added_us={bouncer:.1} relay_added_us={relay:.1}"))
+}
+
+/// The least that can stand between a client and the compute: a thread for each direction, which reads and writes. Its port; it ends
+/// with its connections.
+fn start_relay(socket: PathBuf) -> anyhow::Result<u16> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let port = listener.local_addr()?.port();
+    std::thread::spawn(move || -> std::io::Result<()> {
+        let (client, _) = listener.accept()?;
+        client.set_nodelay(true)?;
+        let compute = UnixStream::connect(socket)?;
+        let (from, to) = (client.try_clone()?, compute.try_clone()?);
+        std::thread::spawn(move || pass(from, to));
+        pass(compute, client)
+    });
+    Ok(port)
+}
+
+fn pass(mut from: impl Read, mut to: impl Write) -> std::io::Result<()> {
+    let mut buffer = [0; 16 * 1024];
+    loop {
+        match from.read(&mut buffer)? {
+            0 => return Ok(()),
+            bytes => to.write_all(&buffer[..bytes])?,
+        }
+    }
 }
 
 async fn single_us(client: &Client) -> anyhow::Result<f64> {
