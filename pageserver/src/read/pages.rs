@@ -21,6 +21,10 @@ use crate::{
 const CONCURRENT_PAGES: usize = 16;
 /// Pages that are looked for in one pass: their blocks are in memory together.
 const PAGES_PER_PASS: usize = 256;
+/// Of a pass with more keys than this, as a scan has, a page is kept only if so many records went into it: the reader keeps it itself,
+/// and to make it again costs less than to keep it.
+const SINGLE_PAGES: usize = 16;
+const WORTH_KEEPING_RECORDS: usize = 16;
 /// Keys of a pass that are at most so many blocks apart are taken for one range when layers are chosen.
 const NEAR_BLOCKS: u32 = 1024;
 
@@ -80,6 +84,7 @@ impl Branch {
                 searches.push(Search { wanted, cached: cached.map(|(_, page)| page) });
             }
         }
+        let keep_from_records = if searches.len() > SINGLE_PAGES { WORTH_KEEPING_RECORDS } else { 0 };
         self.search(&mut searches, at).await?;
         let mut bases = self.inherited_pages(&searches, at).await?.into_iter();
         let made: Vec<_> = searches
@@ -88,7 +93,7 @@ impl Branch {
                 if search.needs_inherited() {
                     search.cached = bases.next();
                 }
-                self.clone().make(search, at)
+                self.clone().make(search, at, keep_from_records)
             })
             .collect();
         let made: Vec<Bytes> = futures::stream::iter(made).buffered(CONCURRENT_PAGES).try_collect().await?;
@@ -153,7 +158,8 @@ impl Branch {
         }
     }
 
-    async fn make(self: Arc<Self>, search: Search, at: Lsn) -> Result<Bytes, StorageError> {
+    /// The page that was looked for. It is kept when so many records went into it.
+    async fn make(self: Arc<Self>, search: Search, at: Lsn, keep_from_records: usize) -> Result<Bytes, StorageError> {
         let Search { wanted: Wanted { key, mut found, complete, .. }, cached } = search;
         let base = if complete { self.initial_page(key, at, &mut found)? } else { cached };
         let records: Vec<(Lsn, StoredRecord)> = found.into_iter().rev().filter_map(as_record).collect();
@@ -162,9 +168,12 @@ impl Branch {
             Some(page) => page,
             None => zero_page(),
         };
+        let is_kept = records.len() >= keep_from_records;
         let made = redo::replay(key, base, records).await;
         let page = made.map_err(|reason| self.unmakeable(key, at, reason))?;
-        self.shared().pages.insert(self.id(), key, at, page.clone());
+        if is_kept {
+            self.shared().pages.insert(self.id(), key, at, page.clone());
+        }
         Ok(page)
     }
 
