@@ -458,7 +458,8 @@ fn elected(term: u64, proposer: u128, entries: &[(u64, u64)], start: StreamStart
     let entries = entries.iter().map(|&(t, l)| TermStart { term: Term(t), start_lsn: Lsn(l) }).collect();
     let history = TermHistory::new(entries);
     let (proposer, term, generation) = (ProposerId(proposer), Term(term), MembershipGeneration::FIRST);
-    ProposerMessage::Elected(Elected { proposer, term, history, start, generation })
+    let branch_start_lsn = Lsn(1000);
+    ProposerMessage::Elected(Elected { proposer, term, history, start, generation, branch_start_lsn })
 }
 
 fn append(term: u64, begin: u64, wal: &[u8]) -> ProposerMessage {
@@ -471,6 +472,7 @@ fn append(term: u64, begin: u64, wal: &[u8]) -> ProposerMessage {
         commit_lsn: Lsn::INVALID,
         remote_consistent_lsn: Lsn::INVALID,
         generation: MembershipGeneration::FIRST,
+        system_identifier: Some(7),
     })
 }
 

@@ -205,7 +205,9 @@ fn decode(record: &[u8]) -> Option<(BranchRef, AcceptorState)> {
     let length = [header[0], header[1], header[2], header[3]];
     let crc = u32::from_le_bytes([header[4], header[5], header[6], header[7]]);
     let is_good = u32::from_le_bytes(length) as usize == body.len() && crc == checksum(length, body);
-    is_good.then(|| postcard::from_bytes(body).ok())?
+    let read = |body: &[u8]| postcard::from_bytes(body).ok();
+    // Older records lack the last field, where the branch's WAL begins.
+    is_good.then(|| read(body).or_else(|| read(&[body, &[0]].concat())))?
 }
 
 fn checksum(length: [u8; 4], body: &[u8]) -> u32 {
