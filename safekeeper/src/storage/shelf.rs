@@ -270,6 +270,18 @@ mod tests {
     }
 
     #[test]
+    fn a_record_from_before_branch_starts_is_read() {
+        let was = AcceptorState { system_identifier: Some(9), pageserver_lsn: Lsn(1 << 40), ..state(4) };
+        let body = postcard::to_stdvec(&(branch("a"), &was)).expect("body");
+        let body = &body[..body.len() - 1];
+        let length = (body.len() as u32).to_le_bytes();
+        let record = [&length[..], &checksum(length, body).to_le_bytes(), body].concat();
+        assert_eq!(decode(&record), Some((branch("a"), was.clone())));
+        let now = AcceptorState { branch_start_lsn: Lsn(1 << 30), ..was };
+        assert_eq!(decode(&encode(&branch("a"), &now).expect("encode")), Some((branch("a"), now)));
+    }
+
+    #[test]
     fn what_is_out_of_date_is_given_back() {
         let dir = tempfile::tempdir().expect("dir");
         let shelf = Shelf::open(dir.path()).expect("open");
