@@ -88,23 +88,3 @@ pub fn is_alive(pid: i32) -> bool {
     let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().next());
     state.is_some_and(|state| state != "Z" && state != "X")
 }
-
-/// A service that stands still until this is dropped.
-pub struct Stopped(Pid);
-
-impl Stopped {
-    /// The service of this name below `dormouse up`.
-    pub fn service(up: u32, name: &str) -> anyhow::Result<Stopped> {
-        let found = children_with(up, name);
-        let process = found.first().with_context(|| format!("no process of {name}"))?;
-        let pid = Pid::from_raw(process.pid);
-        kill(pid, Signal::SIGSTOP)?;
-        Ok(Stopped(pid))
-    }
-}
-
-impl Drop for Stopped {
-    fn drop(&mut self) {
-        let _ = kill(self.0, Signal::SIGCONT);
-    }
-}

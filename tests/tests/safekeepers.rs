@@ -9,10 +9,10 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use e2e::{
-    Cluster, ClusterOptions,
-    processes::{self, Stopped},
-    sql,
+use e2e::{Cluster, ClusterOptions, processes, sql};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
 };
 use tokio::task::JoinHandle;
 
@@ -42,8 +42,7 @@ async fn replaced(cluster: &Cluster) -> anyhow::Result<()> {
     processes::wait_until("commits to go on", Duration::from_secs(20), || writer.committed() > before + 20).await?;
 
     // Of 1, 2 and 3 only one is left: whatever is committed or read now the fourth has.
-    let stopped =
-        [Stopped::service(cluster.up_pid()?, "safekeeper-1")?, Stopped::service(cluster.up_pid()?, "safekeeper-2")?];
+    let stopped = [Stopped::service(cluster, "safekeeper-1")?, Stopped::service(cluster, "safekeeper-2")?];
     let before = writer.committed();
     processes::wait_until("the fourth to count", Duration::from_secs(30), || writer.committed() > before + 20).await?;
     let committed = writer.stop().await?;
@@ -97,5 +96,24 @@ impl Writer {
         self.stop.store(true, Ordering::Relaxed);
         self.running.await??;
         Ok(self.committed.load(Ordering::Relaxed))
+    }
+}
+
+/// A service that stands still until this is dropped.
+struct Stopped(Pid);
+
+impl Stopped {
+    fn service(cluster: &Cluster, name: &str) -> anyhow::Result<Stopped> {
+        let found = processes::children_with(cluster.up_pid()?, name);
+        let process = found.first().with_context(|| format!("no process of {name}"))?;
+        let pid = Pid::from_raw(process.pid);
+        kill(pid, Signal::SIGSTOP)?;
+        Ok(Stopped(pid))
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGCONT);
     }
 }

@@ -84,7 +84,8 @@ async fn others_are_closed(cluster: &Cluster, api: &Api, conninfo: &str) -> anyh
         let mut psql = client("psql")?;
         run(psql.args(["-X", "-A", "-t", "-c", command]).arg(format!("{conninfo} replication=true")))
     };
-    let identified = ask(&others, "IDENTIFY_SYSTEM")?;
+    // Nothing of a branch is on safekeepers before its first wake.
+    ensure!(ask(&others, "IDENTIFY_SYSTEM").is_err());
     let system = sql::ask(&other.uri, "select system_identifier::text from pg_control_system()").await;
     // A project's roles may not ask for it; the superuser may.
     let system = match system {
@@ -94,6 +95,7 @@ async fn others_are_closed(cluster: &Cluster, api: &Api, conninfo: &str) -> anyh
             sql::value(&superuser, "select system_identifier::text from pg_control_system()").await?
         }
     };
+    let identified = ask(&others, "IDENTIFY_SYSTEM")?;
     ensure!(identified.starts_with(&format!("{system}|1|")), "{identified}, the branch's is {system}");
     ensure!(ask(&crossed, "IDENTIFY_SYSTEM").is_err(), "a token opened another branch");
     ensure!(ask(conninfo, "CREATE_REPLICATION_SLOT s PHYSICAL").is_err());
@@ -130,12 +132,24 @@ async fn rounds(cluster: &Cluster, api: &Api, project: &Project, standby: &mut S
         standby.start().await?;
         same_rows(&project.uri, standby).await?;
     }
-    // One stands still for good: the standby goes on with the others.
-    let _still = processes::Stopped::service(cluster.up_pid()?, "safekeeper-1")?;
+    // The first of the hosts stays down: the standby goes on with the others.
+    let up = cluster.up_pid()?;
+    let down = tokio::spawn(async move {
+        loop {
+            processes::children_with(up, "safekeeper-1").iter().for_each(|found| drop(processes::kill_hard(found.pid)));
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    });
     standby.stop()?;
     standby.start().await?;
     sql::psql(&project.uri, "insert into followed values (7)").await?;
-    same_rows(&project.uri, standby).await
+    let same = same_rows(&project.uri, standby).await;
+    let receiver = sql::value(&standby.connect("postgres").await?, RECEIVER).await?;
+    down.abort();
+    same?;
+    let first = format!("streaming from {}", cluster.safekeepers()[2].port() + 1);
+    ensure!(receiver.starts_with("streaming") && receiver != first, "it {receiver}");
+    Ok(())
 }
 
 /// Kills a safekeeper; it is started again.
