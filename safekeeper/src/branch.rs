@@ -255,7 +255,7 @@ impl BranchActor {
                 self.distrust_beyond = None;
                 self.membership = state.membership.clone().map(Arc::new);
                 debug!(branch = %self.branch, term = %state.term, lsn = %state.flush_lsn, "branch loaded");
-                State::Open(Box::new(Open { acceptor: Acceptor::new(state), store: *store }))
+                State::Open(Box::new(Open { acceptor: Acceptor::new(*state), store: *store }))
             }
             Ok(Ok(Loaded::Deleted)) => State::Deleted,
             Ok(Err(failure)) => self.failed(&failure),
