@@ -11,6 +11,7 @@ mod branching;
 pub mod compute;
 pub mod config;
 mod endpoint_rules;
+mod followers;
 mod garbage;
 mod history;
 pub mod host;

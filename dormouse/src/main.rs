@@ -44,7 +44,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    Up(up::UpArguments),
+    Up(Box<up::UpArguments>),
     #[command(flatten)]
     Service(services::ServiceCommand),
     /// The data that new projects start from
@@ -60,7 +60,7 @@ enum Command {
 fn main() -> ExitCode {
     let Arguments { log_format, command } = Arguments::parse();
     let outcome = match command {
-        Command::Up(arguments) => up::main(arguments, log_format),
+        Command::Up(arguments) => up::main(*arguments, log_format),
         Command::Service(service) => services::main(service, log_format),
         Command::Template(command) => template::main(command, log_format),
         Command::Storage(command) => storage::main(command, log_format),

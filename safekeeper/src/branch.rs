@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use safekeeper_protocol::{Acceptor, AcceptorMessage, ConnectionId, Effect, ProposerMessage, message::BranchStatus};
+use safekeeper_protocol::{
+    Acceptor, AcceptorMessage, AcceptorState, ConnectionId, Effect, ProposerMessage,
+    message::{BranchStatus, ReplicationAddress},
+};
 use tokio::{
     sync::{Semaphore, mpsc, oneshot, watch},
     task::{spawn_blocking, yield_now},
@@ -44,10 +47,27 @@ pub(crate) enum BranchView {
     Here {
         status: BranchStatus,
         membership: Option<Arc<Membership>>,
+        identity: Identity,
     },
     Deleted,
     /// The files could not be used; says why.
     Failed(String),
+}
+
+/// What never changes about a branch, as far as proposers have told it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Identity {
+    /// The cluster's, from `pg_control`.
+    pub system_identifier: Option<u64>,
+    /// Where the branch's own WAL begins.
+    pub start_lsn: Option<Lsn>,
+}
+
+impl Identity {
+    fn of(state: &AcceptorState) -> Identity {
+        let start_lsn = Some(state.branch_start_lsn).filter(|lsn| lsn.is_valid());
+        Identity { system_identifier: state.system_identifier, start_lsn }
+    }
 }
 
 pub(crate) struct BranchActor {
@@ -80,6 +100,8 @@ pub(crate) struct Settings {
     pub node: NodeId,
     pub idle_after: Duration,
     pub keep_bytes: u64,
+    /// Where it gives out WAL by Postgres's own protocol, if it does.
+    pub replication: Option<ReplicationAddress>,
     pub offload: Option<Arc<Offload>>,
     pub lock: Arc<File>,
     pub health: Arc<Health>,
@@ -233,7 +255,7 @@ impl BranchActor {
                 self.distrust_beyond = None;
                 self.membership = state.membership.clone().map(Arc::new);
                 debug!(branch = %self.branch, term = %state.term, lsn = %state.flush_lsn, "branch loaded");
-                State::Open(Box::new(Open { acceptor: Acceptor::new(state), store: *store }))
+                State::Open(Box::new(Open { acceptor: Acceptor::new(*state), store: *store }))
             }
             Ok(Ok(Loaded::Deleted)) => State::Deleted,
             Ok(Err(failure)) => self.failed(&failure),
@@ -253,18 +275,21 @@ impl BranchActor {
 
     fn publish(&self, state: &State) {
         let view = match state {
-            State::Open(open) => {
-                BranchView::Here { status: open.acceptor.status(), membership: self.membership.clone() }
-            }
+            State::Open(open) => BranchView::Here {
+                status: open.acceptor.status(),
+                membership: self.membership.clone(),
+                identity: Identity::of(open.acceptor.state()),
+            },
             State::Deleted => BranchView::Deleted,
             State::Failed(reason) => BranchView::Failed(reason.clone()),
         };
         self.view.send_if_modified(|current| {
             let same = match (&*current, &view) {
                 // What else of the membership could change comes with another generation.
-                (BranchView::Here { status: a, membership: m }, BranchView::Here { status: b, membership: n }) => {
-                    a == b && m.is_some() == n.is_some()
-                }
+                (
+                    BranchView::Here { status: a, membership: m, identity: i },
+                    BranchView::Here { status: b, membership: n, identity: j },
+                ) => a == b && m.is_some() == n.is_some() && i == j,
                 _ => false,
             };
             *current = view;

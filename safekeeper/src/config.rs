@@ -42,6 +42,86 @@ pub struct Config {
     /// pageserver has them
     #[arg(long, env = "DORMOUSE_SAFEKEEPER_KEEP_LOCAL_MIB", default_value_t = 64, value_name = "MIB")]
     pub keep_local_mib: u64,
+
+    #[command(flatten)]
+    pub replication: ReplicationConfig,
+}
+
+/// How branches' WAL is given to standbys and `pg_receivewal`
+#[derive(Debug, Clone, clap::Args)]
+pub struct ReplicationConfig {
+    /// Address to give branches' committed WAL out on by Postgres's own replication protocol: standbys and pg_receivewal follow a branch
+    /// there, whether or not its compute is awake. Not given out without it
+    #[arg(long, env = "DORMOUSE_SAFEKEEPER_REPLICATION_LISTEN", value_name = "ADDRESS", help_heading = "Replication")]
+    pub replication_listen: Option<SocketAddr>,
+
+    /// Where clients reach that address, as host:port [default: the same address; the host of --listen for one like 0.0.0.0]
+    #[arg(
+        long,
+        env = "DORMOUSE_SAFEKEEPER_REPLICATION_ADDRESS",
+        value_name = "HOST:PORT",
+        requires = "replication_listen",
+        help_heading = "Replication"
+    )]
+    pub replication_address: Option<String>,
+
+    /// Certificate chain (PEM) for replication, which then takes nobody without TLS. Read again for each connection. Without it tokens and
+    /// WAL pass in clear text
+    #[arg(
+        long,
+        env = "DORMOUSE_SAFEKEEPER_REPLICATION_TLS_CERT",
+        value_name = "FILE",
+        requires = "replication_tls_key",
+        help_heading = "Replication"
+    )]
+    pub replication_tls_cert: Option<PathBuf>,
+
+    /// The certificate's private key (PEM)
+    #[arg(
+        long,
+        env = "DORMOUSE_SAFEKEEPER_REPLICATION_TLS_KEY",
+        value_name = "FILE",
+        requires = "replication_tls_cert",
+        help_heading = "Replication"
+    )]
+    pub replication_tls_key: Option<PathBuf>,
+
+    /// Connections for replication at a time; further ones are refused, and libpq tries the next host
+    #[arg(
+        long,
+        env = "DORMOUSE_SAFEKEEPER_REPLICATION_CONNECTIONS",
+        default_value_t = REPLICATION_CONNECTIONS,
+        value_name = "COUNT",
+        help_heading = "Replication"
+    )]
+    pub replication_connections: usize,
+
+    /// Seconds of silence after which a connection for replication is closed, as Postgres's wal_sender_timeout
+    #[arg(
+        long,
+        env = "DORMOUSE_SAFEKEEPER_REPLICATION_TIMEOUT_SECONDS",
+        default_value_t = REPLICATION_TIMEOUT_SECONDS,
+        value_name = "SECONDS",
+        value_parser = clap::value_parser!(u64).range(1..),
+        help_heading = "Replication"
+    )]
+    pub replication_timeout_seconds: u64,
+}
+
+const REPLICATION_CONNECTIONS: usize = 200;
+const REPLICATION_TIMEOUT_SECONDS: u64 = 60;
+
+impl Default for ReplicationConfig {
+    fn default() -> ReplicationConfig {
+        ReplicationConfig {
+            replication_listen: None,
+            replication_address: None,
+            replication_tls_cert: None,
+            replication_tls_key: None,
+            replication_connections: REPLICATION_CONNECTIONS,
+            replication_timeout_seconds: REPLICATION_TIMEOUT_SECONDS,
+        }
+    }
 }
 
 impl Config {
@@ -56,6 +136,7 @@ impl Config {
             object_store: None,
             offload_after_seconds: 10,
             keep_local_mib: 64,
+            replication: ReplicationConfig::default(),
         }
     }
 }

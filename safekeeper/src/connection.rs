@@ -9,7 +9,6 @@ use std::{
     time::Duration,
 };
 
-use bucket::StoredWalReader;
 use bytes::Bytes;
 use safekeeper_protocol::{
     AcceptorMessage, ConnectionId, ProposerMessage,
@@ -21,11 +20,10 @@ use tokio::{
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
     sync::{mpsc, oneshot},
-    task::spawn_blocking,
-    time::{Instant, sleep_until, timeout},
+    time::timeout,
 };
-use tracing::{debug, info, warn};
-use types::{Lsn, Membership, MembershipGeneration};
+use tracing::{debug, info};
+use types::{Lsn, Membership};
 use wire::{
     Claims, FrameReader, FrameWriter, Hello, HelloReply, MAX_GREETING_BYTES, PROTOCOL_VERSION, TokenVerifier, WireError,
 };
@@ -33,7 +31,7 @@ use wire::{
 use crate::{
     branch::{BranchCommand, BranchView},
     registry::{BranchHandle, Registry},
-    storage::SegmentReader,
+    wal_source::{Next, SourceEnd, WalSource},
 };
 
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
@@ -42,10 +40,6 @@ const LINK_MESSAGES: usize = 1024;
 /// A reader hears this soon after the last WAL that there is no more, then at growing intervals.
 const FIRST_HEARTBEAT: Duration = Duration::from_millis(100);
 const LONGEST_HEARTBEAT: Duration = Duration::from_secs(1);
-/// A reader is not sent small pieces of WAL more often than this: what each costs is taken from those who commit.
-const PIECE_INTERVAL: Duration = Duration::from_millis(3);
-/// From here on a piece of WAL is not small.
-const SMALL_PIECE_BYTES: u64 = 64 * 1024;
 
 type Reader = FrameReader<OwnedReadHalf>;
 type Writer = FrameWriter<OwnedWriteHalf>;
@@ -59,6 +53,8 @@ enum ConnectionEnd {
     Refused(String),
     #[error("the server is stopping")]
     Stopping,
+    #[error(transparent)]
+    Source(#[from] SourceEnd),
 }
 
 /// Serves a connection to its end.
@@ -145,8 +141,8 @@ async fn known(
     handle: &BranchHandle,
     answer: impl FnOnce(BranchStatus, Option<Arc<Membership>>) -> Answer,
 ) -> Result<Answer, ConnectionEnd> {
-    match loaded(handle).await? {
-        BranchView::Here { status, membership } => Ok(answer(status, membership)),
+    match handle.loaded().await.ok_or(ConnectionEnd::Stopping)? {
+        BranchView::Here { status, membership, .. } => Ok(answer(status, membership)),
         BranchView::Deleted => Ok(Answer::Failed("the branch has been deleted".to_owned())),
         BranchView::Failed(reason) => Ok(Answer::Failed(reason)),
         BranchView::Loading => Err(ConnectionEnd::Stopping),
@@ -173,13 +169,6 @@ fn admit(hello: &Hello, request: &Request, verifier: &TokenVerifier) -> Result<C
 
 async fn tell(handle: &BranchHandle, command: BranchCommand) -> Result<(), ConnectionEnd> {
     handle.inbox.send(command).await.map_err(|_| ConnectionEnd::Stopping)
-}
-
-/// The branch once its files have been read.
-async fn loaded(handle: &BranchHandle) -> Result<BranchView, ConnectionEnd> {
-    let mut view = handle.view.clone();
-    let there = view.wait_for(|view| !matches!(view, BranchView::Loading)).await;
-    there.map(|view| view.clone()).map_err(|_| ConnectionEnd::Stopping)
 }
 
 async fn propose(reader: &mut Reader, writer: &mut Writer, handle: &BranchHandle) -> Result<(), ConnectionEnd> {
@@ -217,7 +206,7 @@ async fn propose(reader: &mut Reader, writer: &mut Writer, handle: &BranchHandle
 async fn read(
     reader: &mut Reader,
     writer: &mut Writer,
-    handle: &BranchHandle,
+    handle: &Arc<BranchHandle>,
     from: Lsn,
     is_service: bool,
 ) -> Result<(), ConnectionEnd> {
@@ -232,103 +221,31 @@ async fn read(
     };
     tokio::select! {
         end = receive => end,
-        end = stream(writer, handle, from) => end,
+        end = stream(writer, WalSource::new(Arc::clone(handle), from)) => end,
     }
 }
 
 /// Pushes committed WAL as it comes.
-async fn stream(writer: &mut Writer, handle: &BranchHandle, from: Lsn) -> Result<(), ConnectionEnd> {
-    let mut view = handle.view.clone();
-    let mut segments = SegmentReader::new(handle.directory.clone());
-    let mut stored = handle.stored.clone().map(StoredWalReader::new);
-    let mut position = from;
+async fn stream(writer: &mut Writer, mut source: WalSource) -> Result<(), ConnectionEnd> {
     let mut heartbeat = FIRST_HEARTBEAT;
-    let mut told: Option<MembershipGeneration> = None;
-    let mut next_piece = Instant::now();
     loop {
-        let current = view.borrow_and_update().clone();
-        let status = match current {
-            BranchView::Here { status, membership } => {
-                if let Some(newer) = membership.filter(|membership| told < Some(membership.generation)) {
-                    told = Some(newer.generation);
-                    writer.send(&ReaderReply::Membership((*newer).clone())).await?;
-                }
-                status
+        let begin = source.position();
+        let reply = match source.next(heartbeat).await? {
+            Next::Wal { begin, wal, commit_lsn } => {
+                heartbeat = FIRST_HEARTBEAT;
+                ReaderReply::Wal { begin, wal, commit_lsn }
             }
-            BranchView::Loading => BranchStatus::default(),
-            BranchView::Deleted => {
+            Next::Nothing { commit_lsn } => {
+                heartbeat = (heartbeat * 2).min(LONGEST_HEARTBEAT);
+                ReaderReply::Wal { begin, wal: Bytes::new(), commit_lsn }
+            }
+            Next::Membership(membership) => ReaderReply::Membership((*membership).clone()),
+            Next::Trimmed { log_start_lsn } => return Ok(writer.send(&ReaderReply::Trimmed { log_start_lsn }).await?),
+            Next::Deleted => {
                 return Ok(writer.send(&ReaderReply::Failed("the branch has been deleted".to_owned())).await?);
             }
-            BranchView::Failed(reason) => return Ok(writer.send(&ReaderReply::Failed(reason)).await?),
+            Next::Failed(reason) => return Ok(writer.send(&ReaderReply::Failed(reason)).await?),
         };
-        let commit_lsn = status.commit_lsn;
-        if position < status.log_start_lsn {
-            let log_start_lsn = status.log_start_lsn;
-            let Some(wal) = read_stored(writer, &mut stored, position, commit_lsn).await? else {
-                return Ok(writer.send(&ReaderReply::Trimmed { log_start_lsn }).await?);
-            };
-            let end = position + wal.len() as u64;
-            writer.send(&ReaderReply::Wal { begin: position, wal, commit_lsn }).await?;
-            position = end;
-            continue;
-        }
-        let is_small = commit_lsn.0.saturating_sub(position.0) < SMALL_PIECE_BYTES;
-        if position < commit_lsn && is_small && Instant::now() < next_piece {
-            sleep_until(next_piece).await;
-            continue;
-        }
-        if position < commit_lsn {
-            let end = commit_lsn.min(position + MAX_WAL_BYTES_PER_MESSAGE as u64);
-            let wal = match segments.read_cached(position, end) {
-                Some(wal) => wal,
-                None => {
-                    let read = spawn_blocking(move || {
-                        let wal = segments.read(position, end);
-                        (segments, wal)
-                    });
-                    let (returned, wal) = read.await.map_err(|_| ConnectionEnd::Stopping)?;
-                    segments = returned;
-                    // A file may have been trimmed meanwhile: the reader comes back and is told so.
-                    wal.map_err(|e| ConnectionEnd::Refused(e.to_string()))?
-                }
-            };
-            writer.send(&ReaderReply::Wal { begin: position, wal: Bytes::from(wal), commit_lsn }).await?;
-            position = end;
-            heartbeat = FIRST_HEARTBEAT;
-            next_piece = Instant::now() + PIECE_INTERVAL;
-            continue;
-        }
-        match timeout(heartbeat, view.changed()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) => return Err(ConnectionEnd::Stopping),
-            Err(_) => {
-                writer.send(&ReaderReply::Wal { begin: position, wal: Bytes::new(), commit_lsn }).await?;
-                heartbeat = (heartbeat * 2).min(LONGEST_HEARTBEAT);
-            }
-        }
-    }
-}
-
-/// WAL that is not here any more, from the object store; `None` when that does not have it either. Tells the reader meanwhile that the
-/// connection is alive.
-async fn read_stored(
-    writer: &mut Writer,
-    stored: &mut Option<StoredWalReader>,
-    position: Lsn,
-    commit_lsn: Lsn,
-) -> Result<Option<Bytes>, ConnectionEnd> {
-    let Some(stored) = stored else { return Ok(None) };
-    let most = (commit_lsn.0.saturating_sub(position.0) as usize).min(MAX_WAL_BYTES_PER_MESSAGE);
-    let read = stored.read(position, most);
-    tokio::pin!(read);
-    loop {
-        match timeout(LONGEST_HEARTBEAT, &mut read).await {
-            Ok(Ok(wal)) => return Ok(wal),
-            Ok(Err(error)) => {
-                warn!(lsn = %position, %error, "WAL could not be read from the object store");
-                return Err(ConnectionEnd::Refused(error.to_string()));
-            }
-            Err(_) => writer.send(&ReaderReply::Wal { begin: position, wal: Bytes::new(), commit_lsn }).await?,
-        }
+        writer.send(&reply).await?;
     }
 }

@@ -8,8 +8,11 @@ mod connection;
 mod health;
 mod offload;
 mod registry;
+mod replication;
 mod server;
 mod storage;
+mod wal_source;
 
-pub use config::Config;
+pub use config::{Config, ReplicationConfig};
+pub use replication::ReplicationError;
 pub use server::{Server, ServerError, USUAL_THREADS, run};

@@ -15,7 +15,7 @@ use tokio::{
     time::sleep,
 };
 use tracing::warn;
-use types::BranchRef;
+use types::{BranchRef, NodeId};
 
 use crate::{
     branch::{BranchActor, BranchCommand, BranchView, Settings},
@@ -50,6 +50,15 @@ pub(crate) struct BranchHandle {
     pub stored: Option<BranchWal>,
 }
 
+impl BranchHandle {
+    /// The branch once its files have been read; `None` when the server is stopping.
+    pub async fn loaded(&self) -> Option<BranchView> {
+        let mut view = self.view.clone();
+        let there = view.wait_for(|view| !matches!(view, BranchView::Loading)).await;
+        there.ok().map(|view| view.clone())
+    }
+}
+
 impl Registry {
     pub fn new(data_dir: PathBuf, settings: Settings) -> Registry {
         Registry { data_dir, settings, branches: Mutex::default() }
@@ -79,6 +88,11 @@ impl Registry {
         Some(handle)
     }
 
+    /// This safekeeper's number.
+    pub fn node(&self) -> NodeId {
+        self.settings.node
+    }
+
     /// How this safekeeper does.
     pub fn status(&self) -> NodeStatus {
         NodeStatus {
@@ -86,6 +100,7 @@ impl Registry {
             trouble: self.settings.health.trouble(),
             free_bytes: free_bytes(&self.data_dir),
             loaded_branches: self.lock().handles.len() as u64,
+            replication: self.settings.replication.clone(),
         }
     }
 

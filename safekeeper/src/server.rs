@@ -16,7 +16,15 @@ use tracing::{info, warn};
 use types::NodeId;
 use wire::{TokenError, TokenVerifier};
 
-use crate::{Config, branch::Settings, connection, offload::Offload, registry::Registry, storage::Shelf};
+use crate::{
+    Config,
+    branch::Settings,
+    connection,
+    offload::Offload,
+    registry::Registry,
+    replication::{Listener, ReplicationError},
+    storage::Shelf,
+};
 
 /// A safekeeper that has its address and its directory.
 pub struct Server {
@@ -24,6 +32,8 @@ pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
     verifier: TokenVerifier,
+    /// Gives WAL to those who speak Postgres's protocol.
+    replication: Option<Listener>,
     /// Holds the lock on the data directory.
     registry: Arc<Registry>,
 }
@@ -59,6 +69,9 @@ pub enum ServerError {
     /// The list of idle branches can't be used. If it is damaged, this safekeeper has forgotten what it promised: replace it by a new one.
     #[error("idle branches: {0}")]
     Shelf(String),
+    /// WAL can't be given out by Postgres's protocol.
+    #[error(transparent)]
+    Replication(#[from] ReplicationError),
     /// There is no such object store.
     #[error("--object-store: {0}")]
     ObjectStore(#[from] ObjectStoreConfigError),
@@ -92,12 +105,14 @@ impl Server {
             _ => ServerError::Listen { address: config.listen, source },
         })?;
         let address = listener.local_addr().map_err(|source| ServerError::Listen { address: config.listen, source })?;
+        let replication = Listener::bind(&config.replication).await?;
         let seconds = Duration::from_secs;
         let offload_after = seconds(config.offload_after_seconds);
         let settings = Settings {
             node: config.id,
             idle_after: seconds(config.idle_seconds),
             keep_bytes: config.keep_local_mib << 20,
+            replication: replication.as_ref().map(Listener::advertised),
             offload: store.map(|store| Arc::new(Offload::over(store, offload_after))),
             lock: Arc::new(lock),
             health: Arc::default(),
@@ -105,12 +120,17 @@ impl Server {
             in_place: Arc::new(Semaphore::new(threads_for_the_disk())),
         };
         let registry = Registry::new(config.data_dir, settings);
-        Ok(Server { id: config.id, listener, address, verifier, registry: Arc::new(registry) })
+        Ok(Server { id: config.id, listener, address, verifier, replication, registry: Arc::new(registry) })
     }
 
     /// Where it listens.
     pub fn local_addr(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where it listens for those who speak Postgres's protocol, if it does.
+    pub fn replication_addr(&self) -> Option<SocketAddr> {
+        self.replication.as_ref().map(Listener::local_addr)
     }
 
     /// Serves until `shutdown`. What was acknowledged is on disk at any time: nothing needs to be drained.
@@ -120,6 +140,10 @@ impl Server {
         // They are aborted with the connections.
         connections.spawn(Arc::clone(&self.registry).load_unfinished());
         connections.spawn(Arc::clone(&self.registry).watch_disk());
+        let mut followers = JoinSet::new();
+        if let Some(listener) = self.replication {
+            followers.spawn(listener.run(Arc::clone(&self.registry), self.verifier.clone(), shutdown.clone()));
+        }
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => break,
@@ -137,6 +161,8 @@ impl Server {
                 Some(_) = connections.join_next() => {}
             }
         }
+        // They end by themselves, soon.
+        while followers.join_next().await.is_some() {}
         connections.shutdown().await;
         self.registry.close().await;
         info!(safekeeper = %self.id, "stopped");

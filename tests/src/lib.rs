@@ -1,6 +1,7 @@
 //! What the end-to-end tests, the demo and the benchmarks share: a whole Dormouse of real processes, and real clients.
 
 pub mod api;
+pub mod archive;
 pub mod beside;
 pub mod chaos;
 pub mod cluster;

@@ -1,20 +1,14 @@
 //! Postgres's own replication of a branch's WAL, through the front door: a stock standby and `pg_receivewal` follow a branch while its compute
 //! sleeps, is waked by them, and crashes.
 
-use std::{
-    path::Path,
-    process::{Child, Stdio},
-    time::{Duration, Instant},
-};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use e2e::{
-    Cluster, ClusterOptions, Project, sql,
-    stock::{StockServer, as_postgres, give_to_postgres, run},
-};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
+    Cluster, ClusterOptions, Project,
+    archive::{self, client},
+    sql,
+    stock::{StockServer, give_to_postgres, run},
 };
 
 const A_WHILE: Duration = Duration::from_secs(60);
@@ -40,7 +34,7 @@ async fn follow(cluster: &Cluster) -> anyhow::Result<()> {
     std::fs::create_dir(&archive)?;
     give_to_postgres(&archive)?;
     run(client("pg_receivewal")?.args(["-d", &project.uri, "-S", "archive", "--create-slot", "--if-not-exists"]))?;
-    let mut receiver = receive(&project, &archive, "archive")?;
+    let mut receiver = archive::receive(&project.uri, &archive, Some("archive"))?;
     let mut standby = StockServer::on(|data| {
         let backup = ["-d", &project.uri, "-R", "-C", "-S", "standby", "-X", "stream", "-c", "fast", "-D"];
         run(client("pg_basebackup")?.args(backup).arg(data))?;
@@ -56,9 +50,9 @@ async fn follow(cluster: &Cluster) -> anyhow::Result<()> {
 
     sql::psql(&project.uri, "insert into followed values (0)").await?;
     let end = sql::ask(&project.uri, "select pg_current_wal_flush_lsn()::text").await?;
-    wait_for_archive(&archive, &begin, &end).await?;
+    archive::wait_for(&archive, &begin, &end, A_WHILE).await?;
     ensure!(receiver.try_wait()?.is_none(), "pg_receivewal has ended");
-    stop(receiver)?;
+    archive::stop(receiver)?;
     standby.stop()
 }
 
@@ -86,47 +80,6 @@ async fn rounds(cluster: &Cluster, project: &Project, standby: &mut StockServer)
         same_rows(&project.uri, standby).await?;
     }
     Ok(())
-}
-
-/// One of PostgreSQL's programs, as the user that servers run as, who must not look for certificates where the test's user has them.
-fn client(program: &str) -> anyhow::Result<std::process::Command> {
-    let mut command = as_postgres(e2e::pg_bin_dir().join(program))?;
-    command.env("HOME", "/");
-    Ok(command)
-}
-
-/// A running `pg_receivewal`.
-fn receive(project: &Project, archive: &Path, slot: &str) -> anyhow::Result<Child> {
-    let mut command = client("pg_receivewal")?;
-    command.args(["-d", &project.uri, "--synchronous", "-s", "1", "-S", slot, "-D"]).arg(archive);
-    let log = std::fs::File::options().create(true).append(true).open(archive.join("log"))?;
-    command.stdout(Stdio::null()).stderr(log).spawn().context("pg_receivewal")
-}
-
-fn stop(mut receiver: Child) -> anyhow::Result<()> {
-    kill(Pid::from_raw(receiver.id() as i32), Signal::SIGINT)?;
-    receiver.wait()?;
-    Ok(())
-}
-
-/// Waits until an archive has all records between two positions, which must follow on one another.
-async fn wait_for_archive(archive: &Path, begin: &str, end: &str) -> anyhow::Result<()> {
-    let began = Instant::now();
-    loop {
-        let copy = tempfile::tempdir()?;
-        for entry in std::fs::read_dir(archive)? {
-            let entry = entry?;
-            if let Some(name) = entry.file_name().to_str().filter(|name| name.starts_with("0000")) {
-                std::fs::copy(entry.path(), copy.path().join(name.trim_end_matches(".partial")))?;
-            }
-        }
-        let mut dump = std::process::Command::new(e2e::pg_bin_dir().join("pg_waldump"));
-        let dumped = run(dump.args(["-q", "-p"]).arg(copy.path()).args(["-s", begin, "-e", end]));
-        let Err(error) = dumped else { return Ok(()) };
-        let log = std::fs::read_to_string(archive.join("log")).unwrap_or_default();
-        ensure!(began.elapsed() < A_WHILE, "the archive does not have {begin} to {end}: {error:#}\n{log}");
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
 }
 
 async fn same_rows(uri: &str, standby: &StockServer) -> anyhow::Result<()> {

@@ -19,6 +19,11 @@ pub enum Scope {
         /// The branch.
         branch: BranchRef,
     },
+    /// Whoever follows one branch: that branch's WAL, by Postgres's own protocol, and nothing else.
+    WalReader {
+        /// The branch.
+        branch: BranchRef,
+    },
     /// A user's API key for one project.
     Project {
         /// The project.
@@ -42,7 +47,15 @@ impl Claims {
         match &self.scope {
             Scope::Service => true,
             Scope::Branch { branch } => branch == wanted,
-            Scope::Project { .. } => false,
+            Scope::WalReader { .. } | Scope::Project { .. } => false,
+        }
+    }
+
+    /// True when the bearer may follow this branch's WAL.
+    pub fn allows_wal(&self, wanted: &BranchRef) -> bool {
+        match &self.scope {
+            Scope::WalReader { branch } => branch == wanted,
+            Scope::Service | Scope::Branch { .. } | Scope::Project { .. } => self.allows_branch(wanted),
         }
     }
 
@@ -135,6 +148,11 @@ mod tests {
         let token = signer.sign(Scope::Branch { branch: branch("a") }, Duration::from_secs(60)).expect("sign");
         let claims = verifier.verify(&token).expect("verify");
         assert!(claims.allows_branch(&branch("a")) && !claims.allows_branch(&branch("b")) && !claims.is_service());
+        assert!(claims.allows_wal(&branch("a")) && !claims.allows_wal(&branch("b")));
+        let reader = signer.sign(Scope::WalReader { branch: branch("a") }, Duration::from_secs(60)).expect("sign");
+        let reader = verifier.verify(&reader).expect("verify");
+        assert!(reader.allows_wal(&branch("a")) && !reader.allows_wal(&branch("b")));
+        assert!(!reader.allows_branch(&branch("a")) && !reader.is_service());
 
         let others = TokenKeys::generate().expect("keys");
         let stranger = TokenVerifier::from_pem(&others.public_pem).expect("verifier");

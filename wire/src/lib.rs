@@ -13,7 +13,7 @@ pub use frame::{FrameReader, FrameWriter, MAX_FRAME_BYTES, MAX_GREETING_BYTES, W
 use serde::{Deserialize, Serialize};
 
 /// Version of all wire messages; both ends must have the same.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// First message on every connection, from the side that connects. Requests may follow without waiting for the reply.
 #[derive(Clone, Serialize, Deserialize)]

@@ -126,7 +126,8 @@ async fn start_once(spec: &ComputeSpec, dir: ComputeDir, owner: Option<Owner>) -
     let control_settings = ControlSettings::of(&spec.settings);
     let opening = open_term(&base, elected.start_lsn, &control_settings, now_seconds())?;
     proposer
-        .append(opening.record.begin, opening.record.bytes.clone())
+        .identify(opening.system_identifier)
+        .and_then(|()| proposer.append(opening.record.begin, opening.record.bytes.clone()))
         .map_err(|fenced| StartError::Fenced(fenced.0))?;
     timings.step("opening");
     let kept_files = KeptFiles::of(&base.files);

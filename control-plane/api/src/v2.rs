@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use types::{BranchId, EndpointId, Lsn, ProjectId};
+use types::{BranchId, EndpointId, Lsn, NodeId, ProjectId};
 
 pub use crate::internal::ApiError;
 
@@ -748,6 +748,28 @@ pub struct LeaseFields {
 pub struct LeaseEnvelope {
     /// The lease.
     pub lease: Lease,
+}
+
+/// `POST .../branches/{id}/wal_reader`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct WalReaderRequest {
+    /// How long the token is good; 90 days by default, a minute at least, 365 days at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_in_seconds: Option<u64>,
+}
+
+/// How to follow a branch's WAL straight from its safekeepers, by Postgres's own physical replication protocol. Dormouse's own; Neon's API
+/// has no such notion.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct WalReader {
+    /// For libpq: a standby's `primary_conninfo`, or `pg_receivewal -d`. Holds a token that reads this branch's WAL and nothing else; it can't be
+    /// taken back.
+    pub conninfo: String,
+    /// Until when the token is good.
+    pub expires_at: String,
+    /// Safekeepers of the branch that are not in `conninfo`: they did not say where they give out WAL, or do not.
+    #[serde(default)]
+    pub missing_safekeepers: Vec<NodeId>,
 }
 
 /// A branch's leases.

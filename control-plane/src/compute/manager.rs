@@ -389,6 +389,12 @@ impl Computes {
         })
     }
 
+    /// A token for whoever follows a timeline's WAL.
+    pub fn wal_reader_token(&self, timeline: BranchRef, lifetime: Duration) -> Result<String, Problem> {
+        let token = self.inner.signer.sign(Scope::WalReader { branch: timeline }, lifetime);
+        token.map_err(|error| Problem::Internal(error.to_string()))
+    }
+
     pub(super) fn compute_dir(&self, endpoint: &EndpointId) -> PathBuf {
         self.inner.settings.runtime_dir.join(endpoint.as_str())
     }

@@ -11,12 +11,13 @@ use axum::{
 };
 use control_plane_api::v2::{
     BranchCreated, BranchEnvelope, BranchList, BranchRequest, EndpointList, GarbageCollected, RestoreRequest,
+    WalReader, WalReaderRequest,
 };
 
 use super::{ListQuery, Shared, branch_ref, pagination, parse, project_id};
 use crate::{
     app::App,
-    branching, garbage,
+    branching, followers, garbage,
     problem::Problem,
     restoring, sizes,
     store::{branches, endpoints, operations},
@@ -31,6 +32,7 @@ pub fn routes() -> Router<Arc<App>> {
         .route("/projects/{project}/branches/{branch}/restore", post(restore))
         .route("/projects/{project}/branches/{branch}/detach", post(detach))
         .route("/projects/{project}/branches/{branch}/collect_garbage", post(collect_garbage))
+        .route("/projects/{project}/branches/{branch}/wal_reader", post(wal_reader))
         .route("/projects/{project}/branches/{branch}/endpoints", get(list_endpoints))
 }
 
@@ -124,6 +126,16 @@ async fn collect_garbage(
         removed_layers: report.removed_layers,
         removed_bytes: report.removed_bytes,
     }))
+}
+
+async fn wal_reader(
+    State(app): Shared,
+    Path((project, branch)): Path<(String, String)>,
+    body: Bytes,
+) -> Result<(StatusCode, Json<WalReader>), Problem> {
+    let request: WalReaderRequest = parse(&body)?;
+    let made = followers::wal_reader(&app, branch_ref(&project, &branch)?, request).await?;
+    Ok((StatusCode::CREATED, Json(made)))
 }
 
 async fn list_endpoints(

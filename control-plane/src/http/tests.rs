@@ -22,7 +22,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::{Method, body::Bytes};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use parking_lot::Mutex;
-use safekeeper_client::NodeStatus;
+use safekeeper_client::{NodeStatus, ReplicationAddress};
 use serde_json::{Value, json};
 use types::{
     BranchId, BranchRef, EndpointId, Generation, Lsn, Member, Membership, MembershipGeneration, NodeId, ProjectId, Term,
@@ -183,7 +183,9 @@ impl Storage for FakeStorage {
     async fn safekeeper_status(&self, address: &str) -> Result<NodeStatus, Problem> {
         let node = NodeId(address.trim_start_matches("sk").split(':').next().and_then(|n| n.parse().ok()).unwrap_or(0));
         let trouble = self.slow.lock().contains(&node).then(|| "write: no space left on device".to_owned());
-        Ok(NodeStatus { node, trouble, free_bytes: 1 << 30, loaded_branches: 0 })
+        let address = format!("{}:7101", address.split(':').next().unwrap_or_default());
+        let replication = (node != NodeId(2)).then_some(ReplicationAddress { address, tls: false });
+        Ok(NodeStatus { node, trouble, free_bytes: 1 << 30, loaded_branches: 0, replication })
     }
 
     async fn sizes(
@@ -302,6 +304,7 @@ struct World {
     computes: Arc<FakeComputes>,
     service_token: String,
     branch_token: String,
+    verifier: TokenVerifier,
     client: Client<hyper_util::client::legacy::connect::HttpConnector, Full<Bytes>>,
 }
 
@@ -350,6 +353,7 @@ impl World {
             computes: fakes,
             service_token: signer().sign(Scope::Service, minute).expect("sign"),
             branch_token: signer().sign(Scope::Branch { branch }, minute).expect("sign"),
+            verifier: TokenVerifier::from_pem(&token_keys.public_pem).expect("verifier"),
             client: Client::builder(TokioExecutor::new()).build_http(),
         }
     }
@@ -715,6 +719,33 @@ async fn a_restore_exchanges_timelines_and_a_detached_branch_stands_alone() {
     assert_eq!(world.storage.branches.lock().len(), 2, "the timelines of main and of its source");
     assert_eq!(world.api(Method::DELETE, &project, Value::Null).await.0, 200, "children go before parents");
     assert!(world.storage.branches.lock().is_empty());
+}
+
+#[tokio::test]
+async fn a_follower_gets_a_token_that_reads_the_branchs_wal_and_nothing_else() {
+    let world = World::new().await;
+    let made = world.project().await;
+    let (project, branch) = (text(&made["project"]["id"]), text(&made["branch"]["id"]));
+    let path = format!("/projects/{project}/branches/{branch}/wal_reader");
+    for bad in [0, 59, 366 * 86_400] {
+        assert_eq!(world.api(Method::POST, &path, json!({"expires_in_seconds": bad})).await.0, 400, "{bad}");
+    }
+    let (status, reader) = world.api(Method::POST, &path, json!({"expires_in_seconds": 600})).await;
+    assert_eq!(status, 201);
+    // Safekeeper 2 gives out nothing.
+    assert_eq!(reader["missing_safekeepers"], json!([2]));
+    let conninfo = text(&reader["conninfo"]);
+    let expected = format!("host=sk1,sk3 port=7101,7101 user={project}/{branch} password=");
+    let token = conninfo.strip_prefix(&expected).expect(conninfo).split(' ').next().expect("token");
+    let own = BranchRef { project: project.parse().expect("id"), branch: branch.parse().expect("id") };
+    let claims = world.verifier.verify(token).expect("good");
+    assert_eq!(claims.scope, Scope::WalReader { branch: own });
+    let other = format!("/projects/{project}/branches/br-none/wal_reader");
+    assert_eq!(world.api(Method::POST, &other, Value::Null).await.0, 404);
+    let (status, _) = world.request(Method::POST, &format!("/api/v2{path}"), Some(token), Value::Null).await;
+    assert_eq!(status, 401, "it is no API key");
+    let (status, _) = world.request(Method::POST, "/internal/v1/generations", Some(token), taking(1)).await;
+    assert_eq!(status, 403);
 }
 
 fn taking(pageserver: u64) -> Value {

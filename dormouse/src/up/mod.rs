@@ -54,7 +54,7 @@ pub struct UpArguments {
     /// Port of the REST API
     #[arg(long, default_value_t = 9898, env = "DORMOUSE_API_PORT")]
     api_port: u16,
-    /// First of the ports for internal services, on 127.0.0.1: the pageserver's, then the safekeepers'
+    /// First of the ports for internal services, on 127.0.0.1: the pageserver's, the safekeepers', and theirs for replication
     #[arg(long, default_value_t = 9400, env = "DORMOUSE_BASE_PORT")]
     base_port: u16,
     /// Endpoints are reached as <endpoint>.<domain>, which must resolve to this machine. Without a domain, connection
@@ -64,6 +64,22 @@ pub struct UpArguments {
     /// How many safekeepers to run; a majority of them holds every commit
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=9))]
     safekeepers: u16,
+    /// Address on which the safekeepers give branches' WAL to standbys and pg_receivewal (`dormouse branches follow`). Without a certificate
+    /// tokens and WAL pass in clear text
+    #[arg(long, default_value = "127.0.0.1", env = "DORMOUSE_REPLICATION_HOST")]
+    replication_host: std::net::IpAddr,
+    /// First of the ports for that, one for each safekeeper [default: those behind the internal services']
+    #[arg(long, env = "DORMOUSE_REPLICATION_PORT")]
+    replication_port: Option<u16>,
+    /// Host name or address under which standbys reach --replication-host [default: the same address]
+    #[arg(long, env = "DORMOUSE_REPLICATION_REACHED_AT", value_name = "HOST")]
+    replication_reached_at: Option<String>,
+    /// Certificate chain (PEM) for that: then nobody is let in without TLS
+    #[arg(long, env = "DORMOUSE_REPLICATION_TLS_CERT", value_name = "FILE", requires = "replication_tls_key")]
+    replication_tls_cert: Option<PathBuf>,
+    /// The certificate's private key (PEM)
+    #[arg(long, env = "DORMOUSE_REPLICATION_TLS_KEY", value_name = "FILE", requires = "replication_tls_cert")]
+    replication_tls_key: Option<PathBuf>,
     /// Where pageserver and computes reach the safekeepers, if not where these listen: tests put something in between
     #[arg(long, value_delimiter = ',', hide = true)]
     safekeepers_reached_at: Vec<std::net::SocketAddr>,

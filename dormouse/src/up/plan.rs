@@ -30,6 +30,8 @@ pub struct Ports {
     pub safekeepers: Vec<SocketAddr>,
     /// Where others reach them.
     safekeepers_reached_at: Vec<SocketAddr>,
+    /// Where they give out WAL for replication.
+    pub replication: Vec<SocketAddr>,
 }
 
 impl Ports {
@@ -40,6 +42,15 @@ impl Ports {
             anyhow::Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port))
         };
         let safekeepers: Vec<SocketAddr> = (1..=arguments.safekeepers).map(internal).collect::<Result<_, _>>()?;
+        let replication = (1..=arguments.safekeepers).map(|number| {
+            let internal = internal(arguments.safekeepers + number)?;
+            let port = match arguments.replication_port {
+                Some(first) => first.checked_add(number - 1).context("--replication-port is too large")?,
+                None => internal.port(),
+            };
+            anyhow::Ok(SocketAddr::new(arguments.replication_host, port))
+        });
+        let replication: Vec<SocketAddr> = replication.collect::<Result<_, _>>()?;
         let elsewhere = &arguments.safekeepers_reached_at;
         anyhow::ensure!(
             elsewhere.is_empty() || elsewhere.len() == safekeepers.len(),
@@ -53,6 +64,7 @@ impl Ports {
             pageserver: internal(0)?,
             safekeepers,
             safekeepers_reached_at,
+            replication,
         })
     }
 
@@ -64,6 +76,9 @@ impl Ports {
         checks::port_is_free(self.pageserver, "pageserver", "--base-port")?;
         for address in &self.safekeepers {
             checks::port_is_free(*address, "safekeeper", "--base-port")?;
+        }
+        for address in &self.replication {
+            checks::port_is_free(*address, "replication", "--replication-port")?;
         }
         Ok(())
     }
@@ -136,7 +151,11 @@ fn safekeeper(installation: &Installation, index: usize) -> Service {
         .with("--listen", address.to_string())
         .with("--data-dir", installation.data_dir.join(&name))
         .with("--object-store", &installation.object_store)
-        .with("--token-public-key", &installation.keys.paths.token_public);
+        .with("--token-public-key", &installation.keys.paths.token_public)
+        .with("--replication-listen", installation.ports.replication[index].to_string())
+        .with_some("--replication-tls-cert", installation.arguments.replication_tls_cert.as_ref())
+        .with_some("--replication-tls-key", installation.arguments.replication_tls_key.as_ref())
+        .with_some("--replication-address", replication_address(installation, index));
     Service {
         name,
         arguments: flags.0,
@@ -145,6 +164,13 @@ fn safekeeper(installation: &Installation, index: usize) -> Service {
         stop_timeout: Duration::from_secs(10),
         stop_rank: 3,
     }
+}
+
+/// Where standbys reach a safekeeper, if it can't know that itself.
+fn replication_address(installation: &Installation, index: usize) -> Option<String> {
+    let (host, port) =
+        (installation.arguments.replication_reached_at.as_ref()?, installation.ports.replication[index].port());
+    Some(format!("{host}:{port}"))
 }
 
 fn pageserver(installation: &Installation, token: &str) -> Service {

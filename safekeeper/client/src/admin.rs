@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use safekeeper_protocol::message::{Answer, RequestBody};
-pub use safekeeper_protocol::message::{BranchStatus, NodeStatus};
+pub use safekeeper_protocol::message::{BranchStatus, NodeStatus, ReplicationAddress};
 use tokio::time::timeout;
 use types::{BranchId, BranchRef, Lsn, Membership, ProjectId};
 

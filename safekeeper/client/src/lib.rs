@@ -13,8 +13,8 @@ mod proposer;
 mod reader;
 
 pub use admin::{
-    AdminError, BranchStatus, NodeStatus, branch_membership, branch_status, delete_branch, node_status,
-    set_branch_membership,
+    AdminError, BranchStatus, NodeStatus, ReplicationAddress, branch_membership, branch_status, delete_branch,
+    node_status, set_branch_membership,
 };
 pub use distrust::Distrust;
 pub use proposer::{ElectError, Elected, Fenced, MembershipStatus, ProposerConfig, WalProposer, carry_over, settle};

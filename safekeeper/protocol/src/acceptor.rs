@@ -82,6 +82,8 @@ pub struct AcceptorState {
     /// Up to here the pageserver has everything in its layers, and no replication slot needs the WAL: nobody will ask for it. Never
     /// beyond `remote_consistent_lsn`; what lies between the two is in the object store as WAL.
     pub pageserver_lsn: Lsn,
+    /// Where the branch's WAL begins, once a proposer has named it; else [`Lsn::INVALID`].
+    pub branch_start_lsn: Lsn,
 }
 
 /// What the driver must do.
@@ -279,11 +281,8 @@ impl Acceptor {
 
     fn handle_vote(&mut self, from: ConnectionId, vote: Vote) -> Vec<Effect> {
         let mut effects = Vec::new();
-        if let (Some(known), Some(named)) = (self.state.system_identifier, vote.system_identifier)
-            && known != named
-        {
-            let reason = format!("the branch's WAL is of system {known}, the proposer's of system {named}");
-            return vec![self.refuse(from, reason)];
+        if let Some(refusal) = self.other_system(from, vote.system_identifier) {
+            return vec![refusal];
         }
         if let Some(newer) = self.newer_membership(from, vote.generation) {
             return vec![newer];
@@ -350,6 +349,12 @@ impl Acceptor {
         self.newer_membership(to, theirs).or_else(|| (theirs > own).then(refusal))
     }
 
+    /// The refusal of a proposer whose WAL is of another cluster.
+    fn other_system(&self, to: ConnectionId, theirs: Option<u64>) -> Option<Effect> {
+        let (known, named) = self.state.system_identifier.zip(theirs).filter(|(known, named)| known != named)?;
+        Some(self.refuse(to, format!("the branch's WAL is of system {known}, the proposer's of system {named}")))
+    }
+
     fn handle_elected(&mut self, from: ConnectionId, elected: Elected) -> Vec<Effect> {
         let mut effects = Vec::new();
         // Whoever got this safekeeper's vote: a term has one winner, and the log has not changed since the term began.
@@ -364,6 +369,9 @@ impl Acceptor {
         }
         if elected.history.last_term() != elected.term {
             return vec![self.refuse(from, "the history does not end with the term".to_owned())];
+        }
+        if !self.state.branch_start_lsn.is_valid() {
+            self.state.branch_start_lsn = elected.branch_start_lsn;
         }
         let known = self.state.history.last_term() == elected.term;
         let own = self.state.history.up_to(self.state.flush_lsn);
@@ -403,6 +411,9 @@ impl Acceptor {
         if let Some(refusal) = self.other_membership(from, append.generation) {
             return vec![refusal];
         }
+        if let Some(refusal) = self.other_system(from, append.system_identifier) {
+            return vec![refusal];
+        }
         let end = append.begin + append.wal.len() as u64;
         let new_end = end.max(self.write_lsn);
         if append.begin > self.write_lsn || append.boundary > new_end {
@@ -417,6 +428,8 @@ impl Acceptor {
             self.write_lsn = end;
             self.unflushed = true;
         }
+        // Stored with what is next: until then, it may have to be told again.
+        self.state.system_identifier = self.state.system_identifier.or(append.system_identifier);
         self.boundary = self.boundary.max(append.boundary);
         self.leader_commit_lsn = self.leader_commit_lsn.max(append.commit_lsn);
         self.commit_told = true;

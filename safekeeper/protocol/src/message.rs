@@ -72,6 +72,17 @@ pub struct NodeStatus {
     pub free_bytes: u64,
     /// Branches that it has in memory.
     pub loaded_branches: u64,
+    /// Where it gives out WAL by Postgres's own protocol; `None`: it does not.
+    pub replication: Option<ReplicationAddress>,
+}
+
+/// See [`NodeStatus::replication`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicationAddress {
+    /// As host:port. An address of no host (`0.0.0.0`, `[::]`): the host where the safekeeper is reached.
+    pub address: String,
+    /// Only inside TLS.
+    pub tls: bool,
 }
 
 /// Where a branch stands on one safekeeper.
@@ -177,6 +188,8 @@ pub struct Elected {
     pub start: StreamStart,
     /// The membership that the safekeeper's vote was asked for.
     pub generation: MembershipGeneration,
+    /// Where the branch's WAL begins: there never was any before.
+    pub branch_start_lsn: Lsn,
 }
 
 /// See [`Elected::start`].
@@ -206,6 +219,8 @@ pub struct Append {
     pub remote_consistent_lsn: Lsn,
     /// The membership by which acknowledgements are counted.
     pub generation: MembershipGeneration,
+    /// The cluster's identifier (`pg_control`), once the proposer knows it: a compute reads it only when it has won its term.
+    pub system_identifier: Option<u64>,
 }
 
 impl fmt::Debug for Append {

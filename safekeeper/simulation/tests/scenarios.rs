@@ -458,7 +458,8 @@ fn elected(term: u64, proposer: u128, entries: &[(u64, u64)], start: StreamStart
     let entries = entries.iter().map(|&(t, l)| TermStart { term: Term(t), start_lsn: Lsn(l) }).collect();
     let history = TermHistory::new(entries);
     let (proposer, term, generation) = (ProposerId(proposer), Term(term), MembershipGeneration::FIRST);
-    ProposerMessage::Elected(Elected { proposer, term, history, start, generation })
+    let branch_start_lsn = Lsn(1000);
+    ProposerMessage::Elected(Elected { proposer, term, history, start, generation, branch_start_lsn })
 }
 
 fn append(term: u64, begin: u64, wal: &[u8]) -> ProposerMessage {
@@ -471,6 +472,7 @@ fn append(term: u64, begin: u64, wal: &[u8]) -> ProposerMessage {
         commit_lsn: Lsn::INVALID,
         remote_consistent_lsn: Lsn::INVALID,
         generation: MembershipGeneration::FIRST,
+        system_identifier: Some(7),
     })
 }
 
@@ -582,6 +584,31 @@ fn wal_with_a_gap_and_a_foreign_cluster_are_refused() {
     let foreign = Vote { proposer: ProposerId(3), term: VoteTerm::Next, system_identifier: Some(8), generation };
     assert!(matches!(safekeeper.tell(ProposerMessage::Vote(foreign))[..], [AcceptorMessage::Refused { .. }]));
     assert_eq!(safekeeper.acceptor.state().term, Term(1));
+    let ProposerMessage::Append(next) = append(1, 1060, &[1; 8]) else { unreachable!() };
+    let foreign = Append { system_identifier: Some(8), ..next.clone() };
+    assert!(matches!(safekeeper.tell(ProposerMessage::Append(foreign))[..], [AcceptorMessage::Refused { .. }]));
+    assert_eq!(safekeeper.flush_lsn(), Lsn(1060));
+    let silent = Append { system_identifier: None, ..next };
+    assert!(matches!(safekeeper.tell(ProposerMessage::Append(silent))[..], [AcceptorMessage::Append(_)]));
+}
+
+#[test]
+fn whose_the_log_is_and_where_it_begins_is_remembered_once_told() {
+    let mut safekeeper = Safekeeper::new();
+    let generation = MembershipGeneration::FIRST;
+    let unnamed = Vote { proposer: ProposerId(1), term: VoteTerm::Next, system_identifier: None, generation };
+    safekeeper.tell(ProposerMessage::Vote(unnamed));
+    assert!(!safekeeper.acceptor.state().branch_start_lsn.is_valid());
+    safekeeper.tell(elected(1, 1, &[(1, 1000)], StreamStart::Restart(START)));
+    assert_eq!(safekeeper.disk.control.branch_start_lsn, START, "stored with the history");
+    assert_eq!(safekeeper.acceptor.state().system_identifier, None);
+    let ProposerMessage::Append(first) = append(1, 1000, &[7; 60]) else { unreachable!() };
+    safekeeper.tell(ProposerMessage::Append(Append { commit_lsn: Lsn(1060), ..first }));
+    assert_eq!(safekeeper.acceptor.state().system_identifier, Some(7));
+    assert_eq!(safekeeper.disk.control.system_identifier, None, "no write on the way of a commit");
+    safekeeper.acceptor.proposer_gone();
+    let effects = safekeeper.acceptor.end_batch();
+    assert!(matches!(&effects[..], [Effect::Persist(state)] if state.system_identifier == Some(7)), "{effects:?}");
 }
 
 #[test]

@@ -25,8 +25,10 @@ use super::{StorageError, sync_dir};
 const NAME: &str = "control";
 const TEMPORARY_NAME: &str = "control.new";
 const MAGIC: u32 = 0x4B53_4D44;
-const FORMAT_VERSION: u32 = 4;
-/// The version before safekeepers copied WAL to the object store themselves: its last field is missing.
+const FORMAT_VERSION: u32 = 5;
+/// The version before safekeepers knew where a branch's WAL begins: its last field is missing.
+const FORMAT_WITHOUT_BRANCH_START: u32 = 4;
+/// The version before safekeepers copied WAL to the object store themselves: one more is missing.
 const FORMAT_WITHOUT_OFFLOAD: u32 = 3;
 /// The version before memberships could change.
 const FORMAT_WITHOUT_MEMBERSHIP: u32 = 2;
@@ -145,7 +147,7 @@ fn decode(slot: &[u8]) -> Result<(u64, AcceptorState), String> {
         return Err("not a control file".to_owned());
     }
     let version = u32::from_le_bytes(word(4));
-    if ![FORMAT_VERSION, FORMAT_WITHOUT_OFFLOAD, FORMAT_WITHOUT_MEMBERSHIP].contains(&version) {
+    if !(FORMAT_WITHOUT_MEMBERSHIP..=FORMAT_VERSION).contains(&version) {
         return Err(format!("format version {version}, this program knows {FORMAT_VERSION}"));
     }
     let sequence = u64::from(u32::from_le_bytes(word(8))) | u64::from(u32::from_le_bytes(word(12))) << 32;
@@ -156,11 +158,12 @@ fn decode(slot: &[u8]) -> Result<(u64, AcceptorState), String> {
     }
     let state = match version {
         FORMAT_WITHOUT_MEMBERSHIP => postcard::from_bytes::<StateWithoutMembership>(body).map(AcceptorState::from),
-        FORMAT_WITHOUT_OFFLOAD => postcard::from_bytes::<AcceptorState>(&[body, &[0]].concat()).map(|mut state| {
+        FORMAT_WITHOUT_OFFLOAD => postcard::from_bytes::<AcceptorState>(&[body, &[0, 0]].concat()).map(|mut state| {
             // Nobody but the pageserver stored anything then.
             state.pageserver_lsn = state.remote_consistent_lsn;
             state
         }),
+        FORMAT_WITHOUT_BRANCH_START => postcard::from_bytes(&[body, &[0]].concat()),
         _ => postcard::from_bytes(body),
     };
     Ok((sequence, state.map_err(|e| e.to_string())?))
@@ -195,6 +198,7 @@ impl From<StateWithoutMembership> for AcceptorState {
             generation: MembershipGeneration::FIRST,
             membership: None,
             pageserver_lsn: old.remote_consistent_lsn,
+            branch_start_lsn: Lsn::INVALID,
         }
     }
 }
@@ -297,14 +301,7 @@ mod tests {
             remote_consistent_lsn: Lsn(3),
             doubtful: true,
         };
-        let body = postcard::to_stdvec(&old).expect("body");
-        let mut slot = encode(5, &state(1)).expect("encode");
-        let length = (body.len() as u32).to_le_bytes();
-        slot.truncate(HEADER_BYTES);
-        slot[4..8].copy_from_slice(&FORMAT_WITHOUT_MEMBERSHIP.to_le_bytes());
-        slot[16..20].copy_from_slice(&length);
-        slot[20..24].copy_from_slice(&checksum(5, length, &body).to_le_bytes());
-        slot.extend_from_slice(&body);
+        let slot = slot_of(FORMAT_WITHOUT_MEMBERSHIP, &postcard::to_stdvec(&old).expect("body"));
         let expected = AcceptorState::from(old);
         assert_eq!((expected.generation, expected.flush_lsn), (MembershipGeneration::FIRST, Lsn(24)));
         assert_eq!(decode(&slot), Ok((5, expected)));
@@ -314,15 +311,29 @@ mod tests {
     fn a_control_file_from_before_offloading_is_read() {
         let expected = AcceptorState { remote_consistent_lsn: Lsn(16), pageserver_lsn: Lsn(16), ..state(4) };
         let now = postcard::to_stdvec(&AcceptorState { pageserver_lsn: Lsn(0), ..expected.clone() }).expect("body");
-        let body = &now[..now.len() - 1];
+        let slot = slot_of(FORMAT_WITHOUT_OFFLOAD, &now[..now.len() - 2]);
+        assert_eq!(decode(&slot), Ok((5, expected)));
+    }
+
+    #[test]
+    fn a_control_file_from_before_branch_starts_is_read() {
+        let expected = AcceptorState { pageserver_lsn: Lsn(1 << 40), system_identifier: Some(9), ..state(4) };
+        let now = postcard::to_stdvec(&expected).expect("body");
+        assert_eq!(decode(&slot_of(FORMAT_WITHOUT_BRANCH_START, &now[..now.len() - 1])), Ok((5, expected)));
+        assert!(decode(&slot_of(FORMAT_VERSION, &now[..now.len() - 1])).is_err());
+        assert!(decode(&slot_of(FORMAT_VERSION + 1, &now)).is_err());
+    }
+
+    /// A slot of another version, with the sequence number 5.
+    fn slot_of(version: u32, body: &[u8]) -> Vec<u8> {
         let mut slot = encode(5, &state(1)).expect("encode");
         let length = (body.len() as u32).to_le_bytes();
         slot.truncate(HEADER_BYTES);
-        slot[4..8].copy_from_slice(&FORMAT_WITHOUT_OFFLOAD.to_le_bytes());
+        slot[4..8].copy_from_slice(&version.to_le_bytes());
         slot[16..20].copy_from_slice(&length);
         slot[20..24].copy_from_slice(&checksum(5, length, body).to_le_bytes());
         slot.extend_from_slice(body);
-        assert_eq!(decode(&slot), Ok((5, expected)));
+        slot
     }
 
     /// A control file with these slots, each as long as its space.
@@ -341,9 +352,9 @@ mod tests {
         let member = (any::<u64>(), "[a-z.]{1,20}:[0-9]{1,5}");
         let member = member.prop_map(|(node, address)| Member { node: NodeId(node), address });
         let sets = (vec(member.clone(), 1..6), option::of(vec(member, 1..6)));
-        (any::<[u64; 7]>(), voted_for, option::of(any::<u64>()), entries, any::<bool>(), option::of(sets)).prop_map(
+        (any::<[u64; 8]>(), voted_for, option::of(any::<u64>()), entries, any::<bool>(), option::of(sets)).prop_map(
             |(numbers, voted_for, system_identifier, entries, doubtful, sets)| {
-                let [term, log_start, flush, commit, remote, generation, pageserver] = numbers;
+                let [term, log_start, flush, commit, remote, generation, pageserver, branch_start] = numbers;
                 let generation = MembershipGeneration(generation);
                 let start = |(term, lsn)| TermStart { term: Term(term), start_lsn: Lsn(lsn) };
                 AcceptorState {
@@ -359,6 +370,7 @@ mod tests {
                     generation,
                     membership: sets.map(|(members, new_members)| Membership { generation, members, new_members }),
                     pageserver_lsn: Lsn(pageserver),
+                    branch_start_lsn: Lsn(branch_start),
                 }
             },
         )

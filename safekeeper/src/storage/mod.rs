@@ -45,7 +45,7 @@ impl StorageError {
 
 /// What was found on disk.
 pub(crate) enum Loaded {
-    Branch { store: Box<BranchStore>, state: AcceptorState },
+    Branch { store: Box<BranchStore>, state: Box<AcceptorState> },
     Deleted,
 }
 
@@ -81,7 +81,7 @@ impl BranchStore {
             let state = shelf.get(&branch)?.unwrap_or_default();
             let (stored, durable_lsn, marked) = (state.clone(), state.flush_lsn, state.flush_lsn);
             let store = BranchStore { branch, directory, shelf, control: None, stored, segments, durable_lsn, marked };
-            return Ok(Loaded::Branch { store: Box::new(store), state });
+            return Ok(Loaded::Branch { store: Box::new(store), state: Box::new(state) });
         };
         if let Some(limit) = distrust_beyond {
             segments.truncate(limit.max(state.flush_lsn))?;
@@ -101,7 +101,7 @@ impl BranchStore {
         let (durable_lsn, marked) = (log.end, log.end);
         let control = Some(control);
         let store = BranchStore { branch, directory, shelf, control, stored, segments, durable_lsn, marked };
-        Ok(Loaded::Branch { store: Box::new(store), state })
+        Ok(Loaded::Branch { store: Box::new(store), state: Box::new(state) })
     }
 
     /// Removes a branch's files for good and leaves a mark that refuses its id.

@@ -205,7 +205,9 @@ fn decode(record: &[u8]) -> Option<(BranchRef, AcceptorState)> {
     let length = [header[0], header[1], header[2], header[3]];
     let crc = u32::from_le_bytes([header[4], header[5], header[6], header[7]]);
     let is_good = u32::from_le_bytes(length) as usize == body.len() && crc == checksum(length, body);
-    is_good.then(|| postcard::from_bytes(body).ok())?
+    let read = |body: &[u8]| postcard::from_bytes(body).ok();
+    // Older records lack the last field, where the branch's WAL begins.
+    is_good.then(|| read(body).or_else(|| read(&[body, &[0]].concat())))?
 }
 
 fn checksum(length: [u8; 4], body: &[u8]) -> u32 {
@@ -265,6 +267,18 @@ mod tests {
         shelf.make_directory(&dir.path().join("p/a")).expect("make");
         assert!(dir.path().join("p/a").is_dir());
         assert_eq!(term(&shelf, "a"), Some(3), "it counts until there is a control file");
+    }
+
+    #[test]
+    fn a_record_from_before_branch_starts_is_read() {
+        let was = AcceptorState { system_identifier: Some(9), pageserver_lsn: Lsn(1 << 40), ..state(4) };
+        let body = postcard::to_stdvec(&(branch("a"), &was)).expect("body");
+        let body = &body[..body.len() - 1];
+        let length = (body.len() as u32).to_le_bytes();
+        let record = [&length[..], &checksum(length, body).to_le_bytes(), body].concat();
+        assert_eq!(decode(&record), Some((branch("a"), was.clone())));
+        let now = AcceptorState { branch_start_lsn: Lsn(1 << 30), ..was };
+        assert_eq!(decode(&encode(&branch("a"), &now).expect("encode")), Some((branch("a"), now)));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::{
 
 use bucket::{BranchWal, MANIFEST_PREFIX, branch_root};
 use bytes::Bytes;
-use dormouse_safekeeper::{Config, Server, ServerError};
+use dormouse_safekeeper::{Config, ReplicationConfig, ReplicationError, Server, ServerError};
 use object_store::{ObjectStore, ObjectStoreExt};
 use safekeeper_client::{
     BranchStatus, ProposerConfig, WalProposer, WalReader, WalReaderConfig, branch_status, set_branch_membership,
@@ -30,7 +30,7 @@ use wire::{Scope, TokenSigner, auth::TokenKeys};
 
 /// Where every test branch starts.
 pub const START: Lsn = Lsn(0x0150_0028);
-const SYSTEM: u64 = 7_300_000_000_000_000_001;
+pub const SYSTEM: u64 = 7_300_000_000_000_000_001;
 /// For what must happen some time, on however busy a machine.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -43,6 +43,8 @@ pub struct Cluster {
     pub store: Option<Arc<dyn ObjectStore>>,
     /// See [`Config`].
     pub offload_after_seconds: u64,
+    /// For safekeepers that are started from now on.
+    pub replication: ReplicationConfig,
     pub branch: BranchRef,
     /// What computes are given.
     pub membership: Membership,
@@ -54,7 +56,16 @@ type Records = Arc<Mutex<BTreeMap<Lsn, Lsn>>>;
 
 struct Node {
     address: SocketAddr,
+    replication: SocketAddr,
     running: Option<(CancellationToken, JoinHandle<()>)>,
+}
+
+impl Node {
+    /// On ports that it chooses when it is started.
+    fn new() -> Node {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        Node { address: any, replication: any, running: None }
+    }
 }
 
 impl Cluster {
@@ -99,11 +110,22 @@ impl Cluster {
         let keys = TokenKeys::generate().expect("keys");
         std::fs::write(dir.path().join("public.pem"), &keys.public_pem).expect("write key");
         let signer = TokenSigner::from_pem(&keys.private_pem).expect("signer");
-        let nodes = (0..count).map(|_| Node { address: ([127, 0, 0, 1], 0).into(), running: None }).collect();
+        let nodes = (0..count).map(|_| Node::new()).collect();
         let (records, membership) = (Records::default(), Membership::first(Vec::new()));
         let (branch, store, offload_after_seconds) = (branch("main"), None, 0);
-        let mut cluster =
-            Cluster { dir, signer, nodes, idle_seconds, store, offload_after_seconds, branch, membership, records };
+        let replication = ReplicationConfig::default();
+        let mut cluster = Cluster {
+            dir,
+            signer,
+            nodes,
+            idle_seconds,
+            store,
+            offload_after_seconds,
+            replication,
+            branch,
+            membership,
+            records,
+        };
         for index in 0..count {
             cluster.run(index).await;
         }
@@ -118,7 +140,7 @@ impl Cluster {
 
     /// Starts a further safekeeper, which is no member yet.
     pub async fn join(&mut self) -> Member {
-        self.nodes.push(Node { address: ([127, 0, 0, 1], 0).into(), running: None });
+        self.nodes.push(Node::new());
         let index = self.nodes.len() - 1;
         self.run(index).await;
         self.member(index)
@@ -142,6 +164,10 @@ impl Cluster {
             idle_seconds: self.idle_seconds,
             offload_after_seconds: self.offload_after_seconds,
             keep_local_mib: 0,
+            replication: ReplicationConfig {
+                replication_listen: Some(self.nodes[index].replication),
+                ..self.replication.clone()
+            },
             ..Config::new(NodeId(index as u64 + 1), self.data_dir(index), self.dir.path().join("public.pem"))
         };
         let server = within(async {
@@ -149,7 +175,11 @@ impl Cluster {
                 match Server::bind_over(config.clone(), self.store.clone()).await {
                     Ok(server) => return server,
                     // A killed one ends what it has begun to write, and somebody may have connected from that port.
-                    Err(ServerError::DataDirInUse(_) | ServerError::AddressInUse(_)) => {
+                    Err(
+                        ServerError::DataDirInUse(_)
+                        | ServerError::AddressInUse(_)
+                        | ServerError::Replication(ReplicationError::Listen { .. }),
+                    ) => {
                         sleep(Duration::from_millis(10)).await;
                     }
                     Err(error) => panic!("{error}"),
@@ -158,6 +188,7 @@ impl Cluster {
         })
         .await;
         self.nodes[index].address = server.local_addr();
+        self.nodes[index].replication = server.replication_addr().expect("replication");
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(server.run(shutdown.clone()));
         self.nodes[index].running = Some((shutdown, task));
@@ -199,8 +230,16 @@ impl Cluster {
         self.nodes[index].address.to_string()
     }
 
+    pub fn replication_port(&self, index: usize) -> u16 {
+        self.nodes[index].replication.port()
+    }
+
     pub fn token(&self, scope: Scope) -> String {
-        self.signer.sign(scope, Duration::from_secs(600)).expect("sign")
+        self.token_for(scope, Duration::from_secs(600))
+    }
+
+    pub fn token_for(&self, scope: Scope, lifetime: Duration) -> String {
+        self.signer.sign(scope, lifetime).expect("sign")
     }
 
     pub fn proposer_config(&self) -> ProposerConfig {

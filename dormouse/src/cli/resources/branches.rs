@@ -2,7 +2,8 @@
 
 use clap::{Args, Subcommand};
 use control_plane_api::v2::{
-    Branch, BranchCreated, BranchEnvelope, BranchFields, BranchRequest, EndpointFields, RestoreRequest,
+    Branch, BranchCreated, BranchEnvelope, BranchFields, BranchRequest, EndpointFields, RestoreRequest, WalReader,
+    WalReaderRequest,
 };
 
 use super::{
@@ -48,6 +49,11 @@ pub enum BranchCommand {
         after_help = "Examples:\n  dormouse branches history main\n  dormouse branches history main --at-timestamp $(date -u -d '1 hour ago' +%FT%TZ)\n  dormouse branches history main --at-lsn 0/1A2B3C8\n\nThe window is the project's: `dormouse projects update <project> --history-retention 14d` changes it."
     )]
     History(history::HistoryArguments),
+    /// Print how a standby or pg_receivewal follows a branch straight from the safekeepers, without waking its compute
+    #[command(
+        after_help = "Examples:\n  pg_receivewal -D archive -d \"$(dormouse branches follow main)\"\n  echo \"primary_conninfo = '$(dormouse branches follow main)'\" >> standby/postgresql.auto.conf\n\nIt has a token in it, which reads this branch's WAL and nothing else, and can't be taken back.\nMake the standby with pg_basebackup from the branch itself (`dormouse connection-string`)."
+    )]
+    Follow(FollowArguments),
     /// Keep single positions of a branch's history beyond its window
     #[command(subcommand, visible_alias = "lease")]
     Leases(history::LeaseCommand),
@@ -95,6 +101,16 @@ pub struct RestoreArguments {
     keep_as: Option<String>,
 }
 
+/// `follow`.
+#[derive(Args)]
+pub struct FollowArguments {
+    #[command(flatten)]
+    branch: OneArguments,
+    /// How long it can be used [default: 90 days; at most 365]
+    #[arg(long, value_name = "SECONDS")]
+    expires_in_seconds: Option<u64>,
+}
+
 /// A branch, and how to reach the API: what commands about one branch have in common.
 #[derive(Args)]
 pub struct OneArguments {
@@ -134,6 +150,7 @@ pub async fn run(command: BranchCommand) -> anyhow::Result<()> {
             print(arguments.connection.output, &detached, std::slice::from_ref(&detached.branch))
         }
         BranchCommand::History(arguments) => history::show(arguments).await,
+        BranchCommand::Follow(arguments) => follow(arguments).await,
         BranchCommand::Leases(command) => history::run_lease(command).await,
     }
 }
@@ -144,6 +161,23 @@ pub async fn find(arguments: &OneArguments) -> anyhow::Result<(Api, String)> {
     let project = select::project(&api, &arguments.project).await?;
     let branch = select::branch(&api, &project, Some(&arguments.branch)).await?;
     Ok((api, format!("/projects/{}/branches/{}", project.id, branch.id)))
+}
+
+async fn follow(arguments: FollowArguments) -> anyhow::Result<()> {
+    let (api, path) = find(&arguments.branch).await?;
+    let request = WalReaderRequest { expires_in_seconds: arguments.expires_in_seconds };
+    let reader: WalReader = api.post(&format!("{path}/wal_reader"), &request).await?;
+    match arguments.branch.connection.output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&reader)?),
+        Output::Table => {
+            println!("{}", reader.conninfo);
+            if !reader.missing_safekeepers.is_empty() {
+                let missing: Vec<String> = reader.missing_safekeepers.iter().map(ToString::to_string).collect();
+                eprintln!("safekeepers that did not say where they give out WAL are not in it: {}", missing.join(", "));
+            }
+        }
+    }
+    Ok(())
 }
 
 async fn restore(arguments: RestoreArguments) -> anyhow::Result<()> {

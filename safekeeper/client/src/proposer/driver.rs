@@ -40,6 +40,7 @@ const TELL_COMMITS_AFTER: Duration = Duration::from_millis(1);
 /// What handles ask of the driver.
 pub(super) enum Command {
     Append(Bytes),
+    Identify(u64),
     Finish(oneshot::Sender<()>),
     SetMembership(Membership),
     Membership(oneshot::Sender<MembershipStatus>),
@@ -263,6 +264,7 @@ impl Driver {
         for command in batch.drain(..) {
             match command {
                 Command::Append(wal) => pieces.push(wal),
+                Command::Identify(system_identifier) => self.proposer.identify(system_identifier),
                 Command::Finish(reply) => self.finishing = Some((reply, Instant::now() + FINISH_LIMIT)),
                 Command::SetMembership(membership) => memberships.push(membership),
                 Command::Membership(asker) => askers.push(asker),

@@ -141,6 +141,11 @@ impl WalProposer {
         Ok(())
     }
 
+    /// Names the cluster's identifier, when it was not known at the election: safekeepers are told with the next WAL.
+    pub fn identify(&self, system_identifier: u64) -> Result<(), Fenced> {
+        self.commands.send(Command::Identify(system_identifier)).map_err(|_| self.stopped())
+    }
+
     /// Up to here a majority holds the WAL durably.
     pub fn commit_lsn(&self) -> Lsn {
         self.progress.borrow().commit_lsn

@@ -259,7 +259,8 @@ impl<S: RecordScanner> Proposer<S> {
     pub(super) fn send_elected(&self, node: NodeId, start: StreamStart, actions: &mut Vec<Action>) {
         let Phase::Leader(leader) = &self.phase else { return };
         let (proposer, history, generation) = (self.settings.id, leader.history.clone(), self.generation());
-        let elected = Elected { proposer, term: leader.term, history, start, generation };
+        let branch_start_lsn = self.settings.branch_start_lsn;
+        let elected = Elected { proposer, term: leader.term, history, start, generation, branch_start_lsn };
         actions.push(Action::Send { to: node, message: ProposerMessage::Elected(elected) });
     }
 

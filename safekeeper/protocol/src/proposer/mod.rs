@@ -209,6 +209,11 @@ impl<S: RecordScanner> Proposer<S> {
         }
     }
 
+    /// Names the cluster's identifier, which is told to safekeepers from now on.
+    pub fn identify(&mut self, system_identifier: u64) {
+        self.settings.system_identifier = Some(system_identifier);
+    }
+
     /// Says goodbye to each safekeeper as soon as everything is committed and it has all of it. Nothing is appended any more.
     pub fn finish(&mut self) -> Vec<Action> {
         let mut actions = Vec::new();

@@ -44,6 +44,7 @@ struct Told {
     commit_lsn: Lsn,
     remote_consistent_lsn: Lsn,
     generation: MembershipGeneration,
+    system_identifier: Option<u64>,
 }
 
 impl<S: RecordScanner> Follower<S> {
@@ -197,8 +198,8 @@ impl<S: RecordScanner> Proposer<S> {
     }
 
     fn told(&self) -> Told {
-        let generation = self.generation();
-        Told { commit_lsn: self.commit_lsn, remote_consistent_lsn: self.horizon, generation }
+        let (generation, system_identifier) = (self.generation(), self.settings.system_identifier);
+        Told { commit_lsn: self.commit_lsn, remote_consistent_lsn: self.horizon, generation, system_identifier }
     }
 
     /// Sends one safekeeper what it lacks and there is room for.
@@ -369,10 +370,19 @@ fn append<S>(
     wal: bytes::Bytes,
     told: Told,
 ) -> Action {
-    let Told { commit_lsn, remote_consistent_lsn, generation } = told;
+    let Told { commit_lsn, remote_consistent_lsn, generation, system_identifier } = told;
     follower.sent_commit_lsn = commit_lsn;
     follower.owes_heartbeat = false;
     let boundary = follower.sent_boundary;
-    let append = Append { term: leader.term, begin, wal, boundary, commit_lsn, remote_consistent_lsn, generation };
+    let append = Append {
+        term: leader.term,
+        begin,
+        wal,
+        boundary,
+        commit_lsn,
+        remote_consistent_lsn,
+        generation,
+        system_identifier,
+    };
     Action::Send { to, message: ProposerMessage::Append(append) }
 }
