@@ -1,5 +1,7 @@
 //! Branches go over to other safekeepers.
 
+use control_plane_api::compute::MembershipProgress;
+
 use super::*;
 
 impl World {
