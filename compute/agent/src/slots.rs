@@ -6,8 +6,8 @@
 
 use std::time::Duration;
 
-use safekeeper_client::{Distrust, WalReadError, WalReader, WalReaderConfig};
-use types::{Lsn, NodeId, XLOG_PAGE_BYTES};
+use safekeeper_client::{BadWal, Distrust, WalReadError, WalReader, WalReaderConfig};
+use types::{Lsn, XLOG_PAGE_BYTES};
 use wal::{
     WalStreamDecoder,
     v15::{replication::SlotState, wal::page_header},
@@ -147,7 +147,7 @@ async fn fetch(
     while decoder.position() < end {
         let at = decoder.position();
         let mut reader = WalReader::avoiding(config.clone(), decoder.fed_until(), distrust.nodes().to_vec());
-        let Bad { givers, reason } = match take(&mut reader, &mut decoder, data, end).await {
+        let bad = match take(&mut reader, &mut decoder, data, end).await {
             Ok(Some(bad)) => bad,
             Ok(None) => continue,
             Err(SlotWalError::Read(WalReadError::NoneLeft)) => {
@@ -156,12 +156,12 @@ async fn fetch(
             Err(error) => return Err(error),
         };
         let now = decoder.position();
-        tracing::warn!(lsn = %now, safekeepers = ?givers, reason, "bad WAL for replication slots, others are asked for it");
+        tracing::warn!(lsn = %now, safekeepers = ?bad.givers, reason = bad.reason, "bad WAL for replication slots, others are asked for it");
         attempts = if now > at { 1 } else { attempts + 1 };
         if attempts > ATTEMPTS {
-            return Err(SlotWalError::Damaged { at: now, reason });
+            return Err(SlotWalError::Damaged { at: now, reason: bad.reason });
         }
-        distrust.note(now, &givers, reason);
+        distrust.note(now, bad);
         decoder.rewind();
     }
     // Where the WAL begins inside a page or a segment, whoever reads it wants to see their headers all the same.
@@ -174,20 +174,13 @@ async fn fetch(
     Ok(())
 }
 
-/// Bytes that are no WAL.
-struct Bad {
-    /// Who gave them, or some of them.
-    givers: Vec<NodeId>,
-    reason: String,
-}
-
 /// Writes what a reader gives up to `end`, or to what is no WAL.
 async fn take(
     reader: &mut WalReader,
     decoder: &mut WalStreamDecoder,
     data: &DataDir,
     end: Lsn,
-) -> Result<Option<Bad>, SlotWalError> {
+) -> Result<Option<BadWal>, SlotWalError> {
     // Of the record that is not whole yet.
     let mut givers = Vec::new();
     while decoder.fed_until() < end {
@@ -206,12 +199,12 @@ async fn take(
             match decoder.poll_record() {
                 Ok(Some(_)) => givers = vec![chunk.node],
                 Ok(None) => break,
-                Err(error) => return Ok(Some(Bad { givers, reason: error.to_string() })),
+                Err(error) => return Ok(Some(BadWal { givers, reason: error.to_string() })),
             }
         }
     }
     let reason = || format!("a record goes on beyond {end}, where one ends");
-    Ok((decoder.position() < end).then(|| Bad { givers, reason: reason() }))
+    Ok((decoder.position() < end).then(|| BadWal { givers, reason: reason() }))
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use safekeeper_client::{Distrust, WalChunk, WalReadError, WalReader, WalReaderConfig};
+use safekeeper_client::{BadWal, Distrust, WalChunk, WalReadError, WalReader, WalReaderConfig};
 use tokio::{
     sync::watch,
     time::{Duration, Instant, MissedTickBehavior, interval, sleep},
@@ -24,16 +24,9 @@ const DISTRUST: Duration = Duration::from_secs(5);
 /// Why no more is taken from one reader.
 enum ReaderEnd {
     Feed(FeedEnd),
-    Bad(Bad),
+    Bad(BadWal),
     /// All are distrusted, or the others have had enough time.
     NoneLeft,
-}
-
-/// Bytes that are no WAL.
-struct Bad {
-    /// Who gave them, or some of them.
-    givers: Vec<NodeId>,
-    reason: String,
 }
 
 impl From<FeedEnd> for ReaderEnd {
@@ -87,13 +80,13 @@ impl Branch {
         }
     }
 
-    fn note_bad(&self, distrust: &mut Distrust, Bad { givers, reason }: Bad) {
+    fn note_bad(&self, distrust: &mut Distrust, bad: BadWal) {
         let (tip, is_known) = (self.tip().last_record_lsn, self.progress.borrow().rotten.is_some());
         if !is_known {
             let branch = &self.name;
-            tracing::warn!(%branch, safekeepers = ?givers, lsn = %tip, reason, "bad WAL, others are asked for it");
+            tracing::warn!(%branch, safekeepers = ?bad.givers, lsn = %tip, reason = bad.reason, "bad WAL, others are asked for it");
         }
-        distrust.note(tip, &givers, reason);
+        distrust.note(tip, bad);
     }
 
     /// Tells that no safekeeper gives WAL that is any, and answers whether it is so; who waits for it waits on.
@@ -137,7 +130,7 @@ impl Branch {
                         last_progress = Instant::now();
                         if let Err(error) = self.take(&chunk, &mut tip, &mut givers).await {
                             return match error {
-                                StorageError::Undecodable { reason, .. } => ReaderEnd::Bad(Bad { givers, reason }),
+                                StorageError::Undecodable { reason, .. } => ReaderEnd::Bad(BadWal { givers, reason }),
                                 error => FeedEnd::Failed(error.to_string()).into(),
                             };
                         }

@@ -10,17 +10,26 @@ pub struct Distrust {
     reason: String,
 }
 
+/// Bytes that are no WAL.
+#[derive(Debug)]
+pub struct BadWal {
+    /// Who gave them, or some of them: whoever gave a part of the record that is not whole.
+    pub givers: Vec<NodeId>,
+    /// What is wrong with them.
+    pub reason: String,
+}
+
 impl Distrust {
-    /// Notes that what these gave behind `at` is no WAL. Where it is of several, it is not known whose is bad: none is avoided.
-    pub fn note(&mut self, at: Lsn, givers: &[NodeId], reason: String) {
+    /// Notes that what came behind `at` is no WAL. Where it is of several, it is not known whose is bad: none is avoided.
+    pub fn note(&mut self, at: Lsn, BadWal { givers, reason }: BadWal) {
         if at > self.at {
             self.nodes.clear();
         }
         (self.at, self.reason) = (at, reason);
-        if let [giver] = givers
-            && !self.nodes.contains(giver)
+        if let [giver] = givers[..]
+            && !self.nodes.contains(&giver)
         {
-            self.nodes.push(*giver);
+            self.nodes.push(giver);
         }
     }
 
@@ -44,15 +53,17 @@ mod tests {
     #[test]
     fn who_gave_bad_wal_is_avoided_until_there_is_better() {
         let mut distrust = Distrust::default();
+        let bad =
+            |givers: &[u64]| BadWal { givers: givers.iter().copied().map(NodeId).collect(), reason: "bad".to_owned() };
         assert_eq!(distrust.complaint(Lsn(0)), None);
-        distrust.note(Lsn(10), &[NodeId(1)], "bad".to_owned());
-        distrust.note(Lsn(10), &[NodeId(3)], "bad".to_owned());
+        distrust.note(Lsn(10), bad(&[1]));
+        distrust.note(Lsn(10), bad(&[3]));
         assert_eq!(distrust.nodes(), [NodeId(1), NodeId(3)]);
         assert!(distrust.complaint(Lsn(10)).is_some_and(|text| text.contains("1, 3")));
         assert_eq!(distrust.complaint(Lsn(11)), None);
-        distrust.note(Lsn(20), &[NodeId(2)], "bad".to_owned());
+        distrust.note(Lsn(20), bad(&[2]));
         assert_eq!(distrust.nodes(), [NodeId(2)], "at another place");
-        distrust.note(Lsn(30), &[NodeId(1), NodeId(2)], "bad".to_owned());
+        distrust.note(Lsn(30), bad(&[1, 2]));
         assert_eq!(distrust.nodes(), [], "whose it was is not known");
     }
 }

@@ -16,6 +16,6 @@ pub use admin::{
     AdminError, BranchStatus, NodeStatus, ReplicationAddress, branch_membership, branch_status, delete_branch,
     node_status, set_branch_membership,
 };
-pub use distrust::Distrust;
+pub use distrust::{BadWal, Distrust};
 pub use proposer::{ElectError, Elected, Fenced, MembershipStatus, ProposerConfig, WalProposer, carry_over, settle};
 pub use reader::{WalChunk, WalReadError, WalReader, WalReaderConfig};
