@@ -26,7 +26,7 @@ use super::{
     Shared,
     messages::{Wire, WireFault},
     refusal::Refusal,
-    session::{self, Session},
+    session::{self, Follower, Session},
 };
 use crate::{branch::BranchView, registry::BranchHandle};
 
@@ -61,7 +61,7 @@ struct Asked {
 pub(super) async fn log_in(stream: TcpStream, shared: &Shared) -> Result<Option<Session>, LoginError> {
     let Some((mut wire, asked)) = begin(stream, shared).await? else { return Ok(None) };
     match authenticate(&mut wire, asked, shared).await {
-        Ok(Some(admitted)) => Ok(Some(admitted.over(wire))),
+        Ok(Some(follower)) => Ok(Some(Session { wire, follower })),
         Ok(None) => Ok(None),
         Err(LoginError::Refused(refusal)) => {
             wire.refuse_finally(&refusal).await?;
@@ -121,26 +121,11 @@ fn code_of(packet: &BytesMut) -> Option<u32> {
     packet.get(4..)?.first_chunk().map(|code| u32::from_be_bytes(*code))
 }
 
-/// A client whose token is good, for a branch that can be served.
-struct Admitted {
-    branch: BranchRef,
-    handle: Arc<BranchHandle>,
-    system_identifier: u64,
-    expires: Instant,
-}
-
-impl Admitted {
-    fn over(self, wire: Wire<ClientStream>) -> Session {
-        let Admitted { branch, handle, system_identifier, expires } = self;
-        Session::new(wire, branch, handle, system_identifier, expires)
-    }
-}
-
 async fn authenticate(
     wire: &mut Wire<ClientStream>,
     asked: Asked,
     shared: &Shared,
-) -> Result<Option<Admitted>, LoginError> {
+) -> Result<Option<Follower>, LoginError> {
     let Asked { startup, encrypted } = asked;
     let parameter = |name: &str| startup.parameters.get(name).map(String::as_str);
     let extensions: Vec<String> = startup.parameters.keys().filter(|name| name.starts_with("_pq_.")).cloned().collect();
@@ -163,7 +148,7 @@ async fn authenticate(
         wire.writer.put(&ParameterStatus::new(name.to_owned(), value.to_owned()))?;
     }
     wire.writer.ready().await?;
-    Ok(Some(Admitted { branch, handle, system_identifier, expires: expiry(&claims) }))
+    Ok(Some(Follower { branch, handle, system_identifier, expires: expiry(&claims) }))
 }
 
 /// Physical replication, and nothing else.

@@ -171,7 +171,7 @@ async fn serve(stream: TcpStream, peer: SocketAddr, shared: &Shared) {
     };
     match login {
         Ok(Ok(Some(session))) => {
-            let branch = session.branch().clone();
+            let branch = session.follower.branch.clone();
             info!(%peer, %branch, "a follower has logged in");
             let end = session.serve(shared).await;
             info!(%peer, %branch, %end, "a follower's connection has ended");

@@ -36,14 +36,20 @@ const AHEAD_LIMIT: Duration = Duration::from_secs(5);
 /// How long it may take to look for a page header in the WAL.
 const LOOK_LIMIT: Duration = Duration::from_secs(3);
 
-/// A client that may follow a branch.
-pub(super) struct Session {
-    wire: Wire<ClientStream>,
-    branch: BranchRef,
-    handle: Arc<BranchHandle>,
-    system_identifier: u64,
+/// Whose token is good, for a branch that can be served.
+pub(super) struct Follower {
+    pub branch: BranchRef,
+    pub handle: Arc<BranchHandle>,
+    /// The cluster's.
+    pub system_identifier: u64,
     /// When the token's time is over.
-    expires: Instant,
+    pub expires: Instant,
+}
+
+/// A client that is logged in.
+pub(super) struct Session {
+    pub wire: Wire<ClientStream>,
+    pub follower: Follower,
 }
 
 /// Why a session ended.
@@ -101,20 +107,6 @@ impl From<WireFault> for CommandEnd {
 }
 
 impl Session {
-    pub fn new(
-        wire: Wire<ClientStream>,
-        branch: BranchRef,
-        handle: Arc<BranchHandle>,
-        system_identifier: u64,
-        expires: Instant,
-    ) -> Session {
-        Session { wire, branch, handle, system_identifier, expires }
-    }
-
-    pub fn branch(&self) -> &BranchRef {
-        &self.branch
-    }
-
     /// Serves it to its end.
     pub async fn serve(mut self, shared: &Shared) -> SessionEnd {
         let end = loop {
@@ -133,7 +125,7 @@ impl Session {
         let frame = tokio::select! {
             frame = timeout(shared.silence_limit, self.wire.reader.message()) => frame,
             () = shared.stopping.cancelled() => return Err(SessionEnd::Refused(Refusal::stopping())),
-            () = sleep_until(self.expires) => return Err(SessionEnd::Refused(expired())),
+            () = sleep_until(self.follower.expires) => return Err(SessionEnd::Refused(expired())),
         };
         let Ok(frame) = frame else {
             let idle = Refusal::new("57P05", "terminating connection: no command for too long");
@@ -166,9 +158,9 @@ impl Session {
         let writer = &mut self.wire.writer;
         match Command::parse(&text)? {
             Command::IdentifySystem => {
-                let (_, commit_lsn) = position(&self.handle)?;
+                let (_, commit_lsn) = position(&self.follower.handle)?;
                 let row = [
-                    ("systemid", Some(self.system_identifier.to_string())),
+                    ("systemid", Some(self.follower.system_identifier.to_string())),
                     ("timeline", Some(TIMELINE.to_string())),
                     ("xlogpos", Some(commit_lsn.to_string())),
                     ("dbname", None),
@@ -205,8 +197,9 @@ impl Session {
             );
             return Err(Refusal::new("22023", message).into());
         }
-        let feed = Feed::new(&self.handle, from, identity.start_lsn, self.system_identifier)?;
-        let limits = Limits { node: shared.registry.node(), silence: shared.silence_limit, expires: self.expires };
+        let feed = Feed::new(&self.follower.handle, from, identity.start_lsn, self.follower.system_identifier)?;
+        let limits =
+            Limits { node: shared.registry.node(), silence: shared.silence_limit, expires: self.follower.expires };
         stream(&mut self.wire, feed, limits, &shared.stopping).await?;
         // Postgres ends this command twice, and clients count on it.
         self.wire.writer.put(&CommandComplete::new("START_STREAMING".to_owned()))?;
@@ -216,7 +209,7 @@ impl Session {
 
     /// Waits a moment until what is committed has reached a position.
     async fn reached(&self, wanted: Lsn) -> Result<(Identity, Lsn), Refusal> {
-        let mut view = self.handle.view.clone();
+        let mut view = self.follower.handle.view.clone();
         let reached = |view: &BranchView| match view {
             BranchView::Here { status, .. } => status.commit_lsn >= wanted,
             BranchView::Loading => false,
@@ -224,7 +217,7 @@ impl Session {
         };
         // What has become of it is looked at below, whichever way this ends.
         let _ = timeout(AHEAD_LIMIT, view.wait_for(reached)).await;
-        position(&self.handle)
+        position(&self.follower.handle)
     }
 }
 

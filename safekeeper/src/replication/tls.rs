@@ -9,8 +9,8 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::ReplicationError;
 
-/// Bytes of a TLS record, as Postgres's own are at most: libpq makes room for so many before it reads. What it does not take of a longer
-/// one stays within OpenSSL, where programs that wait for the socket with `select` (`pg_receivewal`) do not see it.
+/// Bytes of a TLS record, as the proxy's: libpq reads so many at a time, and programs that wait with `select` wait for ever for the rest of
+/// a longer one (`RECORD_MAX_BYTES` in `compute-proxy/src/tls`).
 const RECORD_MAX_BYTES: usize = 8 * 1024;
 
 /// The files of a certificate and its key. They are read for each connection, of which there are few: a renewed certificate counts at once.
