@@ -1,7 +1,7 @@
 //! `pg_receivewal` and what it has written.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -12,13 +12,23 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::stock::{as_postgres, run};
+use crate::stock::{as_postgres, give_to_postgres, run};
 
 /// One of PostgreSQL's programs, as the user that servers run as, who must not look for certificates where the test's user has them.
 pub fn client(program: &str) -> anyhow::Result<Command> {
     let mut command = as_postgres(crate::pg_bin_dir().join(program))?;
     command.env("HOME", "/");
     Ok(command)
+}
+
+/// An empty archive; removed with the directory that it is in.
+pub fn directory() -> anyhow::Result<(tempfile::TempDir, PathBuf)> {
+    let home = tempfile::tempdir()?;
+    let archive = home.path().join("archive");
+    std::fs::create_dir(&archive)?;
+    give_to_postgres(home.path())?;
+    give_to_postgres(&archive)?;
+    Ok((home, archive))
 }
 
 /// A running `pg_receivewal` with this connection string, and perhaps a slot.

@@ -8,7 +8,7 @@ use e2e::{
     Cluster, ClusterOptions, Project,
     archive::{self, client},
     sql,
-    stock::{StockServer, give_to_postgres, run},
+    stock::{StockServer, run},
 };
 
 const A_WHILE: Duration = Duration::from_secs(60);
@@ -28,11 +28,7 @@ async fn follow(cluster: &Cluster) -> anyhow::Result<()> {
     let project = api.create_project("primary").await?;
     api.wait_state(&project.id, &project.endpoint, "active", A_WHILE).await?;
     sql::psql(&project.uri, "create table followed (i bigint); insert into followed values (1)").await?;
-    let home = tempfile::tempdir()?;
-    give_to_postgres(home.path())?;
-    let archive = home.path().join("archive");
-    std::fs::create_dir(&archive)?;
-    give_to_postgres(&archive)?;
+    let (_home, archive) = archive::directory()?;
     run(client("pg_receivewal")?.args(["-d", &project.uri, "-S", "archive", "--create-slot", "--if-not-exists"]))?;
     let mut receiver = archive::receive(&project.uri, &archive, Some("archive"))?;
     let mut standby = StockServer::on(|data| {

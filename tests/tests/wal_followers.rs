@@ -9,7 +9,7 @@ use e2e::{
     api::text,
     archive::{self, client},
     processes, sql,
-    stock::{StockServer, give_to_postgres, run},
+    stock::{StockServer, run},
 };
 use reqwest::Method;
 use serde_json::json;
@@ -40,11 +40,7 @@ async fn follow(cluster: &Cluster) -> anyhow::Result<()> {
 
     let conninfo = cluster.command_line(&["branches", "follow", &project.branch]).await?.trim().to_owned();
     others_are_closed(cluster, &api, &conninfo).await?;
-    let home = tempfile::tempdir()?;
-    give_to_postgres(home.path())?;
-    let archive = home.path().join("archive");
-    std::fs::create_dir(&archive)?;
-    give_to_postgres(&archive)?;
+    let (_home, archive) = archive::directory()?;
     let mut standby = StockServer::on(|data| make_standby(data, &project, &conninfo))?;
     let mut receiver = archive::receive(&conninfo, &archive, None)?;
     let begin = sql::ask(&project.uri, "select pg_current_wal_lsn()::text").await?;
@@ -86,15 +82,10 @@ async fn others_are_closed(cluster: &Cluster, api: &Api, conninfo: &str) -> anyh
     };
     // Nothing of a branch is on safekeepers before its first wake.
     ensure!(ask(&others, "IDENTIFY_SYSTEM").is_err());
-    let system = sql::ask(&other.uri, "select system_identifier::text from pg_control_system()").await;
-    // A project's roles may not ask for it; the superuser may.
-    let system = match system {
-        Ok(system) => system,
-        Err(_) => {
-            let superuser = cluster.superuser(&other.endpoint, "postgres").await?;
-            sql::value(&superuser, "select system_identifier::text from pg_control_system()").await?
-        }
-    };
+    sql::ask(&other.uri, "select 1").await?;
+    // A project's roles may not ask for it.
+    let superuser = cluster.superuser(&other.endpoint, "postgres").await?;
+    let system = sql::value(&superuser, "select system_identifier::text from pg_control_system()").await?;
     let identified = ask(&others, "IDENTIFY_SYSTEM")?;
     ensure!(identified.starts_with(&format!("{system}|1|")), "{identified}, the branch's is {system}");
     ensure!(ask(&crossed, "IDENTIFY_SYSTEM").is_err(), "a token opened another branch");
@@ -173,6 +164,7 @@ async fn streams(standby: &StockServer) -> anyhow::Result<()> {
 }
 
 async fn same_rows(uri: &str, standby: &StockServer) -> anyhow::Result<()> {
-    let database = sql::ask(uri, "select current_database()").await.unwrap_or_else(|_| "dormouse".to_owned());
-    sql::same_answers(uri, &standby.connect(&database).await?, ROWS, A_WHILE).await
+    let config: tokio_postgres::Config = uri.parse()?;
+    let database = config.get_dbname().context("a database")?;
+    sql::same_answers(uri, &standby.connect(database).await?, ROWS, A_WHILE).await
 }
