@@ -131,10 +131,7 @@ fn bare_quorum(duration: Duration) -> anyhow::Result<Samples> {
         files.push(commit);
     }
     let (mut samples, began) = (Vec::new(), Instant::now());
-    for number in 0u64.. {
-        if began.elapsed() > duration {
-            break;
-        }
+    for number in (0u64..).take_while(|_| began.elapsed() < duration) {
         let at = Instant::now();
         files.iter().try_for_each(|file| file.send(number))?;
         let mut held = 0;

@@ -39,7 +39,7 @@ pub struct Context {
     pub last_login: LastLogin,
     /// Its WebSockets.
     pub upgraded: Upgraded,
-    /// How many requests are open.
+    /// How many of its requests and WebSockets are open.
     pub activity: Arc<Activity>,
 }
 
